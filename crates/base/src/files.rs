@@ -1,0 +1,236 @@
+//! Files that are whole or absent.
+//!
+//! [`write`] puts the bytes aside, syncs them, renames them into place and syncs the folder, so that a kill at any
+//! instruction leaves either the old file or the new one. A [`Manifest`] written last makes a folder of files complete:
+//! it lists the size and SHA-256 of each, and [`Manifest::verify`] refuses the folder when anything is missing or differs.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The name of the manifest inside a folder.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What went wrong with a file.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The operating system refused.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried: `read`, `write`, `rename`, ...
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A folder that should hold a manifest is incomplete or damaged.
+    #[error("{path} is not a complete checkpoint: {reason}")]
+    Incomplete {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing or differs.
+        reason: String,
+    },
+}
+
+impl crate::Hint for FileError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some("the disk is full; free some space and resume, nothing written before is lost".into())
+            }
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some("check the path; it is taken relative to the current folder".into())
+            }
+            Self::Io { .. } => None,
+            Self::Incomplete { .. } => Some("use an earlier checkpoint, or delete this one".into()),
+        }
+    }
+}
+
+/// Attaches the action and the path to an I/O error.
+pub fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
+    let path = path.to_owned();
+    move |source| FileError::Io { action, path, source }
+}
+
+/// Reads a whole file.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    fs::read(path).map_err(io_error("read", path))
+}
+
+/// Reads a whole file as UTF-8.
+pub fn read_to_string(path: &Path) -> Result<String, FileError> {
+    fs::read_to_string(path).map_err(io_error("read", path))
+}
+
+/// Writes `bytes` to `path` so that the file is whole or untouched. Creates the folders above it.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    write_with(path, |file| file.write_all(bytes))
+}
+
+/// Like [`write`], for content that is produced piece by piece.
+pub fn write_with(path: &Path, fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>) -> Result<(), FileError> {
+    let folder = parent(path);
+    fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;
+    let aside = aside(path);
+    let filled = (|| {
+        let mut writer = io::BufWriter::with_capacity(1 << 20, File::create(&aside)?);
+        fill(&mut writer)?;
+        writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+    })();
+    if let Err(source) = filled {
+        // The reason for the failure matters more than whether the leftover could be removed.
+        let _ = fs::remove_file(&aside);
+        return Err(FileError::Io { action: "write", path: path.to_owned(), source });
+    }
+    rename(&aside, path)
+}
+
+/// Renames a file or folder that is already synced, and syncs the folder above.
+pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
+    fs::rename(from, to).map_err(io_error("rename", to))?;
+    sync_folder(parent(to))
+}
+
+/// Syncs a folder's entries to disk.
+pub fn sync_folder(folder: &Path) -> Result<(), FileError> {
+    File::open(folder).and_then(|handle| handle.sync_all()).map_err(io_error("sync", folder))
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// The temporary neighbour of `path`: `.NAME.partial`.
+fn aside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.partial"))
+}
+
+/// The SHA-256 of a file, in hexadecimal.
+pub fn sha256(path: &Path) -> Result<String, FileError> {
+    let mut file = File::open(path).map_err(io_error("open", path))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(io_error("read", path))? {
+            0 => break,
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// The SHA-256 of bytes, in hexadecimal.
+pub fn sha256_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Size and hash of one file of a folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Bytes.
+    pub size: u64,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+/// The files of a complete folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Entries by path relative to the folder.
+    pub files: BTreeMap<String, Entry>,
+}
+
+impl Manifest {
+    /// Hashes every file directly inside `folder` (but the manifest itself) and writes the manifest, last.
+    pub fn seal(folder: &Path) -> Result<Self, FileError> {
+        let mut manifest = Self::default();
+        for entry in fs::read_dir(folder).map_err(io_error("list", folder))? {
+            let path = entry.map_err(io_error("list", folder))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if path.is_file() && name != MANIFEST && !name.ends_with(".partial") {
+                let size = fs::metadata(&path).map_err(io_error("read", &path))?.len();
+                manifest.files.insert(name, Entry { size, sha256: sha256(&path)? });
+            }
+        }
+        let text = serde_json::to_vec_pretty(&manifest).map_err(|error| FileError::Io {
+            action: "write",
+            path: folder.join(MANIFEST),
+            source: error.into(),
+        })?;
+        write(&folder.join(MANIFEST), &text)?;
+        Ok(manifest)
+    }
+
+    /// Reads the manifest of `folder` and checks every file against it.
+    pub fn verify(folder: &Path) -> Result<Self, FileError> {
+        let incomplete = |reason: String| FileError::Incomplete { path: folder.to_owned(), reason };
+        let path = folder.join(MANIFEST);
+        if !path.is_file() {
+            return Err(incomplete(format!("{MANIFEST} is missing")));
+        }
+        let manifest: Self =
+            serde_json::from_slice(&read(&path)?).map_err(|error| incomplete(format!("{MANIFEST}: {error}")))?;
+        for (name, expected) in &manifest.files {
+            let file = folder.join(name);
+            let size = fs::metadata(&file).map_err(|_| incomplete(format!("{name} is missing")))?.len();
+            if size != expected.size {
+                return Err(incomplete(format!("{name} has {size} bytes, expected {}", expected.size)));
+            }
+            if sha256(&file)? != expected.sha256 {
+                return Err(incomplete(format!("{name} differs from its recorded hash")));
+            }
+        }
+        Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b.txt");
+        write(&path, b"old").unwrap();
+        let error = write_with(&path, |file| {
+            file.write_all(b"half of the n")?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        });
+        assert!(matches!(error, Err(FileError::Io { action: "write", .. })));
+        assert_eq!(read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no leftover");
+    }
+
+    #[test]
+    fn a_manifest_catches_every_kind_of_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("weights");
+        write(&file, b"12345").unwrap();
+        assert!(Manifest::verify(folder.path()).is_err(), "unsealed");
+        Manifest::seal(folder.path()).unwrap();
+        Manifest::verify(folder.path()).unwrap();
+        fs::write(&file, b"12344").unwrap();
+        assert!(Manifest::verify(folder.path()).unwrap_err().to_string().contains("differs"));
+        fs::write(&file, b"1234").unwrap();
+        assert!(Manifest::verify(folder.path()).unwrap_err().to_string().contains("4 bytes"));
+        fs::remove_file(&file).unwrap();
+        assert!(Manifest::verify(folder.path()).unwrap_err().to_string().contains("missing"));
+    }
+}

@@ -1,0 +1,11 @@
+//! The words every crate shares: counter-based randomness, files that are whole or absent, errors with a hint.
+//!
+//! This crate knows nothing of models, data or training. Whatever two crates of the house both need and neither
+//! owns is a candidate for it; everything else belongs elsewhere.
+
+pub mod files;
+pub mod hint;
+pub mod random;
+
+pub use hint::Hint;
+pub use random::{Purpose, Random};

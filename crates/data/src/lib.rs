@@ -1,0 +1,1 @@
+//! Rows from files, rendered to tokens and masks.

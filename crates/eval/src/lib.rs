@@ -1,0 +1,1 @@
+//! Metrics with intervals, and the evaluation of a model on a task.

@@ -1,0 +1,1 @@
+//! Generation: batched decode, shared prefixes, sampling, stop rules, log-probs.

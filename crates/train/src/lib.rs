@@ -1,0 +1,1 @@
+//! The training loop: optimiser, schedules, checkpoints, metrics and the run directory.
