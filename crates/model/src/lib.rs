@@ -1,1 +1,13 @@
 //! The decoder: engine and reference, weights in and out, tokenizer, chat template, LoRA.
+//!
+//! A model comes from a named source, a Hugging Face folder or a GGUF file as a [`ModelConfig`],
+//! [`Tensors`](weights::Tensors), a tokenizer and a chat template, and goes out as a Hugging Face folder.
+//! This crate knows no data, no loss and no sampling: it maps tokens to hidden states and log-probs, and gradients of
+//! those to gradients of the weights.
+
+pub mod config;
+pub mod error;
+pub mod weights;
+
+pub use config::{Family, ModelConfig};
+pub use error::{Error, Result};
