@@ -1,1 +1,17 @@
-//! Tasks, verifiers and rewards: a score with a status, under a step budget.
+//! Tasks, verifiers and rewards.
+//!
+//! A [`Task`] makes problems whose answers can be checked; a [`Reward`] turns a model's answers into [`Score`]s: a value,
+//! a [`Status`] and named parts. Every verifier works under a step budget, so that no answer, however hostile, can make
+//! a run wait.
+//!
+//! This crate must not know models, tokenizers or training: it sees text, token ids and the columns of the prompt's row.
+
+pub mod reward;
+pub mod score;
+pub mod tasks;
+pub mod verify;
+
+pub use reward::process::{OnError, ProcessOptions};
+pub use reward::{Reward, RewardConfig, RewardError, RewardKind, Weighted};
+pub use score::{Answer, Columns, Score, Status};
+pub use tasks::{Problem, Split, Task, TaskConfig};

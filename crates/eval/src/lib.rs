@@ -1,1 +1,10 @@
-//! Metrics with intervals, and the evaluation of a model on a task.
+//! Metrics with intervals, and the evaluation of a model on prompts.
+//!
+//! The metrics are pure functions of numbers; only the evaluation runs a model. This crate must not know training: it says
+//! how good a model is, not how to make it better.
+
+pub mod interval;
+pub mod metrics;
+pub mod paired;
+
+pub use interval::Interval;

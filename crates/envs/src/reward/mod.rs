@@ -1,0 +1,210 @@
+//! Rewards: judges of answers, by name and in weighted combination.
+
+pub mod length;
+pub mod process;
+mod weighted;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::score::{Answer, Score};
+use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
+pub use length::LengthOptions;
+pub use process::ProcessOptions;
+pub use weighted::Weighted;
+
+/// A judge of answers.
+pub trait Reward: Send + Sync {
+    /// The name under which its values are logged, as in `rewards/NAME/mean`.
+    fn name(&self) -> &str;
+
+    /// Scores a batch of answers: one entry for each, in order. `None` means that the reward does not apply to the
+    /// answer's row.
+    ///
+    /// # Errors
+    /// Only what makes every further score meaningless: a row without the expected column, an external command that
+    /// cannot be run. A bad *answer* is never an error, it is a [`Score`].
+    fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError>;
+}
+
+/// Why a reward could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum RewardError {
+    /// A row lacks what the reward compares answers with.
+    #[error("reward {reward}: row {row} of the batch has no column {column:?}")]
+    MissingColumn {
+        /// The reward's name.
+        reward: String,
+        /// The answer's place in the batch.
+        row: usize,
+        /// The column looked for.
+        column: String,
+    },
+    /// The expected answer itself cannot be read.
+    #[error("reward {reward}: row {row} of the batch expects {found} in column {column:?}, which is not {expected}")]
+    BadColumn {
+        /// The reward's name.
+        reward: String,
+        /// The answer's place in the batch.
+        row: usize,
+        /// The column.
+        column: String,
+        /// What is there.
+        found: String,
+        /// What should be.
+        expected: &'static str,
+    },
+    /// An option has an impossible value.
+    #[error("reward {reward}: {reason}")]
+    Options {
+        /// The reward's name.
+        reward: String,
+        /// Which option, the value found, and what is expected.
+        reason: String,
+    },
+    /// An external reward command failed and its options say to stop the run.
+    #[error("reward {reward}: the command {command:?} {reason}")]
+    Process {
+        /// The reward's name.
+        reward: String,
+        /// The command line.
+        command: String,
+        /// What happened.
+        reason: String,
+    },
+    /// A reward returned another number of scores than answers.
+    #[error("reward {reward} returned {found} scores for {expected} answers")]
+    Count {
+        /// The reward's name.
+        reward: String,
+        /// Answers given.
+        expected: usize,
+        /// Scores returned.
+        found: usize,
+    },
+}
+
+impl base::Hint for RewardError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::MissingColumn { .. } => {
+                Some("set the reward's `column` to the name of the column with the answer".into())
+            }
+            Self::BadColumn { .. } => Some("check the data set, or choose a reward that fits its answers".into()),
+            Self::Options { .. } => Some("`posttrain config explain rewards` lists every option".into()),
+            Self::Process { .. } => Some(
+                "try the command by hand: it reads one JSON object a line from stdin and writes one a line to stdout"
+                    .into(),
+            ),
+            Self::Count { .. } => None,
+        }
+    }
+}
+
+/// One reward of a run: what it is, how it is called and how much it counts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RewardConfig {
+    /// Name under which the reward is logged; its type if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Factor of its value in the total reward.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// The reward and its options, chosen by `type`.
+    #[serde(flatten)]
+    pub kind: RewardKind,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl RewardConfig {
+    /// A reward of weight 1 under its type's name.
+    pub fn new(kind: RewardKind) -> Self {
+        Self { name: None, weight: 1.0, kind }
+    }
+
+    /// The name under which the reward is logged.
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.kind.name())
+    }
+
+    /// Makes the reward.
+    ///
+    /// # Errors
+    /// An option with an impossible value. An external command is only started by the first score.
+    pub fn build(&self) -> Result<Box<dyn Reward>, RewardError> {
+        let name = self.name().to_owned();
+        Ok(match &self.kind {
+            RewardKind::Number(options) => Box::new(crate::verify::number::NumberReward::new(name, options.clone())?),
+            RewardKind::Expression(options) => {
+                Box::new(crate::verify::expression::ExpressionReward::new(name, options.clone())?)
+            }
+            RewardKind::Format(options) => Box::new(crate::verify::format::FormatReward::new(name, options.clone())?),
+            RewardKind::Length(options) => Box::new(length::LengthReward::new(name, options.clone())?),
+            RewardKind::Process(options) => Box::new(process::ProcessReward::new(name, options.clone())?),
+        })
+    }
+}
+
+/// The rewards that can be named in a configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum RewardKind {
+    /// 1 when the answer's number equals the expected one.
+    Number(NumberOptions),
+    /// 1 when the answer's arithmetic expression has the expected value.
+    Expression(ExpressionOptions),
+    /// 1 when the answer is laid out as asked, whatever it says.
+    Format(FormatOptions),
+    /// A penalty on long answers.
+    Length(LengthOptions),
+    /// An external command that scores answers over JSON lines.
+    Process(ProcessOptions),
+}
+
+impl RewardKind {
+    /// The value of `type` in a configuration.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Number(_) => "number",
+            Self::Expression(_) => "expression",
+            Self::Format(_) => "format",
+            Self::Length(_) => "length",
+            Self::Process(_) => "process",
+        }
+    }
+}
+
+/// The expected answer of a row: column `column` of `answer`, as text.
+///
+/// Text and numbers are taken as they are; everything else is refused.
+pub(crate) fn expected<'a>(
+    reward: &str,
+    row: usize,
+    answer: &Answer<'a>,
+    column: &str,
+) -> Result<std::borrow::Cow<'a, str>, RewardError> {
+    use serde_json::Value;
+    match answer.columns.get(column) {
+        Some(Value::String(text)) => Ok(text.as_str().into()),
+        Some(Value::Number(number)) => Ok(number.to_string().into()),
+        None => Err(RewardError::MissingColumn { reward: reward.into(), row, column: column.into() }),
+        Some(other) => Err(RewardError::BadColumn {
+            reward: reward.into(),
+            row,
+            column: column.into(),
+            found: shorten(&other.to_string()),
+            expected: "a text or a number",
+        }),
+    }
+}
+
+/// At most 80 characters of `text`, for messages.
+pub(crate) fn shorten(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}

@@ -1,0 +1,75 @@
+//! Confidence intervals.
+
+use base::{Purpose, Random};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Quantile of the standard normal distribution that leaves 2.5 % above it.
+pub const Z_95: f64 = 1.959_963_984_540_054;
+
+/// A two-sided confidence interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Interval {
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+impl Interval {
+    /// Whether `value` lies in the interval, its ends included.
+    pub fn contains(&self, value: f64) -> bool {
+        (self.low..=self.high).contains(&value)
+    }
+}
+
+/// Wilson's score interval at 95 % for a proportion (Wilson, 1927); `[0, 1]` for no trials.
+pub fn wilson(successes: usize, trials: usize) -> Interval {
+    if trials == 0 {
+        return Interval { low: 0.0, high: 1.0 };
+    }
+    let (n, p, z2) = (trials as f64, successes as f64 / trials as f64, Z_95 * Z_95);
+    let centre = (p + z2 / (2.0 * n)) / (1.0 + z2 / n);
+    let half = Z_95 / (1.0 + z2 / n) * (p * (1.0 - p) / n + z2 / (4.0 * n * n)).sqrt();
+    // At 0 and n successes the ends are exact; rounding must not move them.
+    let low = if successes == 0 { 0.0 } else { centre - half };
+    let high = if successes == trials { 1.0 } else { centre + half };
+    Interval { low, high }
+}
+
+/// Resamples of a bootstrap interval unless one asks for another number.
+pub const RESAMPLES: u32 = 10_000;
+
+/// The 95 % percentile bootstrap interval of the mean of `values` (Efron, 1979). The draws are counter-based: the same
+/// values, seed and resamples give the same interval. `[0, 0]` for no values.
+pub fn bootstrap_mean(values: &[f64], resamples: u32, seed: u64) -> Interval {
+    let means = resampled_means(values, resamples, seed);
+    Interval { low: quantile(&means, 0.025), high: quantile(&means, 0.975) }
+}
+
+/// The sorted means of `resamples` resamples of `values`.
+pub(crate) fn resampled_means(values: &[f64], resamples: u32, seed: u64) -> Vec<f64> {
+    if values.is_empty() {
+        return Vec::new();
+    }
+    let random = Random::new(seed, Purpose::Bootstrap);
+    let n = values.len() as u64;
+    let mut means: Vec<f64> = (0..resamples)
+        .map(|resample| {
+            let random = random.sample(resample);
+            let sum: f64 = (0..n as u32).map(|draw| values[random.at(draw).below(n) as usize]).sum();
+            sum / n as f64
+        })
+        .collect();
+    means.sort_unstable_by(f64::total_cmp);
+    means
+}
+
+/// The quantile of sorted values at `level` in `[0, 1]`, linear between neighbours (Hyndman and Fan's type 7); 0 for none.
+pub fn quantile(sorted: &[f64], level: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+    let position = level.clamp(0.0, 1.0) * last as f64;
+    let below = position.floor() as usize;
+    let above = (below + 1).min(last);
+    sorted[below] + (position - below as f64) * (sorted[above] - sorted[below])
+}
