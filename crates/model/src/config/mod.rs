@@ -135,7 +135,7 @@ pub struct ModelConfig {
 }
 
 /// No model has more layers; a larger count is a damaged file.
-const MAX_LAYERS: usize = 1024;
+pub(crate) const MAX_LAYERS: usize = 1024;
 /// No model has a larger width of anything; a larger one is a damaged file.
 const MAX_SIZE: usize = 1 << 24;
 
@@ -198,7 +198,7 @@ impl ModelConfig {
     }
 
     /// The family's fixed switches around the sizes, with full attention and one plain rotary table everywhere.
-    fn of_family(family: Family, sizes: Sizes) -> Self {
+    pub(crate) fn of_family(family: Family, sizes: Sizes) -> Self {
         let gemma = family == Family::Gemma3;
         Self {
             family,
@@ -327,13 +327,13 @@ impl ModelConfig {
 }
 
 /// The sizes that every family shares.
-struct Sizes {
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    max_positions: usize,
+pub(crate) struct Sizes {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub max_positions: usize,
 }

@@ -1,9 +1,13 @@
 //! Weights in memory and in files.
 //!
-//! Whatever the file, weights have Hugging Face names and layout and are `f32`: safetensors reads and writes that
-//! layout as it is, gguf dequantises and maps llama.cpp's.
+//! Whatever the file, weights have Hugging Face names and layout and are `f32`: [`safetensors`] reads and writes that
+//! layout as it is, [`gguf`] dequantises and maps llama.cpp's.
 
-use std::collections::BTreeMap;
+mod blob;
+pub mod gguf;
+pub mod safetensors;
+
+use std::collections::{BTreeMap, HashSet};
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -40,6 +44,8 @@ pub fn check(config: &ModelConfig, tensors: &mut Tensors) -> Result<()> {
     {
         tensors.remove(HEAD);
     }
+    // Old checkpoints carry the rotary frequencies, which the configuration already gives.
+    tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
     let expected = config.tensor_shapes();
     for (name, shape) in &expected {
         match tensors.get(name) {
@@ -51,7 +57,7 @@ pub fn check(config: &ModelConfig, tensors: &mut Tensors) -> Result<()> {
         }
     }
     if tensors.len() > expected.len() {
-        let known: std::collections::HashSet<_> = expected.iter().map(|(name, _)| name).collect();
+        let known: HashSet<_> = expected.iter().map(|(name, _)| name).collect();
         if let Some(extra) = tensors.keys().find(|name| !known.contains(name)) {
             return Err(Error::tensor(extra, format!("not part of a {} model of this configuration", config.family)));
         }
