@@ -1,0 +1,41 @@
+"""transformers' `generate`: 16 prompts of 64 tokens, 128 sampled tokens each, temperature 1."""
+
+import argparse
+
+import torch
+
+import common
+
+SEQUENCES, PROMPT, NEW = 16, 64, 128
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--bf16", action="store_true")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments = arguments.parse_args()
+    common.setup(arguments.threads)
+
+    model = common.model(torch.bfloat16 if arguments.bf16 else torch.float32).eval()
+    ids = torch.randint(0, common.SHAPE["vocab_size"], (SEQUENCES, PROMPT))
+
+    @torch.inference_mode()
+    def generate():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            min_new_tokens=NEW,
+            max_new_tokens=NEW,
+            pad_token_id=2,
+        )
+
+    case = f"generate-{'bf16' if arguments.bf16 else 'f32'}"
+    common.report(case, common.measure(generate, SEQUENCES * NEW, arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()
