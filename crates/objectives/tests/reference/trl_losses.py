@@ -1,0 +1,129 @@
+"""Reference values for the objectives, computed by TRL 1.16.0 on fixed tensors.
+
+    pip install trl==1.16.0 && python trl_losses.py > trl_losses.json
+
+`grpo` calls TRL's own `GRPOTrainer._compute_loss` with a stand-in for the trainer that hands it the log-probs; the
+gradients are torch's. TRL computes advantages inside its generation step, where they cannot be called on their own;
+`advantages` repeats those lines with TRL's own `nanstd`. `sft` is transformers' `ForCausalLMLoss` with TRL's global
+number of items.
+"""
+
+import json
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+import trl
+from transformers.loss.loss_utils import ForCausalLMLoss
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import nanstd
+
+torch.set_default_dtype(torch.float64)
+B, T, MAX_COMPLETION = 4, 6, 8
+LENGTHS = [6, 2, 4, 1]
+
+
+def wave(phase, scale):
+    """Fixed numbers without structure, so that no random generator has to be trusted."""
+    i = torch.arange(B * T, dtype=torch.float64)
+    return (scale * torch.sin(12.9898 * i + phase)).reshape(B, T)
+
+
+MASK = (torch.arange(T)[None, :] < torch.tensor(LENGTHS)[:, None]).long()
+
+
+def flat(x):
+    return [value for row, length in zip(x.tolist(), LENGTHS) for value in row[:length]]
+
+
+def grpo(loss_type, beta, epsilon_high, drift, accumulation=1):
+    log_probs = (-1.5 + wave(0.0, 1.2)).requires_grad_()
+    old = log_probs.detach() + wave(1.5, drift)
+    reference = log_probs.detach() + wave(2.0, 0.7)
+    entropy = 1.0 + wave(3.0, 0.5).abs()
+    advantages = torch.tensor([1.25, -0.5, 0.0, -0.75])
+    epsilon_high = epsilon_high or 0.2
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (log_probs, entropy, None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        epsilon_low=0.2,
+        epsilon_high=epsilon_high,
+        loss_type=loss_type,
+        use_vllm=False,
+        max_completion_length=MAX_COMPLETION,
+        current_gradient_accumulation_steps=accumulation,
+        _entropy_bonus_enabled=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        _metrics={"train": defaultdict(list)},
+    )
+    ids = torch.zeros(B, T, dtype=torch.long)
+    inputs = dict(
+        prompt_ids=ids, prompt_mask=torch.ones_like(ids), completion_ids=ids, completion_mask=MASK,
+        advantages=advantages, old_per_token_logps=old, ref_per_token_logps=reference,
+        num_items_in_batch=MASK.sum(),
+    )
+    loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    loss.backward()
+    return dict(
+        loss_type=loss_type, beta=beta, epsilon=0.2, epsilon_high=epsilon_high,
+        log_probs=flat(log_probs), old_log_probs=flat(old), reference_log_probs=flat(reference), entropy=flat(entropy),
+        advantages=advantages.tolist(), lengths=LENGTHS, max_completion_length=MAX_COMPLETION,
+        loss=loss.item(), gradient=flat(log_probs.grad),
+        metrics={name: values[0] for name, values in trainer._metrics["train"].items()},
+    )
+
+
+def advantages(rewards, group):
+    rewards = torch.tensor(rewards)
+    grouped = rewards.view(-1, group)
+    mean = torch.nanmean(grouped, dim=1).repeat_interleave(group)
+    std = nanstd(grouped, dim=1).repeat_interleave(group)
+    counts = (~torch.isnan(grouped)).sum(dim=1, keepdim=True)
+    leave_one_out = rewards - ((torch.nansum(grouped, dim=1, keepdim=True) - grouped) / (counts - 1)).view(-1)
+    values = dict(
+        group_mean_std=(rewards - mean) / (std + 1e-4),
+        group_mean=rewards - mean,
+        batch=(rewards - mean) / (nanstd(rewards) + 1e-4),
+        leave_one_out=leave_one_out,
+    )
+    return dict(
+        rewards=[None if r != r else r for r in rewards.tolist()], group=group,
+        **{name: torch.nan_to_num(value, nan=0.0).tolist() for name, value in values.items()},
+    )
+
+
+def sft():
+    vocabulary = 7
+    logits = (2.0 * torch.sin(78.233 * torch.arange(B * T * vocabulary) + 0.5)).reshape(B, T, vocabulary)
+    targets = (torch.arange(B * T) * 5 % vocabulary).reshape(B, T)
+    labels = torch.where(MASK.bool(), targets, -100)
+    # 3 further tokens belong to other micro-batches of the step.
+    items = MASK.sum() + 3
+    loss = ForCausalLMLoss(logits, None, vocabulary, num_items_in_batch=items, shift_labels=labels)
+    log_probs = logits.log_softmax(-1)
+    return dict(
+        log_probs=flat(log_probs.gather(-1, targets[..., None])[..., 0]),
+        entropy=flat(-(log_probs.exp() * log_probs).sum(-1)), correct=flat(logits.argmax(-1) == targets),
+        lengths=LENGTHS, items=items.item(), loss=loss.item(),
+    )
+
+
+print(json.dumps(dict(
+    trl=trl.__version__,
+    grpo=[
+        grpo(loss_type, beta, epsilon_high, drift)
+        for loss_type in ("dapo", "grpo", "dr_grpo")
+        for beta, epsilon_high, drift in ((0.0, None, 0.0), (0.0, 0.28, 0.9), (0.04, None, 0.9))
+    ],
+    advantages=[
+        advantages([1.0, 0.0, 0.25, 1.0, 0.5, 0.5, 0.5, 0.5, -2.0, 3.0, 0.125, 7.5], 4),
+        advantages([1.0, float("nan"), 0.25, 0.0, 2.0, float("nan"), 1.0, 4.0], 4),
+    ],
+    sft=sft(),
+), indent=1))
