@@ -6,6 +6,8 @@ use std::path::Path;
 use base::Hint;
 use base::files::FileError;
 
+use crate::decoder::NonFinite;
+
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -64,6 +66,9 @@ pub enum Error {
     /// A request that the model cannot serve, such as a token outside the vocabulary.
     #[error("{0}")]
     Invalid(String),
+    /// The first infinity or NaN of a forward or backward.
+    #[error(transparent)]
+    NonFinite(#[from] NonFinite),
 }
 
 impl Error {
@@ -102,6 +107,7 @@ impl Hint for Error {
             Self::Tensor { .. } => Some("the weights and config.json must come from the same model".into()),
             Self::UnknownModel { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
             Self::UnknownModel { .. } => Some("`posttrain models` lists the named models".into()),
+            Self::NonFinite(_) => Some("lower the learning rate, clip gradients, or train in f32".into()),
             Self::Text(_) | Self::Invalid(_) => None,
         }
     }

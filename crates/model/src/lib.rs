@@ -6,8 +6,12 @@
 //! those to gradients of the weights.
 
 pub mod config;
+pub mod decoder;
 pub mod error;
+pub mod lora;
+pub mod reference;
 pub mod weights;
 
 pub use config::{Family, ModelConfig};
+pub use decoder::Decoder;
 pub use error::{Error, Result};

@@ -1,0 +1,101 @@
+//! What a run will need, before any of it is allocated.
+
+use kernels::Precision;
+
+use crate::config::ModelConfig;
+use crate::lora::LoraConfig;
+
+/// Memory in bytes and work in floating-point operations, from the shapes alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// The weights, and an adapter's.
+    pub weights: usize,
+    /// Their packed copies.
+    pub packed: usize,
+    /// Gradients of the trainable parameters.
+    pub gradients: usize,
+    /// AdamW's two moments.
+    pub optimizer: usize,
+    /// The workspace of a forward that keeps its activations, and of its backward.
+    pub activations: usize,
+    /// Keys and values of one token of one sequence, in generation.
+    pub cache_per_token: usize,
+    /// Operations of one token's forward, attention at the given context included.
+    pub forward_flops_per_token: f64,
+    /// Operations of one token's forward and backward.
+    pub training_flops_per_token: f64,
+}
+
+impl Estimate {
+    /// The needs of training `config` with micro-batches of `rows` tokens in sequences of `context` tokens.
+    pub fn new(
+        config: &ModelConfig,
+        lora: Option<&LoraConfig>,
+        precision: Precision,
+        rows: usize,
+        context: usize,
+    ) -> Self {
+        let (d, q, kv, mlp) = (config.hidden_size, config.q_size(), config.kv_size(), config.intermediate_size);
+        let layers = config.layer_count();
+        let linears = [(d, q + 2 * kv), (q, d), (d, 2 * mlp), (mlp, d)];
+        let products = layers * linears.iter().map(|(inputs, outputs)| inputs * outputs).sum::<usize>();
+        let head = config.vocab_size * d;
+        let base = config.parameter_count();
+        let adapter = lora.map(|lora| adapter_size(config, lora));
+        let trained = adapter.unwrap_or(base);
+        let low_rank = lora.map_or(0, |lora| lora.r * lora.target_modules.len());
+
+        let mut kept = 2 * d + (q + 2 * kv) + q + config.heads + 2 * mlp + low_rank;
+        if config.qk_norm {
+            kept += q + kv + config.heads + config.kv_heads;
+        }
+        if config.sandwich_norms {
+            kept += 2 * d;
+        }
+        let shared = 4 * d + (q + 2 * kv) + q + 2 * mlp + 2 * d;
+        let logits = (32usize << 20).min(512 * config.vocab_size);
+        let activations = 4 * (rows * (layers * kept + shared) + logits);
+
+        let packed_bytes = match precision {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        };
+        // A query sees half of its context on average, or its window.
+        let seen = |layer: &crate::config::LayerAttention| layer.window.map_or(context / 2, |w| w.min(context / 2));
+        let attention: f64 = config.layers.iter().map(|layer| 4.0 * (q * seen(layer)) as f64).sum();
+        let dense = 2.0 * (products + head) as f64;
+        let update = 2.0 * adapter.unwrap_or(0) as f64;
+        let forward = dense + attention + update;
+        // Backward: one product for the gradient of the input, one for that of each trained weight; the head once more.
+        let weight_gradients = if adapter.is_some() { 2.0 * update } else { dense };
+        let training = forward + dense + weight_gradients + 2.0 * attention + 2.0 * head as f64;
+        Self {
+            weights: 4 * (base + adapter.unwrap_or(0)),
+            packed: packed_bytes * (products + head),
+            gradients: 4 * trained,
+            optimizer: 8 * trained,
+            activations,
+            cache_per_token: 8 * layers * kv,
+            forward_flops_per_token: forward,
+            training_flops_per_token: training,
+        }
+    }
+
+    /// Bytes of a training run in total.
+    pub fn training_bytes(&self) -> usize {
+        self.weights + self.packed + self.gradients + self.optimizer + self.activations
+    }
+}
+
+/// Number of weights of an adapter.
+fn adapter_size(config: &ModelConfig, lora: &LoraConfig) -> usize {
+    use crate::lora::TargetModule as Module;
+    let (d, q, kv, mlp) = (config.hidden_size, config.q_size(), config.kv_size(), config.intermediate_size);
+    let sides = |module: &Module| match module {
+        Module::QProj => d + q,
+        Module::KProj | Module::VProj => d + kv,
+        Module::OProj => q + d,
+        Module::GateProj | Module::UpProj | Module::DownProj => d + mlp,
+    };
+    config.layer_count() * lora.r * lora.target_modules.iter().map(sides).sum::<usize>()
+}

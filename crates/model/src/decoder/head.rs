@@ -1,0 +1,225 @@
+//! The fused head: log-probabilities, entropies and their gradients straight from hidden states.
+//!
+//! Logits exist for one chunk of rows at a time and are never stored. Backward computes them again, which costs one
+//! product and saves `tokens × vocabulary` floats.
+
+use std::ops::Range;
+
+use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
+use rayon::prelude::*;
+
+use super::linear::{Products, pack, prepared};
+use super::parameters::Gradients;
+use super::workspace::{HeadScratch, resize};
+use super::{NonFinite, PackedTokens};
+use crate::error::{Error, Result};
+
+/// A token whose log-probability is asked for, and the row of the hidden state that predicts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The row whose hidden state predicts the token: the row before the token's own.
+    pub row: usize,
+    /// The token.
+    pub token: u32,
+}
+
+/// Log-probabilities of targets.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogProbs {
+    /// One for each target, in nats.
+    pub log_prob: Vec<f32>,
+    /// The entropy of the distribution each target was taken from, in nats; empty unless asked for.
+    pub entropy: Vec<f32>,
+}
+
+/// Floats of logits held at a time (128 MiB); a chunk has as many rows as fit, within limits.
+const CHUNK_FLOATS: usize = 32 << 20;
+
+/// The output projection.
+#[derive(Clone)]
+pub(super) struct Head {
+    /// The weight's place among the base parameters: the embedding's, if tied.
+    pub weight: Range<usize>,
+    pub hidden: usize,
+    pub vocabulary: usize,
+    packed: Option<PackedMatrix>,
+}
+
+/// Where one row of the head's products comes from; `None` is a row of zeros.
+type Slot = Option<usize>;
+
+impl Head {
+    pub fn new(weight: Range<usize>, hidden: usize, vocabulary: usize) -> Self {
+        Self { weight, hidden, vocabulary, packed: None }
+    }
+
+    pub fn pack(&mut self, precision: Precision, base: &[f32]) {
+        let weight = Matrix::new(&base[self.weight.clone()], self.vocabulary, self.hidden);
+        pack(&mut self.packed, precision, weight.transposed());
+    }
+
+    pub fn packed_bytes(&self) -> usize {
+        self.packed.as_ref().map_or(0, PackedMatrix::bytes)
+    }
+
+    /// Rows of one chunk: even, so that chunks do not separate the pairs of a bf16 product.
+    fn chunk_rows(&self) -> usize {
+        (CHUNK_FLOATS / self.vocabulary).clamp(16, 512) / 2 * 2
+    }
+
+    /// The logits of `hidden` rows.
+    pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) {
+        let rows = hidden.len() / self.hidden;
+        let hidden = Matrix::new(hidden, rows, self.hidden);
+        prepared(&self.packed).matmul(hidden, MatrixMut::new(logits, rows, self.vocabulary), false);
+    }
+
+    /// Checks targets against the batch and the vocabulary.
+    pub fn check(&self, targets: &[Target], rows: usize, temperature: f32) -> Result<()> {
+        if !(temperature.is_finite() && temperature > 0.0) {
+            return Err(Error::Invalid(format!("expected a positive temperature, got {temperature}")));
+        }
+        for (index, target) in targets.iter().enumerate() {
+            if target.row >= rows || target.token as usize >= self.vocabulary {
+                let (row, token, vocabulary) = (target.row, target.token, self.vocabulary);
+                return Err(Error::Invalid(format!(
+                    "target {index} is token {token} after row {row}: the batch has {rows} rows, the vocabulary {vocabulary} tokens"
+                )));
+            }
+            if index > 0 && targets[index - 1].row > target.row {
+                return Err(Error::Invalid(format!("target {index} is out of order: targets go by ascending row")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gathers the hidden states of a chunk of slots and computes their logits.
+    fn chunk_logits(&self, slots: &[Slot], targets: &[Target], hidden: &[f32], scratch: &mut HeadScratch) {
+        let d = self.hidden;
+        resize(&mut scratch.hidden, slots.len() * d);
+        resize(&mut scratch.logits, slots.len() * self.vocabulary);
+        for (slot, row) in slots.iter().zip(scratch.hidden.chunks_exact_mut(d)) {
+            match slot {
+                Some(target) => row.copy_from_slice(&hidden[targets[*target].row * d..][..d]),
+                None => row.fill(0.0),
+            }
+        }
+        self.logits(&scratch.hidden, &mut scratch.logits);
+    }
+
+    /// Log-probabilities (and entropies) of `targets` at `temperature`.
+    pub fn log_probs(
+        &self,
+        hidden: &[f32],
+        targets: &[Target],
+        temperature: f32,
+        want_entropy: bool,
+        scratch: &mut HeadScratch,
+    ) -> Result<LogProbs> {
+        let mut stats = vec![RowStats { log_prob: 0.0, log_sum_exp: 0.0, entropy: 0.0 }; targets.len()];
+        let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
+        let chunk = self.chunk_rows();
+        for (slots, (targets_chunk, stats)) in slots.chunks(chunk).zip(targets.chunks(chunk).zip(stats.chunks_mut(chunk))) {
+            self.chunk_logits(slots, targets, hidden, scratch);
+            scratch.logits.par_chunks(self.vocabulary).zip(targets_chunk).zip(stats).for_each(|((logits, target), stats)| {
+                *stats = kernels::log_softmax_row(logits, 1.0 / temperature, target.token as usize);
+            });
+        }
+        collect(&stats, targets, want_entropy)
+    }
+
+    /// The gradient of `Σ d_log_prob · log_prob + d_entropy · entropy` with respect to the hidden states, added to
+    /// `d_hidden`, and to the head's weight where it is trained. Returns the log-probabilities, which fall out on the way.
+    #[allow(clippy::too_many_arguments, reason = "the operands of a loss head and its two gradients")]
+    pub fn backward(
+        &self,
+        products: Products<'_>,
+        tokens: &PackedTokens,
+        hidden: &[f32],
+        targets: &[Target],
+        temperature: f32,
+        d_log_prob: &[f32],
+        d_entropy: Option<&[f32]>,
+        d_hidden: &mut [f32],
+        gradients: &mut Gradients,
+        scratch: &mut HeadScratch,
+    ) -> Result<LogProbs> {
+        let (d, vocabulary) = (self.hidden, self.vocabulary);
+        let mut all_stats = vec![RowStats { log_prob: 0.0, log_sum_exp: 0.0, entropy: 0.0 }; targets.len()];
+        let slots = pair_slots(targets, tokens);
+        for slots in slots.chunks(self.chunk_rows()) {
+            self.chunk_logits(slots, targets, hidden, scratch);
+            let stats: Vec<Option<RowStats>> = scratch
+                .logits
+                .par_chunks_mut(vocabulary)
+                .zip(slots)
+                .map(|(logits, slot)| {
+                    let Some(index) = *slot else {
+                        logits.fill(0.0);
+                        return None;
+                    };
+                    let token = targets[index].token as usize;
+                    let stats = kernels::log_softmax_row(logits, 1.0 / temperature, token);
+                    let d_entropy = d_entropy.map_or(0.0, |d_entropy| d_entropy[index]);
+                    let scale = 1.0 / temperature;
+                    kernels::log_softmax_backward_row(logits, scale, token, stats, d_log_prob[index], d_entropy);
+                    Some(stats)
+                })
+                .collect();
+            for (slot, stats) in slots.iter().zip(stats) {
+                if let (Some(index), Some(stats)) = (slot, stats) {
+                    all_stats[*index] = stats;
+                }
+            }
+            let d_logits = Matrix::new(&scratch.logits, slots.len(), vocabulary);
+            let weight = Matrix::new(&products.base[self.weight.clone()], vocabulary, d);
+            resize(&mut scratch.d_hidden, slots.len() * d);
+            matmul(products.precision, d_logits, weight, MatrixMut::new(&mut scratch.d_hidden, slots.len(), d), false);
+            for (slot, gradient) in slots.iter().zip(scratch.d_hidden.chunks_exact(d)) {
+                if let Some(index) = slot {
+                    let row = &mut d_hidden[targets[*index].row * d..][..d];
+                    row.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += gradient);
+                }
+            }
+            if products.trains_base() {
+                let hidden = Matrix::new(&scratch.hidden, slots.len(), d);
+                let d_weight = MatrixMut::new(gradients.range_mut(&self.weight), vocabulary, d);
+                matmul(products.precision, d_logits.transposed(), hidden, d_weight, true);
+            }
+        }
+        collect(&all_stats, targets, d_entropy.is_some())
+    }
+}
+
+/// The targets with a gap wherever a sequence would otherwise start at an odd row of the head's products, so that a bf16
+/// product never pairs rows of two sequences and no split of a batch changes a bit.
+fn pair_slots(targets: &[Target], tokens: &PackedTokens) -> Vec<Slot> {
+    let mut slots = Vec::with_capacity(targets.len() + tokens.segments().len());
+    let mut segments = tokens.segments().iter().peekable();
+    for (index, target) in targets.iter().enumerate() {
+        let mut moved = false;
+        while segments.peek().is_some_and(|segment| target.row >= segment.start + segment.len) {
+            segments.next();
+            moved = true;
+        }
+        if moved && slots.len() % 2 == 1 {
+            slots.push(None);
+        }
+        slots.push(Some(index));
+    }
+    if slots.len() % 2 == 1 {
+        slots.push(None);
+    }
+    slots
+}
+
+/// Splits statistics into columns, after a check that they are numbers.
+fn collect(stats: &[RowStats], targets: &[Target], want_entropy: bool) -> Result<LogProbs> {
+    let log_prob: Vec<f32> = stats.iter().map(|stats| stats.log_prob).collect();
+    if let Some(mut found) = NonFinite::find(None, "log-probability", &log_prob, 1) {
+        found.row = targets[found.row].row;
+        return Err(found.into());
+    }
+    let entropy = if want_entropy { stats.iter().map(|stats| stats.entropy).collect() } else { Vec::new() };
+    Ok(LogProbs { log_prob, entropy })
+}

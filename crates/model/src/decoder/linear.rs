@@ -1,0 +1,228 @@
+//! A linear layer of the block: one or several projections of the same input computed as one product, each with an
+//! optional bias and an optional low-rank adapter.
+
+use std::ops::Range;
+
+use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+
+use super::parameters::{Gradients, Layout};
+
+/// Projections that share their input; their weights are neighbours in the flat storage.
+#[derive(Clone)]
+pub(super) struct Linear {
+    /// The modules' names without `.weight`, such as `model.layers.0.self_attn.q_proj`, and their output sizes.
+    pub modules: Vec<(String, usize)>,
+    pub inputs: usize,
+    pub outputs: usize,
+    /// `outputs × inputs` in the base parameters.
+    weight: Range<usize>,
+    /// `outputs` in the base parameters.
+    bias: Option<Range<usize>>,
+    /// The transposed weight, `inputs × outputs`.
+    packed: Option<PackedMatrix>,
+    pub adapter: Option<Adapter>,
+}
+
+/// The adapters of a [`Linear`]'s projections.
+#[derive(Clone)]
+pub(super) struct Adapter {
+    rank: usize,
+    scale: f32,
+    /// The A of each adapted projection, one below the other: `parts.len() * rank × inputs` in the adapter parameters.
+    a: Range<usize>,
+    packed_a: Option<PackedMatrix>,
+    parts: Vec<AdapterPart>,
+}
+
+/// One projection's B.
+#[derive(Clone)]
+struct AdapterPart {
+    /// The projection's outputs within those of the whole layer.
+    columns: Range<usize>,
+    /// `columns.len() × rank` in the adapter parameters.
+    b: Range<usize>,
+    packed_b: Option<PackedMatrix>,
+}
+
+impl Adapter {
+    /// Width of `A x` for all projections.
+    pub fn width(&self) -> usize {
+        self.parts.len() * self.rank
+    }
+}
+
+/// What a product needs to know beside its operands.
+#[derive(Clone, Copy)]
+pub(super) struct Products<'a> {
+    pub precision: Precision,
+    /// The base parameters, flat.
+    pub base: &'a [f32],
+    /// The adapter parameters, flat; `None` switches adapters off.
+    pub adapter: Option<&'a [f32]>,
+}
+
+impl Linear {
+    /// Lays out the weights and then the biases of `modules`, given as (name, outputs).
+    pub fn new(layout: &mut Layout, modules: Vec<(String, usize)>, inputs: usize, bias: bool) -> Self {
+        let join = |ranges: Vec<Range<usize>>| ranges[0].start..ranges[ranges.len() - 1].end;
+        let weights = modules.iter().map(|(name, n)| layout.push(format!("{name}.weight"), vec![*n, inputs])).collect();
+        let bias = bias.then(|| modules.iter().map(|(name, n)| layout.push(format!("{name}.bias"), vec![*n])).collect());
+        let outputs = modules.iter().map(|(_, n)| n).sum();
+        Self { modules, inputs, outputs, weight: join(weights), bias: bias.map(join), packed: None, adapter: None }
+    }
+
+    /// Lays out adapters for the projections that `adapted` picks by name. Returns the ranges of the As and of the Bs.
+    pub fn attach(
+        &mut self,
+        layout: &mut Layout,
+        rank: usize,
+        scale: f32,
+        adapted: impl Fn(&str) -> bool,
+        key: impl Fn(&str, char) -> String,
+    ) {
+        let chosen: Vec<&(String, usize)> = self.modules.iter().filter(|(name, _)| adapted(name)).collect();
+        let mut a = layout.len..layout.len;
+        for (name, _) in &chosen {
+            a.end = layout.push(key(name, 'A'), vec![rank, self.inputs]).end;
+        }
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for (name, outputs) in &self.modules {
+            if adapted(name) {
+                let b = layout.push(key(name, 'B'), vec![*outputs, rank]);
+                parts.push(AdapterPart { columns: first..first + outputs, b, packed_b: None });
+            }
+            first += outputs;
+        }
+        self.adapter = (!parts.is_empty()).then_some(Adapter { rank, scale, a, packed_a: None, parts });
+    }
+
+    /// Packs the weight for [`Linear::forward`].
+    pub fn pack_base(&mut self, precision: Precision, base: &[f32]) {
+        let weight = Matrix::new(&base[self.weight.clone()], self.outputs, self.inputs);
+        pack(&mut self.packed, precision, weight.transposed());
+    }
+
+    /// Packs the adapter for [`Linear::forward`].
+    pub fn pack_adapter(&mut self, precision: Precision, parameters: &[f32]) {
+        let inputs = self.inputs;
+        if let Some(adapter) = &mut self.adapter {
+            let a = Matrix::new(&parameters[adapter.a.clone()], adapter.width(), inputs);
+            pack(&mut adapter.packed_a, precision, a.transposed());
+            for part in &mut adapter.parts {
+                let b = Matrix::new(&parameters[part.b.clone()], part.columns.len(), adapter.rank);
+                pack(&mut part.packed_b, precision, b.transposed());
+            }
+        }
+    }
+
+    /// Bytes of the packed copies.
+    pub fn packed_bytes(&self) -> usize {
+        self.packed.as_ref().map_or(0, PackedMatrix::bytes)
+    }
+
+    /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, or `y +=` without a bias. `low_rank` receives `scale · x Aᵀ`.
+    pub fn forward(&self, products: Products<'_>, x: &[f32], y: &mut [f32], low_rank: &mut [f32], accumulate: bool) {
+        let rows = x.len() / self.inputs;
+        let x = Matrix::new(x, rows, self.inputs);
+        prepared(&self.packed).matmul(x, MatrixMut::new(y, rows, self.outputs), accumulate);
+        if let Some(bias) = &self.bias {
+            kernels::add_bias(y, &products.base[bias.clone()]);
+        }
+        if let (Some(adapter), true) = (&self.adapter, products.adapter.is_some()) {
+            let width = adapter.width();
+            let low_rank = &mut low_rank[..rows * width];
+            prepared(&adapter.packed_a).matmul(x, MatrixMut::new(low_rank, rows, width), false);
+            kernels::scale(low_rank, adapter.scale);
+            for (index, part) in adapter.parts.iter().enumerate() {
+                let low_rank = Matrix::new(&low_rank[index * adapter.rank..], rows, adapter.rank).with_row_stride(width);
+                let y = MatrixMut::new(&mut y[part.columns.start..], rows, part.columns.len()).with_row_stride(self.outputs);
+                prepared(&part.packed_b).matmul(low_rank, y, true);
+            }
+        }
+    }
+
+    /// The gradient of [`Linear::forward`]: `dx = dy W` (and through the adapter) where asked for; parameter gradients
+    /// accumulate. With an adapter the base weights are frozen and cost nothing.
+    #[allow(clippy::too_many_arguments, reason = "the operands of one product and its two gradients")]
+    pub fn backward(
+        &self,
+        products: Products<'_>,
+        x: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        low_rank: &[f32],
+        d_low_rank: &mut [f32],
+        gradients: &mut Gradients,
+    ) {
+        let rows = x.len() / self.inputs;
+        let precision = products.precision;
+        let x = Matrix::new(x, rows, self.inputs);
+        let d_outputs = Matrix::new(dy, rows, self.outputs);
+        let mut dx = dx;
+        if let Some(dx) = dx.as_deref_mut() {
+            let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs);
+            matmul(precision, d_outputs, weight, MatrixMut::new(dx, rows, self.inputs), false);
+        }
+        let Some(parameters) = products.adapter else {
+            let d_weight = MatrixMut::new(gradients.range_mut(&self.weight), self.outputs, self.inputs);
+            matmul(precision, d_outputs.transposed(), x, d_weight, true);
+            if let Some(bias) = &self.bias {
+                kernels::bias_backward(dy, gradients.range_mut(bias));
+            }
+            return;
+        };
+        let Some(adapter) = &self.adapter else { return };
+        let (rank, width) = (adapter.rank, adapter.width());
+        let d_low_rank = &mut d_low_rank[..rows * width];
+        for (index, part) in adapter.parts.iter().enumerate() {
+            let outputs = part.columns.len();
+            let dy = Matrix::new(&dy[part.columns.start..], rows, outputs).with_row_stride(self.outputs);
+            let low_rank = Matrix::new(&low_rank[index * rank..], rows, rank).with_row_stride(width);
+            let d_b = MatrixMut::new(gradients.range_mut(&part.b), outputs, rank);
+            matmul(precision, dy.transposed(), low_rank, d_b, true);
+            let b = Matrix::new(&parameters[part.b.clone()], outputs, rank);
+            let d_low_rank = MatrixMut::new(&mut d_low_rank[index * rank..], rows, rank).with_row_stride(width);
+            matmul(precision, dy, b, d_low_rank, false);
+        }
+        kernels::scale(d_low_rank, adapter.scale);
+        let d_low_rank = Matrix::new(d_low_rank, rows, width);
+        let d_a = MatrixMut::new(gradients.range_mut(&adapter.a), width, self.inputs);
+        matmul(precision, d_low_rank.transposed(), x, d_a, true);
+        if let Some(dx) = dx {
+            let a = Matrix::new(&parameters[adapter.a.clone()], width, self.inputs);
+            matmul(precision, d_low_rank, a, MatrixMut::new(dx, rows, self.inputs), true);
+        }
+    }
+
+    /// Adds `scale · B A` to the weight and drops the adapter. Always in f32.
+    pub fn merge(&mut self, base: &mut [f32], parameters: &[f32]) {
+        let Some(adapter) = self.adapter.take() else { return };
+        let weight = &mut base[self.weight.clone()];
+        for (index, part) in adapter.parts.iter().enumerate() {
+            let outputs = part.columns.len();
+            let scaled: Vec<f32> = parameters[part.b.clone()].iter().map(|b| b * adapter.scale).collect();
+            let b = Matrix::new(&scaled, outputs, adapter.rank);
+            let a = &parameters[adapter.a.clone()][index * adapter.rank * self.inputs..][..adapter.rank * self.inputs];
+            let a = Matrix::new(a, adapter.rank, self.inputs);
+            let rows = &mut weight[part.columns.start * self.inputs..part.columns.end * self.inputs];
+            matmul(Precision::F32, b, a, MatrixMut::new(rows, outputs, self.inputs), true);
+        }
+    }
+}
+
+/// Packs `right` into `slot`, reusing its storage where the precision is the same.
+pub(super) fn pack(slot: &mut Option<PackedMatrix>, precision: Precision, right: Matrix<'_>) {
+    let fits = slot.as_ref().is_some_and(|packed| packed.precision() == precision);
+    if !fits {
+        *slot = Some(PackedMatrix::new(precision, right.rows(), right.cols()));
+    }
+    if let Some(packed) = slot {
+        packed.pack(0, right);
+    }
+}
+
+/// The packed weights. `Decoder::forward` has checked that they are there.
+pub(super) fn prepared(packed: &Option<PackedMatrix>) -> &PackedMatrix {
+    packed.as_ref().expect("Decoder::ready has checked that the weights are packed")
+}

@@ -1,0 +1,522 @@
+//! The engine: a hand-written decoder over plain slices, for training and for generation.
+//!
+//! A [`Decoder`] owns the weights. [`Decoder::forward`] turns [`PackedTokens`] into hidden states inside a [`Workspace`];
+//! [`Decoder::log_probs`] reads log-probabilities off them; [`Decoder::backward`] turns gradients of those into
+//! [`Gradients`] of the weights. [`Decoder::prefill`] and [`Decoder::decode`] run the same layers over key-value caches.
+//! The engine knows no loss.
+//!
+//! Results do not depend on threads, on the other sequences of a batch or on how a batch is split: every reduction is a
+//! left fold over an index of its own sequence, or over tokens in order.
+
+mod decode;
+mod estimate;
+mod head;
+mod layer;
+mod linear;
+mod non_finite;
+mod parameters;
+mod tokens;
+mod workspace;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use base::{Purpose, Random};
+use kernels::{Precision, RopeTable};
+use rayon::prelude::*;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::lora::{LoraConfig, peft_key};
+use crate::weights::{Tensor, Tensors};
+use head::Head;
+use layer::{Layer, Pass};
+use linear::Products;
+use parameters::{EMBEDDING, Layout};
+use workspace::Activations;
+
+pub use decode::{DecodeRow, KvCache, Prefill, SequenceCache};
+pub use estimate::Estimate;
+pub use head::{LogProbs, Target};
+pub use non_finite::NonFinite;
+pub use parameters::{Gradients, ParameterInfo};
+pub use tokens::PackedTokens;
+pub use workspace::Workspace;
+
+/// The standard deviation of the weights of a random model.
+const INITIAL_DEVIATION: f64 = 0.02;
+
+/// A decoder and its weights, with or without an adapter.
+#[derive(Clone)]
+pub struct Decoder {
+    config: ModelConfig,
+    layout: Arc<Layout>,
+    base: Vec<f32>,
+    embedding: Range<usize>,
+    layers: Vec<Layer>,
+    final_norm: Range<usize>,
+    head: Head,
+    tables: Arc<[RopeTable]>,
+    adapter: Option<AdapterState>,
+    /// The precision of the packed weights.
+    precision: Option<Precision>,
+    base_stale: bool,
+    adapter_stale: bool,
+}
+
+#[derive(Clone)]
+struct AdapterState {
+    config: LoraConfig,
+    layout: Arc<Layout>,
+    values: Vec<f32>,
+    on: bool,
+}
+
+impl Products<'_> {
+    /// Whether the base weights are what is trained.
+    fn trains_base(&self) -> bool {
+        self.adapter.is_none()
+    }
+}
+
+impl Decoder {
+    /// A decoder with the given weights, which are moved into the engine's own layout.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself; a tensor that is missing, unexpected or of another shape.
+    pub fn new(config: ModelConfig, mut tensors: Tensors) -> Result<Self> {
+        crate::weights::check(&config, &mut tensors)?;
+        let mut decoder = Self::zeros(config)?;
+        for entry in &decoder.layout.entries {
+            // Removing each tensor keeps no second copy of the whole model.
+            let tensor = tensors.remove(&entry.name).ok_or_else(|| Error::tensor(&entry.name, "missing"))?;
+            decoder.base[entry.range.clone()].copy_from_slice(&tensor.data);
+        }
+        Ok(decoder)
+    }
+
+    /// A decoder with random weights: matrices normal with deviation 0.02, norms one, biases zero.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself.
+    pub fn random(config: ModelConfig, seed: u64) -> Result<Self> {
+        let mut decoder = Self::zeros(config)?;
+        let random = Random::new(seed, Purpose::Init);
+        let norm = 1.0 - decoder.config.norm_weight_offset;
+        for (index, entry) in decoder.layout.entries.iter().enumerate() {
+            let values = &mut decoder.base[entry.range.clone()];
+            if entry.name.contains("norm") {
+                values.fill(norm);
+            } else if entry.shape.len() > 1 {
+                let random = random.prompt(index as u32);
+                fill(values, |i| (random.normal(i) * INITIAL_DEVIATION) as f32);
+            }
+        }
+        Ok(decoder)
+    }
+
+    fn zeros(config: ModelConfig) -> Result<Self> {
+        config.validate()?;
+        let d = config.hidden_size;
+        let mut layout = Layout::default();
+        let embedding = layout.push(EMBEDDING.to_owned(), vec![config.vocab_size, d]);
+        let layers = (0..config.layer_count()).map(|index| Layer::new(&mut layout, &config, index)).collect();
+        let final_norm = layout.push("model.norm.weight".to_owned(), vec![d]);
+        let head = match config.tied_head {
+            true => embedding.clone(),
+            false => layout.push("lm_head.weight".to_owned(), vec![config.vocab_size, d]),
+        };
+        let table = |rope: &crate::config::RopeConfig| {
+            RopeTable::new(&rope.inverse_frequencies(config.head_dim), 1.0, config.max_positions)
+        };
+        Ok(Self {
+            tables: config.ropes.iter().map(table).collect(),
+            base: vec![0.0; layout.len],
+            layout: Arc::new(layout),
+            embedding,
+            layers,
+            final_norm,
+            head: Head::new(head, d, config.vocab_size),
+            adapter: None,
+            precision: None,
+            base_stale: true,
+            adapter_stale: true,
+            config,
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A copy of the base weights under their Hugging Face names.
+    pub fn tensors(&self) -> Tensors {
+        copy_tensors(&self.layout, &self.base)
+    }
+
+    // ---- Parameters ----
+
+    fn trainable(&self) -> &Arc<Layout> {
+        self.adapter.as_ref().map_or(&self.layout, |adapter| &adapter.layout)
+    }
+
+    /// The trainable parameters in a fixed order: the adapter's if there is one, else all weights.
+    pub fn parameters(&self) -> &[ParameterInfo] {
+        &self.trainable().entries
+    }
+
+    /// The values of parameter `index`.
+    pub fn parameter(&self, index: usize) -> &[f32] {
+        let values = self.adapter.as_ref().map_or(&self.base, |adapter| &adapter.values);
+        &values[self.parameters()[index].range.clone()]
+    }
+
+    /// The values of parameter `index`, to be changed; [`Decoder::prepare`] must follow.
+    pub fn parameter_mut(&mut self, index: usize) -> &mut [f32] {
+        let range = self.parameters()[index].range.clone();
+        match &mut self.adapter {
+            Some(adapter) => {
+                self.adapter_stale = true;
+                &mut adapter.values[range]
+            }
+            None => {
+                self.base_stale = true;
+                &mut self.base[range]
+            }
+        }
+    }
+
+    /// Zero gradients for the trainable parameters.
+    pub fn gradients(&self) -> Gradients {
+        Gradients::zeros(self.trainable().clone())
+    }
+
+    /// Packs the weights for `precision`, as far as they have changed. Must follow every change of a weight.
+    pub fn prepare(&mut self, precision: Precision) {
+        let repack = self.precision != Some(precision);
+        if repack || self.base_stale {
+            for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+                linear.pack_base(precision, &self.base);
+            }
+            self.head.pack(precision, &self.base);
+        }
+        if let Some(adapter) = self.adapter.as_ref().filter(|_| repack || self.adapter_stale) {
+            for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+                linear.pack_adapter(precision, &adapter.values);
+            }
+        }
+        self.precision = Some(precision);
+        self.base_stale = false;
+        self.adapter_stale = false;
+    }
+
+    /// The precision the weights are packed for.
+    pub fn precision(&self) -> Option<Precision> {
+        self.precision
+    }
+
+    /// Bytes of the packed copies of the weights.
+    pub fn packed_bytes(&self) -> usize {
+        let linears = self.layers.iter().flat_map(Layer::linears).map(linear::Linear::packed_bytes);
+        linears.sum::<usize>() + self.head.packed_bytes()
+    }
+
+    /// Checks that the packed weights are current.
+    fn ready(&self) -> Result<Precision> {
+        match self.precision {
+            Some(precision) if !self.base_stale && !(self.adapter_stale && self.adapter.is_some()) => Ok(precision),
+            _ => Err(Error::Invalid("the decoder's weights changed and were not prepared".into())),
+        }
+    }
+
+    // ---- Adapters ----
+
+    /// Adds a fresh adapter, which changes nothing yet, and makes it what is trained.
+    ///
+    /// # Errors
+    /// An adapter that is none, or one on top of another.
+    pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
+        config.validate()?;
+        if self.adapter.is_some() {
+            return Err(Error::Invalid("the decoder already has an adapter; merge it first".into()));
+        }
+        let mut layout = Layout::default();
+        let adapted = |name: &str| config.target_modules.iter().any(|module| name.ends_with(module.name()));
+        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+            linear.attach(&mut layout, config.r, config.scale(), adapted, peft_key);
+        }
+        let mut values = vec![0.0; layout.len];
+        let random = Random::new(seed, Purpose::Init).step(1);
+        for (index, entry) in layout.entries.iter().enumerate().filter(|(_, entry)| entry.name.contains("lora_A")) {
+            let bound = 1.0 / (entry.shape[1] as f64).sqrt();
+            let random = random.prompt(index as u32);
+            fill(&mut values[entry.range.clone()], |i| ((2.0 * random.at(i).uniform() - 1.0) * bound) as f32);
+        }
+        self.adapter = Some(AdapterState { config: config.clone(), layout: Arc::new(layout), values, on: true });
+        self.adapter_stale = true;
+        Ok(())
+    }
+
+    /// Adds the adapter of `config` with the values of a PEFT file.
+    ///
+    /// # Errors
+    /// As [`Decoder::attach_lora`]; a tensor that is missing, unexpected or of another shape.
+    pub fn load_adapter(&mut self, config: &LoraConfig, mut tensors: Tensors) -> Result<()> {
+        self.attach_lora(config, 0)?;
+        let loaded = self.adapter.as_mut().map_or(Ok(()), |adapter| {
+            for entry in &adapter.layout.entries {
+                let tensor = tensors.remove(&entry.name).ok_or_else(|| Error::tensor(&entry.name, "missing"))?;
+                if tensor.shape != entry.shape {
+                    let reason = format!("expected shape {:?}, found {:?}", entry.shape, tensor.shape);
+                    return Err(Error::tensor(&entry.name, reason));
+                }
+                adapter.values[entry.range.clone()].copy_from_slice(&tensor.data);
+            }
+            tensors.keys().next().map_or(Ok(()), |extra| Err(Error::tensor(extra, "not part of this adapter")))
+        });
+        if loaded.is_err() {
+            self.drop_adapter();
+        }
+        loaded
+    }
+
+    /// A copy of the adapter's weights under PEFT's names; empty without an adapter.
+    pub fn adapter_tensors(&self) -> Tensors {
+        self.adapter.as_ref().map(|adapter| copy_tensors(&adapter.layout, &adapter.values)).unwrap_or_default()
+    }
+
+    /// The adapter's shape, if there is one.
+    pub fn adapter_config(&self) -> Option<&LoraConfig> {
+        self.adapter.as_ref().map(|adapter| &adapter.config)
+    }
+
+    /// Switches the adapter on or off; off is the base model, which serves as the reference policy for free.
+    pub fn set_adapter(&mut self, on: bool) {
+        if let Some(adapter) = &mut self.adapter {
+            adapter.on = on;
+        }
+    }
+
+    /// Adds the adapter's update to the weights and drops it. The weights are then what is trained.
+    pub fn merge_adapter(&mut self) {
+        if let Some(adapter) = self.adapter.take() {
+            for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+                linear.merge(&mut self.base, &adapter.values);
+            }
+            self.base_stale = true;
+        }
+    }
+
+    fn drop_adapter(&mut self) {
+        self.adapter = None;
+        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+            linear.adapter = None;
+        }
+    }
+
+    /// Widths of the adapters' inner products in the four linears of a layer.
+    fn low_rank(&self) -> [usize; 4] {
+        self.layers[0].linears().map(|linear| linear.adapter.as_ref().map_or(0, linear::Adapter::width))
+    }
+
+    // ---- Forward ----
+
+    fn products(&self, precision: Precision) -> Products<'_> {
+        let adapter = self.adapter.as_ref().filter(|adapter| adapter.on).map(|adapter| &adapter.values[..]);
+        Products { precision, base: &self.base, adapter }
+    }
+
+    /// Runs the decoder over a batch and leaves the hidden states after the final norm in the workspace. With `keep`,
+    /// leaves there too what [`Decoder::backward`] needs.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary, sequences longer than the context, weights that are not prepared, and the first
+    /// value that is not finite.
+    pub fn forward(&self, tokens: &PackedTokens, workspace: &mut Workspace, keep: bool) -> Result<()> {
+        tokens.check(self.config.vocab_size, self.config.max_positions)?;
+        workspace.positions = tokens.positions();
+        self.run(tokens.ids(), workspace, keep, |layer, kept| {
+            kernels::attention(layer.shape, tokens.segments(), &kept.qkv, &mut kept.attention, &mut kept.log_sum_exp);
+        })
+    }
+
+    /// The stack over rows at `workspace.positions`; `attend` turns a layer's queries, keys and values into its attention.
+    fn run(
+        &self,
+        ids: &[u32],
+        workspace: &mut Workspace,
+        keep: bool,
+        mut attend: impl FnMut(&Layer, &mut Activations),
+    ) -> Result<()> {
+        let precision = self.ready()?;
+        if ids.is_empty() {
+            return Err(Error::Invalid("the batch is empty".into()));
+        }
+        let d = self.config.hidden_size;
+        workspace.fit(&self.config, ids.len(), self.low_rank(), keep);
+        let Workspace { positions, residual, layers: kept_layers, scratch, .. } = workspace;
+        let embedding = &self.base[self.embedding.clone()];
+        for (row, &id) in residual.chunks_exact_mut(d).zip(ids) {
+            row.copy_from_slice(&embedding[id as usize * d..][..d]);
+        }
+        if self.config.embedding_scale != 1.0 {
+            kernels::scale(residual, self.config.embedding_scale);
+        }
+        for layer in &self.layers {
+            let kept = &mut kept_layers[if keep { layer.index } else { 0 }];
+            let pass = Pass { products: self.products(precision), positions, table: &self.tables[layer.rope] };
+            layer.forward_qkv(pass, residual, kept, scratch);
+            attend(layer, kept);
+            layer.forward_rest(pass, residual, kept, scratch);
+            if kernels::finite(residual).is_some()
+                && let Some(found) = layer.blame(kept, residual)
+            {
+                return Err(found.into());
+            }
+        }
+        let norm = &self.base[self.final_norm.clone()];
+        let (offset, eps) = (self.config.norm_weight_offset, self.config.eps);
+        kernels::rms_norm(residual, norm, offset, eps, &mut workspace.hidden, &mut workspace.final_inverse_rms);
+        if keep {
+            workspace.final_input.copy_from_slice(residual);
+        }
+        NonFinite::find(None, "final hidden state", &workspace.hidden, d).map_or(Ok(()), |found| Err(found.into()))
+    }
+
+    /// The log-probabilities of `targets`, in ascending order of row, under softmax(logits / temperature) of the last
+    /// forward; with `want_entropy` also the entropies.
+    ///
+    /// # Errors
+    /// Targets outside the batch or the vocabulary or out of order, a temperature that is not positive, and the first
+    /// log-probability that is not finite.
+    pub fn log_probs(
+        &self,
+        workspace: &mut Workspace,
+        targets: &[Target],
+        temperature: f32,
+        want_entropy: bool,
+    ) -> Result<LogProbs> {
+        self.ready()?;
+        self.head.check(targets, workspace.rows, temperature)?;
+        self.head.log_probs(&workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
+    }
+
+    // ---- Backward ----
+
+    /// The gradient of `Σ d_log_prob · log_prob + d_entropy · entropy`, added to `gradients`. The workspace must come from
+    /// a [`Decoder::forward`] over the same tokens that kept its activations; it is used up.
+    ///
+    /// Returns the log-probabilities, which are computed again on the way: with gradients known beforehand, as in
+    /// supervised training, no [`Decoder::log_probs`] is needed.
+    ///
+    /// # Errors
+    /// As [`Decoder::log_probs`]; a workspace without activations; an adapter that is switched off; and the first gradient
+    /// of an activation that is not finite.
+    #[allow(clippy::too_many_arguments, reason = "the two gradients of one head, and where to put the result")]
+    pub fn backward(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        targets: &[Target],
+        temperature: f32,
+        d_log_prob: &[f32],
+        d_entropy: Option<&[f32]>,
+        gradients: &mut Gradients,
+    ) -> Result<LogProbs> {
+        let precision = self.ready()?;
+        self.head.check(targets, workspace.rows, temperature)?;
+        if d_log_prob.len() != targets.len() || d_entropy.is_some_and(|d_entropy| d_entropy.len() != targets.len()) {
+            return Err(Error::Invalid(format!("expected one gradient for each of {} targets", targets.len())));
+        }
+        let products = self.products(precision);
+        let mut d_hidden = std::mem::take(&mut workspace.d_hidden);
+        d_hidden.clear();
+        workspace::resize(&mut d_hidden, workspace.rows * self.config.hidden_size);
+        let log_probs = self.head.backward(
+            products,
+            tokens,
+            &workspace.hidden,
+            targets,
+            temperature,
+            d_log_prob,
+            d_entropy,
+            &mut d_hidden,
+            gradients,
+            &mut workspace.head,
+        );
+        let result = log_probs.and_then(|log_probs| {
+            self.backward_hidden(tokens, workspace, &d_hidden, gradients)?;
+            Ok(log_probs)
+        });
+        workspace.d_hidden = d_hidden;
+        result
+    }
+
+    /// The part of [`Decoder::backward`] below the head, from the gradient of [`Workspace::hidden`]: for heads other than
+    /// the language model's.
+    ///
+    /// # Errors
+    /// As [`Decoder::backward`].
+    pub fn backward_hidden(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        d_hidden: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let precision = self.ready()?;
+        let d = self.config.hidden_size;
+        if !workspace.kept || workspace.rows != tokens.rows() {
+            return Err(Error::Invalid("backward needs a forward over the same tokens that kept its activations".into()));
+        }
+        if self.adapter.as_ref().is_some_and(|adapter| !adapter.on) {
+            return Err(Error::Invalid("backward trains the adapter, which is switched off".into()));
+        }
+        // What the layers kept is about to be overwritten.
+        workspace.kept = false;
+        workspace.fit_backward(&self.config, self.low_rank());
+        let products = self.products(precision);
+        let Workspace { positions, residual: d_residual, layers: kept, scratch, final_input, final_inverse_rms, .. } =
+            workspace;
+        d_residual.fill(0.0);
+        let norm = &self.base[self.final_norm.clone()];
+        let d_norm = products.trains_base().then(|| gradients.range_mut(&self.final_norm));
+        let offset = self.config.norm_weight_offset;
+        kernels::rms_norm_backward(final_input, norm, offset, final_inverse_rms, d_hidden, d_residual, d_norm);
+        for layer in self.layers.iter().rev() {
+            let pass = Pass { products, positions, table: &self.tables[layer.rope] };
+            let kept = &mut kept[layer.index];
+            let input_gradient = layer.index > 0 || products.trains_base();
+            layer.backward(pass, tokens.segments(), d_residual, kept, scratch, input_gradient, gradients);
+            let tensor = "gradient of the layer input";
+            if let Some(found) = NonFinite::find(Some(layer.index), tensor, d_residual, d) {
+                return Err(found.into());
+            }
+        }
+        if products.trains_base() {
+            for segment in tokens.segments() {
+                for row in segment.start..segment.start + segment.len {
+                    let gradient = &d_residual[row * d..][..d];
+                    gradients.add_input_embedding(tokens.ids()[row], gradient, self.config.embedding_scale);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fills `values` from their indices, on all threads.
+fn fill(values: &mut [f32], value: impl Fn(u32) -> f32 + Sync) {
+    const CHUNK: usize = 1 << 14;
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        for (offset, slot) in values.iter_mut().enumerate() {
+            *slot = value((chunk * CHUNK + offset) as u32);
+        }
+    });
+}
+
+fn copy_tensors(layout: &Layout, values: &[f32]) -> Tensors {
+    let copy = |entry: &ParameterInfo| Tensor::new(entry.shape.clone(), values[entry.range.clone()].to_vec());
+    layout.entries.iter().map(|entry| (entry.name.clone(), copy(entry))).collect()
+}

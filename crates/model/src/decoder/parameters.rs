@@ -1,0 +1,163 @@
+//! Parameters and their gradients: flat storage with named views.
+//!
+//! All weights of a decoder lie in one slice, in the order of their [`ParameterInfo`]. The projections that the engine
+//! computes together (q, k, v; gate, up) are neighbours there, so that one product serves them and each name is a view.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::NonFinite;
+
+/// The embedding's name.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// One tensor among the parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParameterInfo {
+    /// Its Hugging Face (or PEFT) name.
+    pub name: String,
+    /// Its shape; linear weights are `[out, in]`.
+    pub shape: Vec<usize>,
+    /// Whether weight decay applies: to matrices, not to norms and biases.
+    pub decay: bool,
+    /// Its place in the flat storage.
+    pub range: Range<usize>,
+}
+
+/// The order and places of a set of parameters.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout {
+    pub entries: Vec<ParameterInfo>,
+    index: BTreeMap<String, usize>,
+    pub len: usize,
+}
+
+impl Layout {
+    /// Appends a tensor and returns its range.
+    pub fn push(&mut self, name: String, shape: Vec<usize>) -> Range<usize> {
+        let range = self.len..self.len + shape.iter().product::<usize>();
+        self.len = range.end;
+        self.index.insert(name.clone(), self.entries.len());
+        let decay = shape.len() > 1;
+        self.entries.push(ParameterInfo { name, shape, decay, range: range.clone() });
+        range
+    }
+
+    /// The entry called `name`.
+    pub fn get(&self, name: &str) -> Option<&ParameterInfo> {
+        self.index.get(name).map(|&i| &self.entries[i])
+    }
+}
+
+/// The gradients of a decoder's trainable parameters, accumulated over micro-batches.
+///
+/// Every element is a left fold over tokens, so that splitting a batch into consecutive micro-batches gives the same
+/// bytes. A tied embedding is reached twice by each micro-batch, from the head and from the input; the two folds are kept
+/// apart until [`Gradients::finish`] adds them.
+pub struct Gradients {
+    layout: Arc<Layout>,
+    data: Vec<f32>,
+    input_embedding: SparseRows,
+}
+
+impl Gradients {
+    pub(super) fn zeros(layout: Arc<Layout>) -> Self {
+        let data = vec![0.0; layout.len];
+        Self { layout, data, input_embedding: SparseRows::default() }
+    }
+
+    /// Sets all gradients to zero, keeping the storage.
+    pub fn clear(&mut self) {
+        self.data.fill(0.0);
+        self.input_embedding.clear();
+    }
+
+    /// Adds what is still kept apart. Call it once after the last micro-batch, before reading.
+    pub fn finish(&mut self) {
+        if let Some(entry) = self.layout.get(EMBEDDING) {
+            let width = entry.shape[1];
+            let embedding = &mut self.data[entry.range.clone()];
+            for (&row, values) in self.input_embedding.index.keys().zip(self.input_embedding.in_row_order(width)) {
+                for (gradient, value) in embedding[row as usize * width..][..width].iter_mut().zip(values) {
+                    *gradient += value;
+                }
+            }
+        }
+        self.input_embedding.clear();
+    }
+
+    /// The gradient of parameter `index`, in the order of `Decoder::parameters`.
+    pub fn grad(&self, index: usize) -> &[f32] {
+        &self.data[self.layout.entries[index].range.clone()]
+    }
+
+    /// All gradients, in the order of `Decoder::parameters`.
+    pub fn flat(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// All gradients, to be scaled or replaced.
+    pub fn flat_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
+    /// Storage in bytes.
+    pub fn bytes(&self) -> usize {
+        4 * (self.data.len() + self.input_embedding.values.len())
+    }
+
+    /// The first gradient that is infinite or NaN, by parameter name and row.
+    pub fn non_finite(&self) -> Option<NonFinite> {
+        let first = kernels::finite(&self.data)?;
+        let entry = self.layout.entries.iter().find(|entry| entry.range.contains(&first))?;
+        let name = format!("gradient of {}", entry.name);
+        let width = entry.shape.last().copied().unwrap_or(1);
+        NonFinite::find(layer_of(&entry.name), &name, &self.data[entry.range.clone()], width)
+    }
+
+    /// The storage of a range of the layout.
+    pub(super) fn range_mut(&mut self, range: &Range<usize>) -> &mut [f32] {
+        &mut self.data[range.clone()]
+    }
+
+    /// Adds `scale · values` to the input side of the embedding's gradient at `token`.
+    pub(super) fn add_input_embedding(&mut self, token: u32, values: &[f32], scale: f32) {
+        self.input_embedding.add(token, values, scale);
+    }
+}
+
+/// The layer number inside a parameter's name.
+pub(super) fn layer_of(name: &str) -> Option<usize> {
+    let (_, rest) = name.split_once("layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
+/// A matrix most of whose rows are zero.
+#[derive(Default)]
+struct SparseRows {
+    index: BTreeMap<u32, usize>,
+    values: Vec<f32>,
+}
+
+impl SparseRows {
+    fn add(&mut self, row: u32, values: &[f32], scale: f32) {
+        let next = self.index.len();
+        let slot = *self.index.entry(row).or_insert(next);
+        if slot == next {
+            self.values.resize((next + 1) * values.len(), 0.0);
+        }
+        for (sum, value) in self.values[slot * values.len()..][..values.len()].iter_mut().zip(values) {
+            *sum += scale * value;
+        }
+    }
+
+    fn in_row_order(&self, width: usize) -> impl Iterator<Item = &[f32]> {
+        self.index.values().map(move |slot| &self.values[slot * width..][..width])
+    }
+
+    fn clear(&mut self) {
+        self.index.clear();
+        self.values.clear();
+    }
+}

@@ -1,0 +1,180 @@
+//! Memory that a forward and a backward reuse from step to step.
+
+use crate::config::ModelConfig;
+
+/// Activations and scratch space of one forward and backward at a time.
+///
+/// It grows to the largest batch it has seen and stays there, so that a long run does not allocate as it goes.
+#[derive(Default)]
+pub struct Workspace {
+    /// Rows of the last forward.
+    pub(super) rows: usize,
+    /// Whether the last forward kept what backward needs.
+    pub(super) kept: bool,
+    pub(super) positions: Vec<u32>,
+    /// The residual stream; in backward its gradient.
+    pub(super) residual: Vec<f32>,
+    /// What each layer keeps for backward; one shared entry where nothing is kept.
+    pub(super) layers: Vec<Activations>,
+    pub(super) scratch: Scratch,
+    /// The input of the final norm.
+    pub(super) final_input: Vec<f32>,
+    pub(super) final_inverse_rms: Vec<f32>,
+    /// The final norm's output.
+    pub(super) hidden: Vec<f32>,
+    /// The gradient of `hidden`.
+    pub(super) d_hidden: Vec<f32>,
+    pub(super) head: HeadScratch,
+}
+
+/// What one layer's backward needs of its forward. Normed rows and the gated product are recomputed instead.
+#[derive(Default)]
+pub(super) struct Activations {
+    /// The residual stream at the layer's input.
+    pub input: Vec<f32>,
+    /// Queries, keys and values after bias, head norm and rotation.
+    pub qkv: Vec<f32>,
+    /// Queries and keys before their head norms.
+    pub q_input: Vec<f32>,
+    pub k_input: Vec<f32>,
+    pub q_inverse_rms: Vec<f32>,
+    pub k_inverse_rms: Vec<f32>,
+    pub attention: Vec<f32>,
+    pub log_sum_exp: Vec<f32>,
+    /// The sublayers' outputs before their post norms.
+    pub attention_output: Vec<f32>,
+    pub mlp_output: Vec<f32>,
+    /// The residual stream between attention and MLP.
+    pub middle: Vec<f32>,
+    pub gate_up: Vec<f32>,
+    /// `scale · x Aᵀ` of the layer's four linears.
+    pub low_rank: [Vec<f32>; 4],
+}
+
+/// Buffers that live within one layer's forward or backward.
+#[derive(Default)]
+pub(super) struct Scratch {
+    pub normed: Vec<f32>,
+    pub inverse_rms: Vec<f32>,
+    pub branch: Vec<f32>,
+    pub gated: Vec<f32>,
+    pub d_gated: Vec<f32>,
+    pub d_normed: Vec<f32>,
+    pub d_attention: Vec<f32>,
+    pub d_qkv: Vec<f32>,
+    pub d_low_rank: Vec<f32>,
+}
+
+/// Buffers of the fused head.
+#[derive(Default)]
+pub(super) struct HeadScratch {
+    pub hidden: Vec<f32>,
+    pub d_hidden: Vec<f32>,
+    pub logits: Vec<f32>,
+}
+
+impl Workspace {
+    /// An empty workspace.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The hidden states of the last forward or decode after the final norm: rows × hidden size.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
+    /// Sizes what every forward uses.
+    pub(super) fn fit(&mut self, config: &ModelConfig, rows: usize, low_rank: [usize; 4], keep: bool) {
+        let d = config.hidden_size;
+        self.rows = rows;
+        self.kept = keep;
+        resize(&mut self.residual, rows * d);
+        resize(&mut self.hidden, rows * d);
+        resize(&mut self.final_inverse_rms, rows);
+        if keep {
+            resize(&mut self.final_input, rows * d);
+        }
+        let kept = if keep { config.layer_count() } else { 1 };
+        if self.layers.len() < kept {
+            self.layers.resize_with(kept, Activations::default);
+        }
+        for layer in &mut self.layers[..kept] {
+            layer.fit(config, rows, low_rank);
+        }
+        let scratch = &mut self.scratch;
+        resize(&mut scratch.normed, rows * d);
+        resize(&mut scratch.inverse_rms, rows);
+        resize(&mut scratch.gated, rows * config.intermediate_size);
+        if config.sandwich_norms {
+            resize(&mut scratch.branch, rows * d);
+        }
+    }
+
+    /// Sizes what only backward uses.
+    pub(super) fn fit_backward(&mut self, config: &ModelConfig, low_rank: [usize; 4]) {
+        let rows = self.rows;
+        let scratch = &mut self.scratch;
+        resize(&mut scratch.d_gated, rows * config.intermediate_size);
+        resize(&mut scratch.d_normed, rows * config.hidden_size);
+        resize(&mut scratch.d_attention, rows * config.q_size());
+        resize(&mut scratch.d_qkv, rows * (config.q_size() + 2 * config.kv_size()));
+        resize(&mut scratch.d_low_rank, rows * low_rank.into_iter().max().unwrap_or(0));
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let scratch = &self.scratch;
+        let head = &self.head;
+        let own = [
+            &self.residual, &self.final_input, &self.final_inverse_rms, &self.hidden, &self.d_hidden,
+            &scratch.normed, &scratch.inverse_rms, &scratch.branch, &scratch.gated, &scratch.d_gated, &scratch.d_normed,
+            &scratch.d_attention, &scratch.d_qkv, &scratch.d_low_rank, &head.hidden, &head.d_hidden, &head.logits,
+        ];
+        let own: usize = own.iter().map(|buffer| buffer.capacity()).sum();
+        4 * (own + self.positions.capacity() + self.layers.iter().map(Activations::len).sum::<usize>())
+    }
+}
+
+impl Activations {
+    fn fit(&mut self, config: &ModelConfig, rows: usize, low_rank: [usize; 4]) {
+        let (d, q, kv) = (config.hidden_size, config.q_size(), config.kv_size());
+        resize(&mut self.input, rows * d);
+        resize(&mut self.qkv, rows * (q + 2 * kv));
+        if config.qk_norm {
+            resize(&mut self.q_input, rows * q);
+            resize(&mut self.k_input, rows * kv);
+            resize(&mut self.q_inverse_rms, rows * config.heads);
+            resize(&mut self.k_inverse_rms, rows * config.kv_heads);
+        }
+        resize(&mut self.attention, rows * q);
+        resize(&mut self.log_sum_exp, rows * config.heads);
+        if config.sandwich_norms {
+            resize(&mut self.attention_output, rows * d);
+            resize(&mut self.mlp_output, rows * d);
+        }
+        resize(&mut self.middle, rows * d);
+        resize(&mut self.gate_up, rows * 2 * config.intermediate_size);
+        for (buffer, width) in self.low_rank.iter_mut().zip(low_rank) {
+            resize(buffer, rows * width);
+        }
+    }
+
+    fn len(&self) -> usize {
+        let buffers = [
+            &self.input, &self.qkv, &self.q_input, &self.k_input, &self.q_inverse_rms, &self.k_inverse_rms,
+            &self.attention, &self.log_sum_exp, &self.attention_output, &self.mlp_output, &self.middle, &self.gate_up,
+        ];
+        buffers.into_iter().chain(&self.low_rank).map(|buffer| buffer.capacity()).sum()
+    }
+}
+
+/// Sets the length, never giving memory back. New elements are zero, old ones keep whatever they held.
+pub(super) fn resize(buffer: &mut Vec<f32>, len: usize) {
+    if buffer.capacity() < len {
+        // A fresh allocation of zeros costs no copy of contents that nobody will read, and no pages until written.
+        *buffer = vec![0.0; len];
+    } else {
+        buffer.resize(len, 0.0);
+    }
+}

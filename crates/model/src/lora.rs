@@ -1,0 +1,186 @@
+//! Low-rank adapters (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021): y = W x + s·B A x.
+//!
+//! Files follow PEFT: its key names, its `adapter_config.json`, its initial values (A Kaiming-uniform with a = √5, which
+//! is uniform in ±1/√in; B zero, so that a fresh adapter changes nothing).
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The projections of a layer that can carry an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetModule {
+    /// Queries.
+    QProj,
+    /// Keys.
+    KProj,
+    /// Values.
+    VProj,
+    /// Attention output.
+    OProj,
+    /// The gate of the MLP.
+    GateProj,
+    /// The other input projection of the MLP.
+    UpProj,
+    /// The MLP's output.
+    DownProj,
+}
+
+impl TargetModule {
+    /// All projections, in the order of the layer.
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// PEFT's (and Hugging Face's) name of the module, such as `q_proj`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+}
+
+/// The shape of an adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank of the update: the width between A and B.
+    #[schemars(range(min = 1))]
+    pub r: usize,
+    /// Strength: the update is scaled by `alpha / r` (by `alpha / sqrt(r)` with `use_rslora`).
+    pub alpha: f64,
+    /// Scale by `alpha / sqrt(r)`, which keeps large ranks learning (Kalajdzievski 2023).
+    pub use_rslora: bool,
+    /// The projections that get an adapter, in every layer.
+    pub target_modules: Vec<TargetModule>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { r: 16, alpha: 32.0, use_rslora: false, target_modules: TargetModule::ALL.to_vec() }
+    }
+}
+
+impl LoraConfig {
+    /// What B A is multiplied by.
+    pub fn scale(&self) -> f32 {
+        let r = self.r as f64;
+        (self.alpha / if self.use_rslora { r.sqrt() } else { r }) as f32
+    }
+
+    /// Checks that the numbers describe an adapter.
+    ///
+    /// # Errors
+    /// A rank of zero, a strength that is not finite, or no target.
+    pub fn validate(&self) -> Result<()> {
+        if self.r == 0 {
+            return Err(Error::malformed("lora.r", "expected at least 1, found 0"));
+        }
+        if !self.alpha.is_finite() {
+            return Err(Error::malformed("lora.alpha", format!("expected a finite number, found {}", self.alpha)));
+        }
+        if self.target_modules.is_empty() {
+            return Err(Error::malformed("lora.target_modules", "expected at least one projection, found none"));
+        }
+        Ok(())
+    }
+
+    /// The text of PEFT's `adapter_config.json`.
+    pub fn to_peft_json(&self, base_model: &str) -> String {
+        let modules: Vec<&str> = self.target_modules.iter().map(|module| module.name()).collect();
+        let json = serde_json::json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "target_modules": modules,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+        });
+        format!("{json:#}\n")
+    }
+
+    /// Reads PEFT's `adapter_config.json`.
+    ///
+    /// # Errors
+    /// Text that is no such file, and every option of PEFT that would change the result and is not done here.
+    pub fn from_peft_json(text: &str) -> Result<Self> {
+        const FILE: &str = "adapter_config.json";
+        let json: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(text).map_err(|error| Error::malformed(FILE, error))?;
+        let is_off = |value: &serde_json::Value| match value {
+            serde_json::Value::Null => true,
+            serde_json::Value::Bool(on) => !on,
+            serde_json::Value::String(text) => text == "none",
+            serde_json::Value::Array(items) => items.is_empty(),
+            serde_json::Value::Object(entries) => entries.is_empty(),
+            serde_json::Value::Number(_) => false,
+        };
+        if let Some(kind) = json.get("peft_type").and_then(|kind| kind.as_str()).filter(|kind| *kind != "LORA") {
+            return Err(Error::unsupported(format!("{FILE}: peft_type {kind}"), "only LORA adapters can be read"));
+        }
+        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"] {
+            if json.get(option).is_some_and(|value| !is_off(value)) {
+                return Err(Error::unsupported(format!("{FILE}: {option}"), "plain LoRA adapters can be read"));
+            }
+        }
+        let number = |key: &str| {
+            json.get(key).and_then(serde_json::Value::as_f64).ok_or_else(|| Error::malformed(FILE, format!("{key} is no number")))
+        };
+        let modules = json.get("target_modules").cloned().unwrap_or_default();
+        let mut target_modules: Vec<TargetModule> = serde_json::from_value(modules)
+            .map_err(|error| Error::unsupported(format!("{FILE}: target_modules ({error})"), "name any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"))?;
+        target_modules.sort();
+        let config = Self {
+            r: number("r")? as usize,
+            alpha: number("lora_alpha")?,
+            use_rslora: json.get("use_rslora").is_some_and(|value| value == true),
+            target_modules,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// PEFT's key of an adapter matrix: `module` is the adapted weight's name without `.weight`, `matrix` is `A` or `B`.
+pub(crate) fn peft_key(module: &str, matrix: char) -> String {
+    format!("base_model.model.{module}.lora_{matrix}.weight")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peft_config_round_trip() {
+        let config = LoraConfig {
+            r: 8,
+            alpha: 12.0,
+            use_rslora: true,
+            target_modules: vec![TargetModule::QProj, TargetModule::DownProj],
+        };
+        assert_eq!(LoraConfig::from_peft_json(&config.to_peft_json("base")).unwrap(), config);
+        assert!((config.scale() - 12.0 / 8f32.sqrt()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn peft_options_that_change_the_result_are_refused() {
+        let text = LoraConfig::default().to_peft_json("base").replace("\"bias\": \"none\"", "\"use_dora\": true");
+        assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("use_dora"));
+        let text = LoraConfig::default().to_peft_json("base").replace("q_proj", "c_attn");
+        assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("c_attn"));
+    }
+}

@@ -1,0 +1,197 @@
+//! The engine's promises bit by bit: threads, micro-batches, neighbours, decode against forward; f32 and bf16.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+mod engine;
+
+use std::sync::Arc;
+
+use engine::*;
+use kernels::Precision;
+use posttrain_model::decoder::{DecodeRow, Decoder, PackedTokens, SequenceCache, Workspace};
+use posttrain_model::lora::LoraConfig;
+
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// Every family's model, full and with an adapter, in both precisions, ready to run.
+fn each_decoder(mut check: impl FnMut(&str, &Decoder)) {
+    for (name, config) in configs() {
+        for adapter in [false, true] {
+            let mut decoder = decoder(&config, 21);
+            if adapter {
+                adapt(&mut decoder, &LoraConfig { r: 3, alpha: 6.0, ..LoraConfig::default() }, 5);
+            }
+            for precision in PRECISIONS {
+                decoder.prepare(precision);
+                check(&format!("{name}, adapter {adapter}, {precision:?}"), &decoder);
+            }
+        }
+    }
+}
+
+/// Sequences as groups: a prompt and its continuations.
+fn groups() -> Vec<(Vec<u32>, Vec<Vec<u32>>)> {
+    vec![
+        (ids(31, 5), vec![ids(32, 9), ids(33, 4)]),
+        (ids(34, 12), vec![]),
+        (ids(35, 3), vec![ids(36, 1), ids(37, 2), ids(38, 17)]),
+        (ids(39, 1), vec![ids(40, 6)]),
+    ]
+}
+
+fn pack(groups: &[(Vec<u32>, Vec<Vec<u32>>)]) -> PackedTokens {
+    let mut tokens = PackedTokens::new();
+    for (prompt, continuations) in groups {
+        let prompt = tokens.push(prompt, None).unwrap();
+        for continuation in continuations {
+            tokens.push(continuation, Some(prompt)).unwrap();
+        }
+    }
+    tokens
+}
+
+/// Accumulated gradients over the given micro-batches, with upstream gradients that depend on the token alone.
+fn gradient_bits(decoder: &Decoder, batches: &[PackedTokens]) -> Vec<u32> {
+    let mut gradients = decoder.gradients();
+    let mut workspace = Workspace::new();
+    for tokens in batches {
+        let targets = targets(tokens);
+        let d_log_prob: Vec<f32> = targets.iter().map(|target| (target.token as f32 * 0.37).sin()).collect();
+        let d_entropy: Vec<f32> = targets.iter().map(|target| 0.1 * (target.token as f32 * 0.71).cos()).collect();
+        decoder.forward(tokens, &mut workspace, true).unwrap();
+        decoder.backward(tokens, &mut workspace, &targets, 0.9, &d_log_prob, Some(&d_entropy), &mut gradients).unwrap();
+    }
+    gradients.finish();
+    bits(gradients.flat())
+}
+
+#[test]
+fn micro_batches_give_the_same_gradient_bytes() {
+    let groups = groups();
+    each_decoder(|name, decoder| {
+        let whole = gradient_bits(decoder, &[pack(&groups)]);
+        let single: Vec<PackedTokens> = groups.chunks(1).map(pack).collect();
+        let uneven = [pack(&groups[..3]), pack(&groups[3..])];
+        assert!(whole == gradient_bits(decoder, &single), "{name}: one group at a time");
+        assert!(whole == gradient_bits(decoder, &uneven), "{name}: three groups and one");
+    });
+}
+
+#[test]
+fn threads_give_the_same_bytes() {
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let (one, two) = (pool(1), pool(2));
+    let batch = [pack(&groups())];
+    each_decoder(|name, decoder| {
+        let single = one.install(|| gradient_bits(decoder, &batch));
+        let double = two.install(|| gradient_bits(decoder, &batch));
+        assert!(single == double, "{name}");
+    });
+}
+
+#[test]
+fn a_segment_does_not_see_its_neighbours() {
+    let before = groups();
+    let mut after = groups();
+    after[0].1[1] = ids(99, 5);
+    let (before, after) = (pack(&before), pack(&after));
+    let moved = 2; // The changed continuation has one token more, and rows after it move to stay even.
+    each_decoder(|name, decoder| {
+        let d = decoder.config().hidden_size;
+        let hidden = |tokens| {
+            let mut workspace = Workspace::new();
+            decoder.forward(tokens, &mut workspace, false).unwrap();
+            workspace.hidden().to_vec()
+        };
+        let (old, new) = (hidden(&before), hidden(&after));
+        for (index, segment) in before.segments().iter().enumerate().filter(|(index, _)| *index != moved) {
+            let start = after.segments()[index].start;
+            let (old, new) = (&old[segment.start * d..], &new[start * d..]);
+            assert!(bits(&old[..segment.len * d]) == bits(&new[..segment.len * d]), "{name}: segment {index}");
+        }
+    });
+}
+
+/// Log-probs that the trainer computes equal those that the sampler records, and hidden states equal too: alone or sixteen at a
+/// time, one token or several at a time, with shared prompts.
+#[test]
+fn decoding_has_the_bits_of_the_training_forward() {
+    let prompts = [ids(51, 9), ids(52, 1), ids(53, 14)];
+    let continuations: Vec<(usize, Vec<u32>)> =
+        (0..16).map(|i| (i % 3, ids(60 + i as u64, 3 + (i * 5) % 13))).collect();
+    each_decoder(|name, decoder| {
+        let (d, vocabulary) = (decoder.config().hidden_size, decoder.config().vocab_size);
+        let mut workspace = Workspace::new();
+        let views: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let prefills = decoder.prefill(&views, &mut workspace).unwrap();
+
+        // What the trainer sees.
+        let mut tokens = PackedTokens::new();
+        let mut owners = Vec::new();
+        for (prompt, prefill) in prompts.iter().zip(&prefills) {
+            let owner = tokens.push(prompt, None).unwrap();
+            owners.push(owner);
+            assert_eq!(prefill.cache.len(), prompt.len());
+        }
+        for (prompt, continuation) in &continuations {
+            tokens.push(continuation, Some(owners[*prompt])).unwrap();
+        }
+        decoder.forward(&tokens, &mut workspace, false).unwrap();
+        let trained = workspace.hidden().to_vec();
+        let targets = targets(&tokens);
+        let log_probs = decoder.log_probs(&mut workspace, &targets, 0.8, false).unwrap().log_prob;
+        for (owner, prefill) in owners.iter().zip(&prefills) {
+            let segment = tokens.segments()[*owner];
+            let last = &trained[(segment.start + segment.len - 1) * d..][..d];
+            assert!(bits(last) == bits(&prefill.hidden), "{name}: prefill");
+        }
+
+        let new_cache = |prompt: usize| SequenceCache::new(decoder, Arc::clone(&prefills[prompt].cache), 4);
+        let mut logits = vec![0.0; vocabulary];
+        let mut check = |index: usize, position: usize, hidden: &[f32]| {
+            let segment = tokens.segments()[owners.len() + index];
+            let row = segment.start + position;
+            assert!(bits(hidden) == bits(&trained[row * d..][..d]), "{name}: sequence {index}, token {position}");
+            if position + 1 < segment.len {
+                let token = tokens.ids()[row + 1];
+                decoder.logits(hidden, &mut logits).unwrap();
+                let sampled = kernels::log_softmax_row(&logits, 1.0 / 0.8, token as usize).log_prob;
+                let place = targets.iter().position(|target| target.row == row).unwrap();
+                assert_eq!(sampled.to_bits(), log_probs[place].to_bits(), "{name}: log-prob");
+            }
+        };
+
+        // Sixteen at a time, one token each, as long as they last.
+        let mut caches: Vec<SequenceCache> = continuations.iter().map(|(prompt, _)| new_cache(*prompt)).collect();
+        let longest = continuations.iter().map(|(_, ids)| ids.len()).max().unwrap();
+        for position in 0..longest {
+            let alive: Vec<usize> = (0..16).filter(|&i| position < continuations[i].1.len()).collect();
+            let mut rows: Vec<DecodeRow> = caches
+                .iter_mut()
+                .zip(&continuations)
+                .filter(|(_, (_, ids))| position < ids.len())
+                .map(|(cache, (_, ids))| DecodeRow { tokens: &ids[position..=position], cache })
+                .collect();
+            decoder.decode(&mut rows, &mut workspace).unwrap();
+            for (slot, &index) in alive.iter().enumerate() {
+                check(index, position, &workspace.hidden()[slot * d..][..d]);
+            }
+        }
+        // Alone: two tokens at once, then one by one.
+        for (index, (prompt, ids)) in continuations.iter().enumerate().take(3) {
+            let mut cache = new_cache(*prompt);
+            let mut position = 0;
+            for tokens in [&ids[..2]].into_iter().chain(ids[2..].chunks(1)) {
+                decoder.decode(&mut [DecodeRow { tokens, cache: &mut cache }], &mut workspace).unwrap();
+                for (offset, hidden) in workspace.hidden().chunks_exact(d).enumerate() {
+                    check(index, position + offset, hidden);
+                }
+                position += tokens.len();
+            }
+            assert_eq!(cache.len(), prompts[*prompt].len() + ids.len());
+            // Forgetting and repeating gives the same again.
+            cache.truncate(1);
+            decoder.decode(&mut [DecodeRow { tokens: &ids[1..3], cache: &mut cache }], &mut workspace).unwrap();
+            check(index, 2, &workspace.hidden()[d..]);
+        }
+    });
+}
