@@ -40,7 +40,7 @@ impl Default for FormatOptions {
 pub struct FormatReward {
     name: String,
     options: FormatOptions,
-    /// Opening and closing tags in the order in which they must occur.
+    /// Every opening and closing tag, in order.
     marks: Vec<String>,
 }
 
@@ -59,11 +59,7 @@ impl FormatReward {
                 return refuse(format!("tags holds {tag:?}, expected names that are neither empty nor repeated"));
             }
         }
-        let mut marks: Vec<String> =
-            options.tags.iter().flat_map(|tag| [format!("<{tag}>"), format!("</{tag}>")]).collect();
-        if options.first_tag_open && !marks.is_empty() {
-            marks.remove(0);
-        }
+        let marks = options.tags.iter().flat_map(|tag| [format!("<{tag}>"), format!("</{tag}>")]).collect();
         Ok(Self { name, options, marks })
     }
 
@@ -77,16 +73,22 @@ impl FormatReward {
         let well_formed = self.tags_in_order(completion) && self.one_box(completion);
         let mut score = Score::verdict(if well_formed { Status::Ok } else { Status::Malformed });
         if !self.marks.is_empty() {
-            let once = self.marks.iter().filter(|mark| completion.matches(mark.as_str()).count() == 1).count();
-            score.parts.push(("tags".into(), once as f64 / self.marks.len() as f64));
+            let required = self.required_marks();
+            let once = required.iter().filter(|mark| completion.matches(mark.as_str()).count() == 1).count();
+            score.parts.push(("tags".into(), once as f64 / required.len() as f64));
         }
         score
+    }
+
+    /// The marks that the completion must hold: all but the one that the prompt has opened.
+    fn required_marks(&self) -> &[String] {
+        &self.marks[usize::from(self.options.first_tag_open && !self.marks.is_empty())..]
     }
 
     /// Whether the marks partition the text: nothing but white space before an opening tag, no mark inside a tag.
     fn tags_in_order(&self, completion: &str) -> bool {
         let mut rest = completion;
-        for mark in &self.marks {
+        for mark in self.required_marks() {
             let Some((before, after)) = rest.split_once(mark.as_str()) else { return false };
             let inside = mark.starts_with("</");
             let clean = if inside {

@@ -1,0 +1,175 @@
+//! Tasks: correct answers, no leakage, determinism.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+use std::collections::HashSet;
+
+use posttrain_envs::tasks::arithmetic::Operation;
+use posttrain_envs::tasks::word_problems::Kind;
+use posttrain_envs::tasks::{ArithmeticOptions, WordProblemOptions, split_of};
+use posttrain_envs::verify::{Budget, Rational, expression};
+use posttrain_envs::{Problem, Split, Task, TaskConfig};
+
+const DRAWS: u64 = 100_000;
+
+fn arithmetic(options: ArithmeticOptions) -> Box<dyn Task> {
+    TaskConfig::Arithmetic(options).build().unwrap()
+}
+
+fn every_operation() -> ArithmeticOptions {
+    ArithmeticOptions {
+        operations: vec![Operation::Add, Operation::Subtract, Operation::Multiply, Operation::Divide],
+        ..Default::default()
+    }
+}
+
+fn every_kind() -> WordProblemOptions {
+    let kinds = vec![Kind::Gain, Kind::Loss, Kind::Together, Kind::Difference, Kind::Groups, Kind::Sharing];
+    WordProblemOptions { kinds, ..Default::default() }
+}
+
+/// What a question asks, read from its text alone and blind to order in sums and products: the leak a reader would see.
+fn visible(problem: &Problem) -> (Vec<u64>, &'static str) {
+    let mut numbers: Vec<u64> = problem
+        .question
+        .split(|c: char| !c.is_ascii_digit())
+        .filter(|digits| !digits.is_empty())
+        .map(|digits| digits.parse().unwrap())
+        .collect();
+    let operation = match problem.kind {
+        "addition" | "gain" | "together" => "+",
+        "subtraction" | "loss" | "difference" => "-",
+        "multiplication" | "groups" => "*",
+        "division" | "sharing" => "/",
+        other => other,
+    };
+    if matches!(operation, "+" | "*") {
+        numbers.sort_unstable();
+    }
+    (numbers, operation)
+}
+
+#[test]
+fn no_test_problem_occurs_in_training() {
+    let tasks = [arithmetic(every_operation()), TaskConfig::WordProblems(every_kind()).build().unwrap()];
+    let mut train = HashSet::new();
+    let mut test = HashSet::new();
+    // Both tasks share the sets, and the two splits have different seeds.
+    for task in &tasks {
+        for index in 0..DRAWS / 2 {
+            train.insert(visible(&task.generate(index % 7, Split::Train, index)));
+            test.insert(visible(&task.generate(100, Split::Test, index)));
+        }
+    }
+    assert!(train.len() > 1000 && test.len() > 200, "{} and {}", train.len(), test.len());
+    assert_eq!(train.intersection(&test).count(), 0);
+}
+
+#[test]
+fn chains_with_exchanged_operands_share_a_side() {
+    let options = ArithmeticOptions {
+        operands: 3,
+        operations: vec![Operation::Add, Operation::Subtract, Operation::Multiply],
+        first: [1, 9],
+        ..Default::default()
+    };
+    let task = arithmetic(options);
+    let keys = |split| (0..5000).map(|index| task.generate(1, split, index).key).collect::<HashSet<_>>();
+    let (train, test) = (keys(Split::Train), keys(Split::Test));
+    assert!(train.is_disjoint(&test));
+    assert!(train.iter().all(|key| split_of(key) == Split::Train));
+    // 2 + 3 + 4 in every order is one problem.
+    let key = |question: &str| {
+        (0..200_000)
+            .map(|index| task.generate(2, Split::Train, index))
+            .chain((0..50_000).map(|index| task.generate(2, Split::Test, index)))
+            .find(|problem| problem.question == question)
+            .map(|problem| problem.key)
+    };
+    let expected = key("What is 2 + 3 * 4?");
+    assert!(expected.is_some());
+    assert_eq!(key("What is 4 * 3 + 2?"), expected);
+    assert_eq!(key("What is 3 * 4 + 2?"), expected);
+}
+
+#[test]
+fn one_fifth_is_held_out() {
+    let keys = (0..200).flat_map(|a| (0..200).map(move |b| format!("+{a} -{b}")));
+    let held_out = keys.filter(|key| split_of(key) == Split::Test).count() as f64;
+    // Within five standard deviations of a fair draw.
+    assert!((held_out - 8000.0).abs() < 400.0, "{held_out}");
+}
+
+#[test]
+fn answers_are_right() {
+    for operands in [2, 3, 5] {
+        let mut options = every_operation();
+        options.operands = operands;
+        if operands > 2 {
+            options.operations.retain(|operation| *operation != Operation::Divide);
+        }
+        options.phrasings = vec!["{expression}".into()];
+        let task = arithmetic(options);
+        for index in 0..3000 {
+            let problem = task.generate(3, Split::Train, index);
+            let value = expression::evaluate(&problem.question, &mut Budget::new(1000)).unwrap();
+            assert_eq!(value, Rational::from(problem.answer.parse::<i64>().unwrap()), "{}", problem.question);
+            assert!(value.numerator() >= 0);
+        }
+    }
+    let task = TaskConfig::WordProblems(every_kind()).build().unwrap();
+    for index in 0..3000 {
+        let problem = task.generate(3, Split::Test, index);
+        assert!(!problem.question.contains(['{', '}']), "{}", problem.question);
+        let (numbers, operation) = visible(&problem);
+        // `visible` sorts the operands of sums and products only.
+        let [a, b] = numbers[..] else { panic!("{}", problem.question) };
+        let answer = match operation {
+            "+" => a + b,
+            "-" => a - b,
+            "*" => a * b,
+            "/" => a / b,
+            _ => unreachable!(),
+        };
+        assert_eq!(problem.answer, answer.to_string(), "{}", problem.question);
+    }
+}
+
+#[test]
+fn a_problem_is_a_function_of_seed_split_and_index() {
+    let task = arithmetic(ArithmeticOptions::default());
+    let questions = |seed, split| (0..50).map(|index| task.generate(seed, split, index).question).collect::<Vec<_>>();
+    assert_eq!(questions(1, Split::Train), questions(1, Split::Train));
+    assert_ne!(questions(1, Split::Train), questions(2, Split::Train));
+    assert_ne!(task.generate(1, Split::Train, 5), task.generate(1, Split::Train, 5 + (1 << 32)));
+    // Frozen: a change of these lines changes every recorded run.
+    assert_eq!(questions(1, Split::Train)[..3], ["What is 77 + 2?", "What is 91 + 7?", "What is 71 + 4?"]);
+}
+
+#[test]
+fn a_row_has_prompt_answer_and_kind() {
+    let options = ArithmeticOptions { system: Some("Answer with a number.".into()), ..Default::default() };
+    let problem = arithmetic(options).generate(1, Split::Train, 0);
+    let columns = problem.columns();
+    assert_eq!(columns["prompt"][0]["role"], "system");
+    assert_eq!(columns["prompt"][1]["role"], "user");
+    assert_eq!(columns["prompt"][1]["content"], problem.question.as_str());
+    assert_eq!(columns["answer"], problem.answer.as_str());
+    assert_eq!(columns["kind"], problem.kind);
+}
+
+#[test]
+fn impossible_options_are_refused() {
+    let refused = |change: &dyn Fn(&mut ArithmeticOptions)| {
+        let mut options = ArithmeticOptions::default();
+        change(&mut options);
+        TaskConfig::Arithmetic(options).build().err().unwrap().to_string()
+    };
+    assert!(refused(&|o| o.operations.clear()).contains("operations is empty"));
+    assert!(refused(&|o| o.operands = 1).contains("operands is 1, expected 2 to 8"));
+    assert!(refused(&|o| o.first = [5, 4]).contains("first is [5, 4]"));
+    assert!(refused(&|o| o.others = [-1, 4]).contains("others is [-1, 4]"));
+    assert!(refused(&|o| o.factors = [0, 4]).contains("factors is [0, 4]"));
+    assert!(refused(&|o| o.phrasings = vec!["hello".into()]).contains("lacks {expression}"));
+    assert!(refused(&|o| (o.first, o.others) = ([3, 3], [4, 4])).contains("too few problems"));
+    assert!(refused(&|o| (o.operands, o.operations) = (3, vec![Operation::Divide])).contains("needs operands = 2"));
+}
