@@ -177,6 +177,16 @@ pub struct Rendering {
 }
 
 impl Rendering {
+    /// Text that is not from a template, in which no name of a special token is the token.
+    pub fn ordinary(tokenizer: &Tokenizer, text: &str) -> Self {
+        Self { text: text.to_owned(), ordinary: tokenizer.special_names(text) }
+    }
+
+    /// Text in which every name of a special token is the token.
+    pub fn trusted(text: &str) -> Self {
+        Self { text: text.to_owned(), ordinary: Vec::new() }
+    }
+
     fn from_marked(marked: &str) -> Self {
         let mut text = String::with_capacity(marked.len());
         let mut ordinary = Vec::new();

@@ -1,0 +1,56 @@
+//! JSON lines: one object a line.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::row::{Row, Source, kind};
+
+/// Parses JSON lines that come from `path`. Empty lines are skipped; a row's number is that of its line.
+pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    let file: Arc<Path> = path.into();
+    let bytes = without_byte_order_mark(bytes);
+    let mut rows = Vec::new();
+    for (number, line) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
+        if line.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let source = Source { file: file.clone(), row: number };
+        let value = serde_json::from_slice(line).map_err(|error| not_json(&source, &error))?;
+        rows.push(row(source, value)?);
+    }
+    Ok(rows)
+}
+
+/// Parses a JSON file that comes from `path`: a list of objects, or JSON lines after all.
+pub fn parse_json(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    let bytes = without_byte_order_mark(bytes);
+    if bytes.trim_ascii_start().first() != Some(&b'[') {
+        return parse(bytes, path);
+    }
+    let file: Arc<Path> = path.into();
+    let items: Vec<Value> = serde_json::from_slice(bytes)
+        .map_err(|error| Error::Format { path: path.to_owned(), reason: format!("not valid JSON: {error}") })?;
+    (1..).zip(items).map(|(number, value)| row(Source { file: file.clone(), row: number }, value)).collect()
+}
+
+fn row(source: Source, value: Value) -> Result<Row> {
+    match value {
+        Value::Object(columns) => Ok(Row { source, columns }),
+        other => Err(Error::row(&source, format!("expected an object, got {}", kind(&other)))),
+    }
+}
+
+fn not_json(source: &Source, error: &serde_json::Error) -> Error {
+    let text = error.to_string();
+    // The line is the row's own; only the column says something.
+    let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);
+    let error_at = Error::row(source, format!("not valid JSON: {reason} at character {}", error.column()));
+    if error.is_eof() { error_at.with_hint("the row is cut short: every row is one whole line") } else { error_at }
+}
+
+fn without_byte_order_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}

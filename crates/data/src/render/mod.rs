@@ -1,0 +1,428 @@
+//! Samples to tokens and masks.
+//!
+//! Which tokens are learnt is decided by rendering: the tokens of an assistant's turn are what the template adds to the
+//! conversation before it, ready for the assistant, to make the conversation up to its end. Both are text prefixes of
+//! the whole, or the row is an error. Each such piece is encoded on its own, so that the tokens of a prompt are those
+//! that the sampler sees, whatever follows.
+//!
+//! Nothing is learnt by accident and nothing disappears in silence: a row that cannot be used is an error that names
+//! it, or is counted and named in [`Drops`].
+
+mod conversation;
+mod drops;
+
+use std::sync::Arc;
+
+use model::chat::{ChatTemplate, Message, Rendering};
+use model::tokenizer::Tokenizer;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+pub use drops::{DropReason, Drops};
+
+use crate::error::{Error, Result};
+use crate::row::Source;
+use crate::sample::{Content, Sample, Text};
+
+/// How samples become tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RenderOptions {
+    /// Longest sequence, in tokens; for prompts the longest prompt. Without it, the model's context.
+    pub max_length: Option<usize>,
+    /// What happens to longer sequences: `drop` (counted and named), `truncate` or `error`.
+    pub overlong: Overlong,
+    /// Which tokens are learnt: `completion`, `assistant` or `all`.
+    pub loss: LossTokens,
+    /// Read the names of special tokens in plain text (`text`, `prompt`, `completion`) as these tokens, for text that was
+    /// rendered with a chat template before. Messages are never read so.
+    pub special_tokens_in_text: bool,
+}
+
+/// What happens to a sequence that is too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlong {
+    /// The row is left out, counted and named.
+    #[default]
+    Drop,
+    /// The end is cut off; the row is left out when nothing to learn remains. Prompts are never cut, but left out.
+    Truncate,
+    /// The run stops and names the row.
+    Error,
+}
+
+/// Which tokens are learnt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LossTokens {
+    /// The completion of rows with a prompt; the assistant's turns of `messages`; all of plain `text`.
+    #[default]
+    Completion,
+    /// The assistant's turns, those in the prompt too. Plain text as with `completion`.
+    Assistant,
+    /// Every token.
+    All,
+}
+
+/// Tokens to learn from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// For each token, whether it is learnt. The last one always is, and the first never: nothing predicts it.
+    pub loss_mask: Vec<bool>,
+    /// Where the example comes from.
+    pub source: Source,
+}
+
+/// A prompt to complete.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompt {
+    /// Index of its row among all rows, those left out counted too, so that it does not depend on what is left out.
+    pub id: u32,
+    /// The tokens.
+    pub ids: Arc<[u32]>,
+    /// The text of the tokens.
+    pub text: String,
+    /// The conversation, for prompts that are one.
+    pub messages: Option<Vec<Message>>,
+    /// All columns of the row, for rewards.
+    pub columns: Map<String, Value>,
+    /// Where the prompt comes from.
+    pub source: Source,
+}
+
+/// Two completions of one prompt, each with the prompt in front.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreferencePair {
+    /// The better one.
+    pub chosen: Example,
+    /// The worse one.
+    pub rejected: Example,
+}
+
+/// A completion that is good or bad.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledExample {
+    /// Prompt and completion.
+    pub example: Example,
+    /// Whether the completion is good.
+    pub label: bool,
+}
+
+/// A solution in steps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepwiseExample {
+    /// The tokens of the problem and all steps.
+    pub ids: Vec<u32>,
+    /// For each step the index of its last token and whether the step is right.
+    pub steps: Vec<(usize, bool)>,
+    /// Where the example comes from.
+    pub source: Source,
+}
+
+/// What came of samples: what was rendered, and what was left out and why.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rendered<T> {
+    /// In the order of the rows.
+    pub items: Vec<T>,
+    /// The rows that were left out.
+    pub drops: Drops,
+}
+
+/// Renders samples for one model.
+#[derive(Clone, Copy, Debug)]
+pub struct Renderer<'a> {
+    tokenizer: &'a Tokenizer,
+    template: Option<&'a ChatTemplate>,
+    options: &'a RenderOptions,
+    limit: usize,
+}
+
+/// A row rendered, or the reason for which it is left out.
+type Outcome<T> = std::result::Result<T, DropReason>;
+
+/// Text cut into pieces that are encoded one by one, and whether each is learnt.
+struct Pieces {
+    rendering: Rendering,
+    /// Ends of the pieces in the text, in bytes, ascending.
+    ends: Vec<(usize, bool)>,
+    /// Whether the tokens that begin and end a sequence are put around the text: templates bring their own.
+    plain: bool,
+}
+
+impl<'a> Renderer<'a> {
+    /// Renders for the model with this tokenizer, chat template and longest sequence (`context`).
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+        context: usize,
+        options: &'a RenderOptions,
+    ) -> Self {
+        let limit = options.max_length.map_or(context, |length| length.min(context));
+        Self { tokenizer, template, options, limit }
+    }
+
+    /// Renders language-modeling, prompt-completion and token rows.
+    pub fn examples(&self, samples: &[Sample]) -> Result<Rendered<Example>> {
+        self.each(samples, |_, sample| match &sample.content {
+            Content::LanguageModeling(Text::Plain(text)) => self.example(sample, self.plain("", text)),
+            Content::LanguageModeling(Text::Messages(messages)) => {
+                self.example(sample, self.conversation(sample, messages, 0)?)
+            }
+            Content::PromptCompletion { prompt, completion } => self.completion(sample, prompt, completion),
+            Content::Tokens { ids, loss_mask } => self.finish(sample, ids.clone(), loss_mask.clone()),
+            _ => Err(unexpected(sample, "language-modeling, prompt-completion or tokens")),
+        })
+    }
+
+    /// Renders the prompts of prompt-only rows, and of any other rows that have one. `messages` that end with another's
+    /// turn are a prompt too.
+    pub fn prompts(&self, samples: &[Sample]) -> Result<Rendered<Prompt>> {
+        self.each(samples, |id, sample| {
+            let text = match &sample.content {
+                Content::PromptOnly(prompt)
+                | Content::PromptCompletion { prompt, .. }
+                | Content::Preference { prompt, .. }
+                | Content::UnpairedPreference { prompt, .. }
+                | Content::LanguageModeling(prompt @ Text::Messages(_)) => prompt.clone(),
+                Content::Stepwise { prompt, .. } => Text::Plain(prompt.clone()),
+                _ => return Err(unexpected(sample, "rows with a prompt")),
+            };
+            self.prompt(id, sample, text)
+        })
+    }
+
+    /// Renders preference rows.
+    pub fn preferences(&self, samples: &[Sample]) -> Result<Rendered<PreferencePair>> {
+        self.each(samples, |_, sample| {
+            let Content::Preference { prompt, chosen, rejected } = &sample.content else {
+                return Err(unexpected(sample, "preference"));
+            };
+            let chosen = self.completion(sample, prompt, chosen)?;
+            let rejected = self.completion(sample, prompt, rejected)?;
+            Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected? })))
+        })
+    }
+
+    /// Renders unpaired preference rows.
+    pub fn labelled(&self, samples: &[Sample]) -> Result<Rendered<LabelledExample>> {
+        self.each(samples, |_, sample| {
+            let Content::UnpairedPreference { prompt, completion, label } = &sample.content else {
+                return Err(unexpected(sample, "unpaired preference"));
+            };
+            let example = self.completion(sample, prompt, completion)?;
+            Ok(example.map(|example| LabelledExample { example, label: *label }))
+        })
+    }
+
+    /// Renders stepwise rows. Each step is followed by `separator`, whose last token stands for the step.
+    pub fn stepwise(&self, samples: &[Sample], separator: &str) -> Result<Rendered<StepwiseExample>> {
+        self.each(samples, |_, sample| {
+            let Content::Stepwise { prompt, steps } = &sample.content else {
+                return Err(unexpected(sample, "stepwise supervision"));
+            };
+            let mut text = prompt.clone();
+            let mut ends = vec![text.len()];
+            for (step, _) in steps {
+                text.push_str(step);
+                text.push_str(separator);
+                ends.push(text.len());
+            }
+            let rendering = self.text(&text);
+            let mut ids = self.begin();
+            let mut labelled = Vec::new();
+            let mut from = 0;
+            for (index, end) in ends.into_iter().enumerate() {
+                let before = ids.len();
+                ids.extend(self.encode(sample, &rendering, from..end)?);
+                if index > 0 {
+                    if ids.len() == before {
+                        return Err(Error::column(&sample.source, format!("completions[{}]", index - 1), "no tokens"));
+                    }
+                    labelled.push((ids.len() - 1, steps[index - 1].1));
+                }
+                from = end;
+            }
+            self.refuse_doubled_begin(sample, &ids)?;
+            let reason = self.too_long(sample, ids.len())?;
+            Ok(match reason {
+                None => Ok(StepwiseExample { ids, steps: labelled, source: sample.source.clone() }),
+                Some(reason) => Err(reason),
+            })
+        })
+    }
+
+    fn each<T>(&self, samples: &[Sample], render: impl Fn(u32, &Sample) -> Result<Outcome<T>>) -> Result<Rendered<T>> {
+        let mut rendered = Rendered { items: Vec::with_capacity(samples.len()), drops: Drops::default() };
+        for (id, sample) in (0..).zip(samples) {
+            match render(id, sample)? {
+                Ok(item) => rendered.items.push(item),
+                Err(reason) => rendered.drops.add(reason, sample.source.clone()),
+            }
+        }
+        if rendered.items.is_empty() {
+            return Err(Error::Empty(match samples.len() {
+                0 => "no samples were given".into(),
+                count => format!("all {count} were left out: {}", rendered.drops),
+            }));
+        }
+        Ok(rendered)
+    }
+
+    fn completion(&self, sample: &Sample, prompt: &Text, completion: &Text) -> Result<Outcome<Example>> {
+        match (prompt, completion) {
+            (Text::Plain(prompt), Text::Plain(completion)) => self.example(sample, self.plain(prompt, completion)),
+            (Text::Messages(prompt), Text::Messages(completion)) => {
+                let messages = [prompt.as_slice(), completion].concat();
+                self.example(sample, self.conversation(sample, &messages, prompt.len())?)
+            }
+            _ => Err(Error::row(&sample.source, "prompt and completion must be both plain or both conversational")),
+        }
+    }
+
+    /// Plain text: what is given and what is learnt.
+    fn plain(&self, given: &str, learnt: &str) -> Pieces {
+        let rendering = self.text(&format!("{given}{learnt}"));
+        let end = rendering.text().len();
+        let ends = if self.options.loss == LossTokens::All || given.is_empty() {
+            vec![(end, true)]
+        } else {
+            vec![(given.len(), false), (end, true)]
+        };
+        Pieces { rendering, ends, plain: true }
+    }
+
+    fn text(&self, text: &str) -> Rendering {
+        if self.options.special_tokens_in_text {
+            Rendering::trusted(text)
+        } else {
+            Rendering::ordinary(self.tokenizer, text)
+        }
+    }
+
+    fn begin(&self) -> Vec<u32> {
+        self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos()).into_iter().collect()
+    }
+
+    fn example(&self, sample: &Sample, pieces: Pieces) -> Result<Outcome<Example>> {
+        let mut ids = if pieces.plain { self.begin() } else { Vec::new() };
+        let mut loss_mask = vec![self.options.loss == LossTokens::All; ids.len()];
+        let mut from = 0;
+        for (end, learnt) in pieces.ends {
+            ids.extend(self.encode(sample, &pieces.rendering, from..end)?);
+            loss_mask.resize(ids.len(), learnt);
+            from = end;
+        }
+        if pieces.plain
+            && let Some(eos) = self.tokenizer.eos()
+            && ids.last() != Some(&eos)
+        {
+            ids.push(eos);
+            loss_mask.push(true);
+        }
+        self.finish(sample, ids, loss_mask)
+    }
+
+    /// Checks tokens and masks and settles their length.
+    fn finish(&self, sample: &Sample, mut ids: Vec<u32>, mut loss_mask: Vec<bool>) -> Result<Outcome<Example>> {
+        let vocabulary = self.tokenizer.vocab_size();
+        if let Some(index) = ids.iter().position(|&id| id as usize >= vocabulary) {
+            let reason = format!("expected a token below {vocabulary}, got {}", ids[index]);
+            return Err(Error::column(&sample.source, format!("input_ids[{index}]"), reason));
+        }
+        self.refuse_doubled_begin(sample, &ids)?;
+        // Nothing predicts the first token, and nothing is learnt after the last that is learnt.
+        if let Some(first) = loss_mask.first_mut() {
+            *first = false;
+        }
+        let used = |loss_mask: &[bool]| loss_mask.iter().rposition(|&learnt| learnt).map_or(0, |last| last + 1);
+        let length = used(&loss_mask);
+        if length == 0 {
+            return Ok(Err(DropReason::NothingToLearn));
+        }
+        ids.truncate(length);
+        loss_mask.truncate(length);
+        if let Some(reason) = self.too_long(sample, length)? {
+            if self.options.overlong == Overlong::Drop {
+                return Ok(Err(reason));
+            }
+            let length = used(&loss_mask[..self.limit]);
+            if length == 0 {
+                return Ok(Err(DropReason::CompletionCutOff));
+            }
+            ids.truncate(length);
+            loss_mask.truncate(length);
+        }
+        Ok(Ok(Example { ids, loss_mask, source: sample.source.clone() }))
+    }
+
+    fn prompt(&self, id: u32, sample: &Sample, text: Text) -> Result<Outcome<Prompt>> {
+        let (rendering, mut ids, messages) = match text {
+            Text::Plain(text) => (self.text(&text), self.begin(), None),
+            Text::Messages(messages) => {
+                if messages.last().is_some_and(|message| message.role() == "assistant") {
+                    let error = Error::row(&sample.source, "the prompt ends with the assistant's turn");
+                    return Err(error.with_hint("leave out the last message, or move it to `completion`"));
+                }
+                (self.render(sample, &messages, true)?, Vec::new(), Some(messages))
+            }
+        };
+        ids.extend(self.encode(sample, &rendering, 0..rendering.text().len())?);
+        if ids.is_empty() {
+            return Err(Error::column(&sample.source, "prompt", "no tokens"));
+        }
+        self.refuse_doubled_begin(sample, &ids)?;
+        if let Some(reason) = self.too_long(sample, ids.len())? {
+            return Ok(Err(reason));
+        }
+        let (text, columns, source) = (rendering.text().to_owned(), sample.columns.clone(), sample.source.clone());
+        Ok(Ok(Prompt { id, ids: ids.into(), text, messages, columns, source }))
+    }
+
+    /// The reason to shorten or leave out a sequence of this length, if there is one.
+    fn too_long(&self, sample: &Sample, length: usize) -> Result<Option<DropReason>> {
+        if length <= self.limit {
+            return Ok(None);
+        }
+        if self.options.overlong == Overlong::Error {
+            let reason = format!("{length} tokens, expected at most {}", self.limit);
+            let error = Error::row(&sample.source, reason);
+            return Err(
+                error.with_hint("raise max_length within the model's context, or set overlong to drop or truncate")
+            );
+        }
+        Ok(Some(DropReason::TooLong))
+    }
+
+    fn refuse_doubled_begin(&self, sample: &Sample, ids: &[u32]) -> Result<()> {
+        match (self.tokenizer.bos(), ids) {
+            (Some(bos), &[first, second, ..]) if first == bos && second == bos => {
+                let name = self.tokenizer.token(bos).unwrap_or_default();
+                let error = Error::row(&sample.source, format!("the sequence starts with {name} twice"));
+                Err(error.with_hint(format!("{name} is put in front of plain text already; take it out of the text")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn encode(&self, sample: &Sample, rendering: &Rendering, range: std::ops::Range<usize>) -> Result<Vec<u32>> {
+        rendering.encode_range(self.tokenizer, range).map_err(|error| Error::row(&sample.source, error.to_string()))
+    }
+
+    fn render(&self, sample: &Sample, messages: &[Message], add_generation_prompt: bool) -> Result<Rendering> {
+        let template = self.template.ok_or_else(|| {
+            let error = Error::row(&sample.source, "the row is a conversation, and the model has no chat template");
+            error.with_hint("use plain text columns, or a model with a chat template")
+        })?;
+        template
+            .rendering(self.tokenizer, messages, sample.tools.as_deref(), add_generation_prompt)
+            .map_err(|error| Error::row(&sample.source, error.to_string()))
+    }
+}
+
+fn unexpected(sample: &Sample, expected: &str) -> Error {
+    Error::row(&sample.source, format!("expected {expected}, got a {} row", sample.content.kind()))
+}
