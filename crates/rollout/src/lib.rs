@@ -1,1 +1,24 @@
-//! Generation: batched decode, shared prefixes, sampling, stop rules, log-probs.
+//! Generation: many requests through one decoder, with shared prompts, exact log-probs and stop rules.
+//!
+//! A [`Request`] is a prompt's tokens and a sample number; an [`Episode`] is what came of it: token ids, which of them
+//! were sampled, their log-probs, and text as a mere view. [`Generator`] admits requests into a batch of slots as slots
+//! become free. What an episode contains depends on the weights, the options, the seed and its own request, never on the
+//! batch size, the other requests, their order or the number of threads; and the log-probs it records equal, bit for bit,
+//! those that [`model::decoder::Decoder::log_probs`] computes for the same tokens.
+//!
+//! This crate knows decoders and tokenizers. It must not know rewards, losses, data sets or files.
+
+mod check;
+pub mod episode;
+pub mod error;
+pub mod generator;
+pub mod options;
+mod queue;
+pub mod sampling;
+mod slot;
+pub mod stop;
+
+pub use episode::{Episode, Finish, Request};
+pub use error::{Error, Result};
+pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress};
+pub use options::SamplingOptions;

@@ -1,0 +1,62 @@
+//! What is asked of the generator and what it answers.
+
+use std::sync::Arc;
+
+/// One completion that is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Names the prompt in random draws.
+    pub prompt_id: u32,
+    /// Names the sample among those of its prompt in random draws.
+    pub sample: u32,
+    /// The prompt's tokens; requests with equal prompts share their computation.
+    pub prompt: Arc<[u32]>,
+    /// The completion's first tokens, which are given rather than sampled: a forced opening, or what an interrupted
+    /// generation had produced. Often empty.
+    pub prefix: Vec<u32>,
+}
+
+impl Request {
+    /// Samples `0..count` of a prompt, nothing forced.
+    pub fn samples(prompt_id: u32, prompt: &Arc<[u32]>, count: u32) -> impl Iterator<Item = Self> + '_ {
+        (0..count).map(move |sample| Self { prompt_id, sample, prompt: Arc::clone(prompt), prefix: Vec::new() })
+    }
+}
+
+/// Why a completion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// By a stop token or a stop string.
+    Stop,
+    /// By reaching the most tokens allowed.
+    Length,
+}
+
+/// One completion, in tokens from start to end. The lists have one entry per token of the completion.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Episode {
+    /// As in the request.
+    pub prompt_id: u32,
+    /// As in the request.
+    pub sample: u32,
+    /// As in the request.
+    pub prompt: Arc<[u32]>,
+    /// The tokens, with the one that ended it: a stop token, or the last token of a stop string.
+    pub completion: Vec<u32>,
+    /// True for sampled tokens, false for forced ones.
+    pub loss_mask: Vec<bool>,
+    /// Log-probs under softmax(logits / temperature) over the whole vocabulary, before hooks and filters. A greedy
+    /// completion has those of temperature 1.
+    pub log_probs: Vec<f32>,
+    /// Log-probs under the distribution the token was drawn from, after hooks, bans, top-k, top-p and min-p; 0 for a
+    /// greedy choice. Forced tokens, which were not drawn, repeat `log_probs`.
+    pub filtered_log_probs: Vec<f32>,
+    /// For each token the most probable tokens at its position and their log-probs, falling, under the distribution of
+    /// `log_probs`; empty unless asked for.
+    pub top_log_probs: Vec<Vec<(u32, f32)>>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// The completion as text, without special tokens and cut before a stop string. A view: nothing is ever encoded
+    /// from it.
+    pub text: String,
+}

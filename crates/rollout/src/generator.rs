@@ -1,0 +1,305 @@
+//! The generator: a loop over slots.
+//!
+//! Each round admits requests into free slots, turns the hidden states at hand into logits, chooses or scores a token for
+//! each, retires what is finished and feeds the tokens to the decoder, whose hidden states begin the next round. A slot
+//! that becomes free is taken in the next round, so that a batch with completions of very different lengths stays full.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use base::Random;
+use kernels::log_softmax_row;
+use model::decoder::{DecodeRow, Decoder, Workspace};
+use model::tokenizer::Tokenizer;
+use rayon::prelude::*;
+
+use crate::queue::Queue;
+use crate::sampling::{NoChoice, Scratch};
+use crate::slot::{Slot, Token};
+use crate::{Episode, Error, Request, Result, SamplingOptions};
+
+/// Changes logits before a token is drawn from them: to ban tokens, to follow a grammar, to mix in another model.
+///
+/// Called for sampled tokens only, from several threads at once. Recorded `log_probs` are those of the untouched logits.
+pub trait LogitsHook: Sync {
+    /// Changes the logits of the next token in place. Negative infinity bans a token.
+    fn apply(&self, logits: &mut [f32], context: &LogitsContext<'_>);
+}
+
+/// What a [`LogitsHook`] sees.
+#[derive(Clone, Copy, Debug)]
+pub struct LogitsContext<'a> {
+    /// The request that is being served.
+    pub request: &'a Request,
+    /// The completion so far, forced tokens included.
+    pub completion: &'a [u32],
+}
+
+/// How far a generation is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// Requests answered.
+    pub finished: usize,
+    /// All requests.
+    pub total: usize,
+    /// Requests being served.
+    pub running: usize,
+    /// Tokens sampled so far.
+    pub tokens: usize,
+    /// Text that became certain in this round.
+    pub pieces: &'a [Piece],
+}
+
+/// New text of one completion.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Position of its request in the list.
+    pub request: usize,
+    /// The text, to be appended to what came before.
+    pub text: String,
+}
+
+/// Generates completions.
+#[derive(Clone, Copy)]
+pub struct Generator<'a> {
+    /// How tokens are chosen and when a completion ends.
+    pub options: &'a SamplingOptions,
+    /// Completions computed at the same time. Has no influence on what they contain.
+    pub batch_size: usize,
+    /// The draws: `Random::new(seed, Purpose::Sampling)` at the step at hand. Prompt, sample and position come from the
+    /// requests.
+    pub random: Random,
+    /// Changes logits before a token is drawn.
+    pub hook: Option<&'a dyn LogitsHook>,
+    /// When set to true by another thread, generation ends soon with [`Error::Cancelled`].
+    pub cancel: Option<&'a AtomicBool>,
+}
+
+impl<'a> Generator<'a> {
+    /// A generator without hook and cancellation.
+    pub fn new(options: &'a SamplingOptions, batch_size: usize, random: Random) -> Self {
+        Self { options, batch_size, random, hook: None, cancel: None }
+    }
+
+    /// Answers `requests`, in their order. The decoder's weights must be prepared.
+    ///
+    /// Besides the options' own stop tokens, the end-of-text tokens of the model and the tokenizer end a completion.
+    ///
+    /// # Errors
+    /// Options outside their range; a request that is empty, too long for the model or a duplicate of another; logits
+    /// that are no numbers or that allow no token; cancellation.
+    pub fn generate(
+        &self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        mut on_progress: impl FnMut(Progress<'_>),
+    ) -> Result<Vec<Episode>> {
+        self.options.validate()?;
+        crate::check::requests(requests, self.options, decoder.config())?;
+        let mut stop_tokens = decoder.config().eos_token_ids.clone();
+        stop_tokens.extend(tokenizer.eos());
+        stop_tokens.extend(&self.options.stop_token_ids);
+
+        let mut episodes: Vec<Option<Episode>> = vec![None; requests.len()];
+        let mut round = Round {
+            generator: self,
+            decoder,
+            tokenizer,
+            stop_tokens: &stop_tokens,
+            queue: Queue::new(requests),
+            slots: Vec::new(),
+            heads: Vec::new(),
+            hidden: Vec::new(),
+            logits: Vec::new(),
+            scratch: Vec::new(),
+            workspace: Workspace::new(),
+        };
+        let (mut finished, mut tokens) = (0, 0);
+        while finished < requests.len() {
+            if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
+                return Err(Error::Cancelled);
+            }
+            round.admit()?;
+            let mut pieces = Vec::new();
+            tokens += round.choose(&mut pieces)?;
+            for (request, episode) in round.retire(&mut pieces) {
+                episodes[request] = Some(episode);
+                finished += 1;
+            }
+            round.decode()?;
+            let running = round.slots.len();
+            on_progress(Progress { finished, total: requests.len(), running, tokens, pieces: &pieces });
+        }
+        Ok(episodes.into_iter().flatten().collect())
+    }
+}
+
+/// A row of hidden states: it predicts the token at `position` of the completion in `slot`.
+#[derive(Clone, Copy)]
+struct Head {
+    slot: usize,
+    position: usize,
+}
+
+/// Forced tokens fed to the decoder in one round, per slot.
+const FORCED_PER_ROUND: usize = 32;
+
+struct Round<'a> {
+    generator: &'a Generator<'a>,
+    decoder: &'a Decoder,
+    tokenizer: &'a Tokenizer,
+    stop_tokens: &'a [u32],
+    queue: Queue<'a>,
+    slots: Vec<Slot<'a>>,
+    heads: Vec<Head>,
+    /// One row for each of `heads`.
+    hidden: Vec<f32>,
+    /// Logits of at most `batch_size` rows.
+    logits: Vec<f32>,
+    /// One for each row of `logits`.
+    scratch: Vec<RowScratch>,
+    workspace: Workspace,
+}
+
+#[derive(Default)]
+struct RowScratch {
+    sampler: Scratch,
+    /// The logits before hooks and bans.
+    original: Vec<f32>,
+}
+
+impl Round<'_> {
+    fn batch_size(&self) -> usize {
+        self.generator.batch_size.max(1)
+    }
+
+    /// Fills free slots.
+    fn admit(&mut self) -> Result<()> {
+        let free = self.batch_size() - self.slots.len();
+        if free == 0 || self.queue.is_empty() {
+            return Ok(());
+        }
+        let Self { generator, decoder, tokenizer, queue, slots, heads, hidden, workspace, .. } = self;
+        queue.take(free, decoder, workspace, |index, request, prefill| {
+            heads.push(Head { slot: slots.len(), position: 0 });
+            hidden.extend_from_slice(&prefill.hidden);
+            slots.push(Slot::new(index, request, generator.options, decoder, tokenizer, prefill));
+        })
+    }
+
+    /// Chooses a token, or scores a forced one, from every row of hidden states. Returns the number of tokens sampled.
+    fn choose(&mut self, pieces: &mut Vec<Piece>) -> Result<usize> {
+        let vocabulary = self.decoder.config().vocab_size;
+        let width = self.decoder.config().hidden_size;
+        let chunk = self.batch_size();
+        let mut sampled = 0;
+        let heads = std::mem::take(&mut self.heads);
+        let hidden = std::mem::take(&mut self.hidden);
+        self.scratch.resize_with(chunk.min(heads.len()).max(self.scratch.len()), RowScratch::default);
+        for (heads, hidden) in heads.chunks(chunk).zip(hidden.chunks(chunk * width)) {
+            self.logits.resize(heads.len() * vocabulary, 0.0);
+            self.decoder.logits(hidden, &mut self.logits)?;
+            let (generator, slots, stop_tokens) = (self.generator, &self.slots, self.stop_tokens);
+            let rows = self.logits.par_chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);
+            let tokens: Vec<std::result::Result<Token, NoChoice>> = rows
+                .map(|((logits, head), scratch)| {
+                    generator.next_token(&slots[head.slot], head.position, stop_tokens, logits, scratch)
+                })
+                .collect();
+            for (head, token) in heads.iter().zip(tokens) {
+                let slot = &mut self.slots[head.slot];
+                let token = token.map_err(|reason| Error::Logits {
+                    prompt_id: slot.request.prompt_id,
+                    sample: slot.request.sample,
+                    position: head.position,
+                    reason: reason.to_string(),
+                })?;
+                sampled += usize::from(token.sampled);
+                let text = slot.push(token, self.stop_tokens);
+                if !text.is_empty() {
+                    pieces.push(Piece { request: slot.index, text });
+                }
+            }
+        }
+        Ok(sampled)
+    }
+
+    /// Empties the slots whose completion is finished.
+    fn retire(&mut self, pieces: &mut Vec<Piece>) -> Vec<(usize, Episode)> {
+        self.slots
+            .extract_if(.., |slot| slot.finish.is_some())
+            .map(|slot| {
+                let request = slot.index;
+                let (episode, rest) = slot.into_episode();
+                if !rest.is_empty() {
+                    pieces.push(Piece { request, text: rest });
+                }
+                (request, episode)
+            })
+            .collect()
+    }
+
+    /// Feeds the tokens the decoder has not seen.
+    fn decode(&mut self) -> Result<()> {
+        if self.slots.is_empty() {
+            return Ok(());
+        }
+        let mut rows = Vec::with_capacity(self.slots.len());
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let (tokens, cache, first) = slot.feed(FORCED_PER_ROUND);
+            self.heads.extend((first..first + tokens.len()).map(|fed| Head { slot: index, position: fed + 1 }));
+            rows.push(DecodeRow { tokens, cache });
+        }
+        self.decoder.decode(&mut rows, &mut self.workspace)?;
+        self.hidden.extend_from_slice(self.workspace.hidden());
+        Ok(())
+    }
+}
+
+impl Generator<'_> {
+    /// The token at `position` of a slot's completion: forced, or drawn from `logits`.
+    fn next_token(
+        &self,
+        slot: &Slot<'_>,
+        position: usize,
+        stop_tokens: &[u32],
+        logits: &mut [f32],
+        scratch: &mut RowScratch,
+    ) -> std::result::Result<Token, NoChoice> {
+        let options = self.options;
+        let inverse_temperature = 1.0 / options.log_prob_temperature();
+        let RowScratch { sampler, original } = scratch;
+        let top = sampler.top_log_probs(logits, inverse_temperature, options.top_log_probs);
+
+        if let Some(&id) = slot.completion.get(position) {
+            let log_prob = log_softmax_row(logits, inverse_temperature, id as usize).log_prob;
+            return Ok(Token { id, sampled: false, log_prob, filtered_log_prob: log_prob, top });
+        }
+
+        let too_early = position + 1 < options.min_new_tokens;
+        let changed = too_early || self.hook.is_some();
+        if changed {
+            original.clear();
+            original.extend_from_slice(logits);
+        }
+        if let Some(hook) = self.hook {
+            hook.apply(logits, &LogitsContext { request: slot.request, completion: &slot.completion });
+        }
+        if too_early {
+            for &stop in stop_tokens {
+                if let Some(logit) = logits.get_mut(stop as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+        let draw = self.random.prompt(slot.request.prompt_id).sample(slot.request.sample).at(position as u32);
+        let choice = sampler.choose(logits, options, draw.uniform())?;
+        let log_prob_in = |row: &[f32]| log_softmax_row(row, inverse_temperature, choice.token as usize).log_prob;
+        let log_prob = log_prob_in(if changed { original } else { logits });
+        let filtered_log_prob = choice.filtered_log_prob.unwrap_or_else(|| match changed {
+            true => log_prob_in(logits),
+            false => log_prob,
+        });
+        Ok(Token { id: choice.token, sampled: true, log_prob, filtered_log_prob, top })
+    }
+}
