@@ -131,17 +131,31 @@ impl LoraConfig {
         if let Some(kind) = json.get("peft_type").and_then(|kind| kind.as_str()).filter(|kind| *kind != "LORA") {
             return Err(Error::unsupported(format!("{FILE}: peft_type {kind}"), "only LORA adapters can be read"));
         }
-        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"] {
+        for option in [
+            "use_dora",
+            "bias",
+            "fan_in_fan_out",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "layers_to_transform",
+        ] {
             if json.get(option).is_some_and(|value| !is_off(value)) {
                 return Err(Error::unsupported(format!("{FILE}: {option}"), "plain LoRA adapters can be read"));
             }
         }
         let number = |key: &str| {
-            json.get(key).and_then(serde_json::Value::as_f64).ok_or_else(|| Error::malformed(FILE, format!("{key} is no number")))
+            json.get(key)
+                .and_then(serde_json::Value::as_f64)
+                .ok_or_else(|| Error::malformed(FILE, format!("{key} is no number")))
         };
         let modules = json.get("target_modules").cloned().unwrap_or_default();
-        let mut target_modules: Vec<TargetModule> = serde_json::from_value(modules)
-            .map_err(|error| Error::unsupported(format!("{FILE}: target_modules ({error})"), "name any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"))?;
+        let mut target_modules: Vec<TargetModule> = serde_json::from_value(modules).map_err(|error| {
+            Error::unsupported(
+                format!("{FILE}: target_modules ({error})"),
+                "name any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+            )
+        })?;
         target_modules.sort();
         let config = Self {
             r: number("r")? as usize,

@@ -132,7 +132,8 @@ impl ReferenceDecoder {
     }
 
     fn norm(&self, x: &Tensor, module: &str) -> Result<Tensor> {
-        let weight = (self.variable(&format!("{module}.weight"))?.as_tensor() + f64::from(self.config.norm_weight_offset))?;
+        let weight =
+            (self.variable(&format!("{module}.weight"))?.as_tensor() + f64::from(self.config.norm_weight_offset))?;
         let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
         x.broadcast_div(&(mean_square + f64::from(self.config.eps))?.sqrt()?)?.broadcast_mul(&weight)
     }
@@ -142,7 +143,9 @@ impl ReferenceDecoder {
         if let Some(bias) = self.variables.get(&format!("{module}.bias")) {
             y = y.broadcast_add(bias)?;
         }
-        if let (Some(a), Some(b)) = (self.variables.get(&peft_key(module, 'A')), self.variables.get(&peft_key(module, 'B'))) {
+        if let (Some(a), Some(b)) =
+            (self.variables.get(&peft_key(module, 'A')), self.variables.get(&peft_key(module, 'B')))
+        {
             y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * self.lora_scale)?)?;
         }
         Ok(y)

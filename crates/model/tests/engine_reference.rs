@@ -52,9 +52,7 @@ fn compare(what: &str, decoder: &mut Decoder, reference: &ReferenceDecoder, toke
         .unwrap();
     assert_eq!(again, found, "{what}: backward computes the same log-probs");
     gradients.finish();
-    let column = |values: &[f32]| {
-        Tensor::new(values, &candle_core::Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()
-    };
+    let column = |values: &[f32]| Tensor::new(values, &candle_core::Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
     let loss = ((log_probs * column(&d_log_prob)).unwrap() + (entropies * column(&d_entropy)).unwrap()).unwrap();
     let expected = loss.sum_all().unwrap().backward().unwrap();
     for (index, parameter) in decoder.parameters().iter().enumerate() {

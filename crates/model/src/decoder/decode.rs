@@ -140,7 +140,9 @@ impl Decoder {
             }
             let first = row.cache.len();
             if first + row.tokens.len() > max_positions {
-                return Err(Error::Invalid(format!("a sequence outgrows the model's context of {max_positions} tokens")));
+                return Err(Error::Invalid(format!(
+                    "a sequence outgrows the model's context of {max_positions} tokens"
+                )));
             }
             ids.extend_from_slice(row.tokens);
             workspace.positions.extend((first..first + row.tokens.len()).map(|position| position as u32));

@@ -119,11 +119,15 @@ impl Head {
         let mut stats = vec![RowStats { log_prob: 0.0, log_sum_exp: 0.0, entropy: 0.0 }; targets.len()];
         let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
         let chunk = self.chunk_rows();
-        for (slots, (targets_chunk, stats)) in slots.chunks(chunk).zip(targets.chunks(chunk).zip(stats.chunks_mut(chunk))) {
+        for (slots, (targets_chunk, stats)) in
+            slots.chunks(chunk).zip(targets.chunks(chunk).zip(stats.chunks_mut(chunk)))
+        {
             self.chunk_logits(slots, targets, hidden, scratch);
-            scratch.logits.par_chunks(self.vocabulary).zip(targets_chunk).zip(stats).for_each(|((logits, target), stats)| {
-                *stats = kernels::log_softmax_row(logits, 1.0 / temperature, target.token as usize);
-            });
+            scratch.logits.par_chunks(self.vocabulary).zip(targets_chunk).zip(stats).for_each(
+                |((logits, target), stats)| {
+                    *stats = kernels::log_softmax_row(logits, 1.0 / temperature, target.token as usize);
+                },
+            );
         }
         collect(&stats, targets, want_entropy)
     }

@@ -56,7 +56,8 @@ impl Layer {
     pub fn new(layout: &mut Layout, config: &ModelConfig, index: usize) -> Self {
         let d = config.hidden_size;
         let name = |module: &str| format!("model.layers.{index}.{module}");
-        let norm = |layout: &mut Layout, module: &str, width| layout.push(name(&format!("{module}.weight")), vec![width]);
+        let norm =
+            |layout: &mut Layout, module: &str, width| layout.push(name(&format!("{module}.weight")), vec![width]);
         let attention_norm = norm(layout, "input_layernorm", d);
         let qkv = vec![
             (name("self_attn.q_proj"), config.q_size()),
@@ -75,10 +76,8 @@ impl Layer {
             true => (Some(after_attention), norm(layout, "pre_feedforward_layernorm", d)),
             false => (None, after_attention),
         };
-        let gate_up = vec![
-            (name("mlp.gate_proj"), config.intermediate_size),
-            (name("mlp.up_proj"), config.intermediate_size),
-        ];
+        let gate_up =
+            vec![(name("mlp.gate_proj"), config.intermediate_size), (name("mlp.up_proj"), config.intermediate_size)];
         let gate_up = Linear::new(layout, gate_up, d, false);
         let down = Linear::new(layout, vec![(name("mlp.down_proj"), d)], config.intermediate_size, false);
         let post_mlp_norm = config.sandwich_norms.then(|| norm(layout, "post_feedforward_layernorm", d));
@@ -246,12 +245,29 @@ impl Layer {
             }
         };
         let low_rank = &kept.low_rank;
-        self.output.backward(products, &kept.attention, d_output, Some(d_attention), &low_rank[1], d_low_rank, gradients);
-        kernels::attention_backward(self.shape, segments, &kept.qkv, &kept.attention, &kept.log_sum_exp, d_attention, d_qkv);
+        self.output.backward(
+            products,
+            &kept.attention,
+            d_output,
+            Some(d_attention),
+            &low_rank[1],
+            d_low_rank,
+            gradients,
+        );
+        kernels::attention_backward(
+            self.shape,
+            segments,
+            &kept.qkv,
+            &kept.attention,
+            &kept.log_sum_exp,
+            d_attention,
+            d_qkv,
+        );
         kernels::rope(d_qkv, self.rotated(), pass.positions, pass.table, true);
         if let Some(norms) = &self.head_norms {
             let (q, k) = self.head_ranges();
-            let sides = [(q, &norms.q, &kept.q_input, &kept.q_inverse_rms), (k, &norms.k, &kept.k_input, &kept.k_inverse_rms)];
+            let sides =
+                [(q, &norms.q, &kept.q_input, &kept.q_inverse_rms), (k, &norms.k, &kept.k_input, &kept.k_inverse_rms)];
             for (range, weight, input, inverse_rms) in sides {
                 let d_weight = products.trains_base().then(|| gradients.range_mut(weight));
                 let weight = &products.base[weight.clone()];

@@ -66,7 +66,8 @@ impl Linear {
     pub fn new(layout: &mut Layout, modules: Vec<(String, usize)>, inputs: usize, bias: bool) -> Self {
         let join = |ranges: Vec<Range<usize>>| ranges[0].start..ranges[ranges.len() - 1].end;
         let weights = modules.iter().map(|(name, n)| layout.push(format!("{name}.weight"), vec![*n, inputs])).collect();
-        let bias = bias.then(|| modules.iter().map(|(name, n)| layout.push(format!("{name}.bias"), vec![*n])).collect());
+        let bias =
+            bias.then(|| modules.iter().map(|(name, n)| layout.push(format!("{name}.bias"), vec![*n])).collect());
         let outputs = modules.iter().map(|(_, n)| n).sum();
         Self { modules, inputs, outputs, weight: join(weights), bias: bias.map(join), packed: None, adapter: None }
     }
@@ -135,8 +136,10 @@ impl Linear {
             prepared(&adapter.packed_a).matmul(x, MatrixMut::new(low_rank, rows, width), false);
             kernels::scale(low_rank, adapter.scale);
             for (index, part) in adapter.parts.iter().enumerate() {
-                let low_rank = Matrix::new(&low_rank[index * adapter.rank..], rows, adapter.rank).with_row_stride(width);
-                let y = MatrixMut::new(&mut y[part.columns.start..], rows, part.columns.len()).with_row_stride(self.outputs);
+                let low_rank =
+                    Matrix::new(&low_rank[index * adapter.rank..], rows, adapter.rank).with_row_stride(width);
+                let y = MatrixMut::new(&mut y[part.columns.start..], rows, part.columns.len())
+                    .with_row_stride(self.outputs);
                 prepared(&part.packed_b).matmul(low_rank, y, true);
             }
         }

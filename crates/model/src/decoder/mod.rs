@@ -468,7 +468,9 @@ impl Decoder {
         let precision = self.ready()?;
         let d = self.config.hidden_size;
         if !workspace.kept || workspace.rows != tokens.rows() {
-            return Err(Error::Invalid("backward needs a forward over the same tokens that kept its activations".into()));
+            return Err(Error::Invalid(
+                "backward needs a forward over the same tokens that kept its activations".into(),
+            ));
         }
         if self.adapter.as_ref().is_some_and(|adapter| !adapter.on) {
             return Err(Error::Invalid("backward trains the adapter, which is switched off".into()));
@@ -477,8 +479,9 @@ impl Decoder {
         workspace.kept = false;
         workspace.fit_backward(&self.config, self.low_rank());
         let products = self.products(precision);
-        let Workspace { positions, residual: d_residual, layers: kept, scratch, final_input, final_inverse_rms, .. } =
-            workspace;
+        let Workspace {
+            positions, residual: d_residual, layers: kept, scratch, final_input, final_inverse_rms, ..
+        } = workspace;
         d_residual.fill(0.0);
         let norm = &self.base[self.final_norm.clone()];
         let d_norm = products.trains_base().then(|| gradients.range_mut(&self.final_norm));

@@ -127,9 +127,23 @@ impl Workspace {
         let scratch = &self.scratch;
         let head = &self.head;
         let own = [
-            &self.residual, &self.final_input, &self.final_inverse_rms, &self.hidden, &self.d_hidden,
-            &scratch.normed, &scratch.inverse_rms, &scratch.branch, &scratch.gated, &scratch.d_gated, &scratch.d_normed,
-            &scratch.d_attention, &scratch.d_qkv, &scratch.d_low_rank, &head.hidden, &head.d_hidden, &head.logits,
+            &self.residual,
+            &self.final_input,
+            &self.final_inverse_rms,
+            &self.hidden,
+            &self.d_hidden,
+            &scratch.normed,
+            &scratch.inverse_rms,
+            &scratch.branch,
+            &scratch.gated,
+            &scratch.d_gated,
+            &scratch.d_normed,
+            &scratch.d_attention,
+            &scratch.d_qkv,
+            &scratch.d_low_rank,
+            &head.hidden,
+            &head.d_hidden,
+            &head.logits,
         ];
         let own: usize = own.iter().map(|buffer| buffer.capacity()).sum();
         4 * (own + self.positions.capacity() + self.layers.iter().map(Activations::len).sum::<usize>())
@@ -162,8 +176,18 @@ impl Activations {
 
     fn len(&self) -> usize {
         let buffers = [
-            &self.input, &self.qkv, &self.q_input, &self.k_input, &self.q_inverse_rms, &self.k_inverse_rms,
-            &self.attention, &self.log_sum_exp, &self.attention_output, &self.mlp_output, &self.middle, &self.gate_up,
+            &self.input,
+            &self.qkv,
+            &self.q_input,
+            &self.k_input,
+            &self.q_inverse_rms,
+            &self.k_inverse_rms,
+            &self.attention,
+            &self.log_sum_exp,
+            &self.attention_output,
+            &self.mlp_output,
+            &self.middle,
+            &self.gate_up,
         ];
         buffers.into_iter().chain(&self.low_rank).map(|buffer| buffer.capacity()).sum()
     }
