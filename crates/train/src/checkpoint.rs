@@ -1,0 +1,151 @@
+//! Checkpoints: everything a later process needs to go on as if nothing had happened.
+//!
+//! A checkpoint is a model in Hugging Face layout (or an adapter in PEFT's) in single precision, `optimizer.safetensors`, and
+//! [`State`] as `trainer_state.json`, sealed by a manifest. No random state is kept: draws are named, not counted.
+
+use std::path::Path;
+
+use base::files::{self, FileError, Manifest};
+use model::decoder::Decoder;
+use model::weights::{Tensors, safetensors};
+use serde::{Deserialize, Serialize};
+
+use crate::directory::{Directory, remove, write_folder};
+use crate::error::{Error, Result};
+use crate::evaluation::Evaluation;
+use crate::metrics::Metrics;
+use crate::optimizer::Optimizer;
+
+const STATE: &str = "trainer_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// How far a run has come. The first four fields are named as the Hugging Face trainer names them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Passes over the data of the current stage.
+    pub epoch: f64,
+    /// Steps done, over all stages.
+    pub global_step: u64,
+    /// Steps of all stages.
+    pub max_steps: u64,
+    /// Every line of `metrics.jsonl`.
+    pub log_history: Vec<Metrics>,
+    /// The current stage, from 0.
+    pub stage: usize,
+    /// Steps done in the current stage.
+    pub stage_step: u64,
+    /// Updates made by the optimiser in the current stage.
+    pub updates: u64,
+    /// Tokens that passed through training.
+    pub num_tokens: u64,
+    /// The evaluations so far.
+    pub evaluations: Vec<Evaluation>,
+    /// Length of `metrics.jsonl` in bytes.
+    pub metrics_bytes: u64,
+    /// Length of the TensorBoard file in bytes.
+    pub events_bytes: u64,
+}
+
+/// A checkpoint read back.
+pub struct Restored {
+    /// How far the run had come.
+    pub state: State,
+    /// The trained parameters by name.
+    pub parameters: Tensors,
+    /// The moments of the optimiser.
+    pub optimizer: Tensors,
+}
+
+/// Writes the checkpoint of `state`. `model` writes the files that make the folder a model for other tools.
+pub fn save(
+    directory: &Directory,
+    state: &State,
+    optimizer: &Optimizer,
+    model: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let step = state.global_step;
+    write_folder(&directory.checkpoint(step), |folder| {
+        model(folder)?;
+        safetensors::write(&folder.join(OPTIMIZER), &optimizer.state(), safetensors::Dtype::F32)
+            .map_err(|source| Error::Model { step, source })?;
+        let text = serde_json::to_string_pretty(state).map_err(|error| FileError::Io {
+            action: "write",
+            path: folder.join(STATE),
+            source: error.into(),
+        })?;
+        files::write(&folder.join(STATE), format!("{text}\n").as_bytes())?;
+        Ok(())
+    })
+}
+
+/// The newest checkpoint that is complete, with those passed over because they are not, and why.
+///
+/// # Errors
+/// When there are checkpoints, but not one of them is complete: starting again would throw the run away.
+pub fn newest(directory: &Directory) -> Result<(Option<u64>, Vec<FileError>)> {
+    let mut damaged = Vec::new();
+    for step in directory.checkpoints()?.into_iter().rev() {
+        match Manifest::verify(&directory.checkpoint(step)) {
+            Ok(_) => return Ok((Some(step), damaged)),
+            Err(error) => damaged.push(error),
+        }
+    }
+    match damaged.into_iter().next() {
+        Some(error) => Err(error.into()),
+        None => Ok((None, Vec::new())),
+    }
+}
+
+/// Reads the checkpoint after `step` steps, which [`newest`] found complete.
+pub fn load(directory: &Directory, step: u64, adapter: bool) -> Result<Restored> {
+    let folder = directory.checkpoint(step);
+    let mismatch = |reason: String| Error::Mismatch { folder: folder.clone(), reason };
+    let state: State = serde_json::from_slice(&files::read(&folder.join(STATE))?)
+        .map_err(|error| mismatch(format!("{STATE}: {error}")))?;
+    if state.global_step != step {
+        return Err(mismatch(format!("{STATE} is of step {}", state.global_step)));
+    }
+    let weights = if adapter { "adapter_model.safetensors" } else { "model.safetensors" };
+    if !folder.join(weights).exists() {
+        return Err(mismatch(format!("it has no {weights}")));
+    }
+    let read = |name: &str| safetensors::read(&folder.join(name)).map_err(|source| Error::Model { step, source });
+    Ok(Restored { state, parameters: read(weights)?, optimizer: read(OPTIMIZER)? })
+}
+
+/// Puts parameters read from a file into the decoder.
+///
+/// # Errors
+/// In words, when one is missing or has another shape.
+pub fn restore_parameters(decoder: &mut Decoder, mut tensors: Tensors) -> Result<(), String> {
+    for index in 0..decoder.parameters().len() {
+        let info = &decoder.parameters()[index];
+        let tensor = tensors.remove(&info.name).ok_or_else(|| format!("it has no {}", info.name))?;
+        if tensor.shape != info.shape {
+            return Err(format!("{} has shape {:?}, expected {:?}", info.name, tensor.shape, info.shape));
+        }
+        decoder.parameter_mut(index).copy_from_slice(&tensor.data);
+    }
+    match tensors.keys().next() {
+        Some(name) => Err(format!("it has {name}, which is no parameter that is trained")),
+        None => Ok(()),
+    }
+}
+
+/// Removes checkpoints beyond the newest `keep` (0: all are kept), and those made by an interruption between the steps that
+/// `scheduled` names, so that what is left does not tell whether the run was ever interrupted.
+///
+/// The newest checkpoint stays whatever it is, unless the run is `finished`.
+pub fn rotate(directory: &Directory, keep: usize, finished: bool, scheduled: impl Fn(u64) -> bool) -> Result<()> {
+    let steps = directory.checkpoints()?;
+    let (mut regular, other): (Vec<u64>, Vec<u64>) = steps.iter().partition(|&&step| scheduled(step));
+    let newest = steps.last().filter(|_| !finished);
+    for step in other.iter().filter(|step| Some(*step) != newest) {
+        remove(&directory.checkpoint(*step))?;
+    }
+    let surplus = if keep == 0 { 0 } else { regular.len().saturating_sub(keep) };
+    for step in regular.drain(..surplus) {
+        remove(&directory.checkpoint(step))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! What can stop a run.
+
+use std::path::PathBuf;
+
+use base::Hint;
+use base::files::FileError;
+
+use crate::options::OptionError;
+
+/// Why a run stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option cannot be used.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// A file could not be read or written, or a checkpoint is damaged.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The model refused, or one of its values is not finite.
+    #[error("step {step}: {source}")]
+    Model {
+        /// The step.
+        step: u64,
+        /// What the model says.
+        source: model::Error,
+    },
+    /// Sampling failed.
+    #[error("step {step}: {source}")]
+    Rollout {
+        /// The step.
+        step: u64,
+        /// What the generator says.
+        source: rollout::Error,
+    },
+    /// A reward could not do its work.
+    #[error("step {step}: {source}")]
+    Reward {
+        /// The step.
+        step: u64,
+        /// What the reward says.
+        source: envs::RewardError,
+    },
+    /// The loss could not be computed.
+    #[error("step {step}: {source}")]
+    Objective {
+        /// The step.
+        step: u64,
+        /// What the objective says.
+        source: objectives::Error,
+    },
+    /// A quantity that everything after would inherit is infinite or NaN.
+    #[error("step {step}: {what} is {value}")]
+    NonFinite {
+        /// The step.
+        step: u64,
+        /// The quantity: the loss of which sequence and token, the gradient of which parameter.
+        what: String,
+        /// Its value.
+        value: f64,
+    },
+    /// The evaluation failed.
+    #[error("evaluation after step {step}: {reason}")]
+    Evaluation {
+        /// Steps done.
+        step: u64,
+        /// What the evaluation says.
+        reason: String,
+        /// Its advice.
+        hint: Option<String>,
+    },
+    /// There is nothing to train on.
+    #[error("stage {stage} ({method}): the data set has no rows")]
+    NoData {
+        /// The stage, from 1.
+        stage: usize,
+        /// Its method.
+        method: &'static str,
+    },
+    /// A new run was asked for where one already is.
+    #[error("{folder} already holds a run")]
+    Exists {
+        /// The run directory.
+        folder: PathBuf,
+    },
+    /// A checkpoint that is complete but does not belong to this run.
+    #[error("{folder} does not fit this run: {reason}")]
+    Mismatch {
+        /// The checkpoint.
+        folder: PathBuf,
+        /// What differs.
+        reason: String,
+    },
+    /// A table could not be written as Parquet.
+    #[error("cannot encode {path}: {source}")]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// The encoder's answer.
+        source: parquet::errors::ParquetError,
+    },
+}
+
+/// The result of everything in this crate that can stop a run.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Hint for Error {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Option(error) => error.hint(),
+            Self::File(error) => error.hint(),
+            Self::Model { source, .. } => source.hint(),
+            Self::Rollout { source, .. } => source.hint(),
+            Self::Reward { source, .. } => source.hint(),
+            Self::Objective { .. } => None,
+            Self::NonFinite { .. } => {
+                Some("lower the learning rate or max_grad_norm, or train with precision = \"f32\"".into())
+            }
+            Self::Evaluation { hint, .. } => hint.clone(),
+            Self::NoData { .. } => Some("check the data files and what was dropped from them".into()),
+            Self::Exists { folder } => {
+                Some(format!("go on with it: `posttrain resume {}`; or choose another directory", folder.display()))
+            }
+            Self::Mismatch { .. } => Some("resume with the configuration the run was started with".into()),
+            Self::Parquet { .. } => None,
+        }
+    }
+}

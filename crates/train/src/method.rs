@@ -1,0 +1,167 @@
+//! What a training method is to the loop.
+
+use std::time::Instant;
+
+use base::Random;
+use kernels::Precision;
+use model::decoder::{Decoder, Gradients, Workspace};
+use model::tokenizer::Tokenizer;
+
+use crate::error::{Error, Result};
+use crate::metrics::Metrics;
+use crate::observer::{Event, Observer};
+use crate::optimizer::{Optimizer, gradient_norm};
+use crate::options::TrainingOptions;
+use crate::table::Table;
+use crate::timing::{Clock, Phase};
+
+/// A way to train: one step of it, given everything a step may need.
+///
+/// A method keeps no state from step to step. What a step does is a function of the weights, the optimiser and the numbers
+/// in [`Step`]; that is what makes a resumed run equal to one that was never stopped.
+pub trait Method {
+    /// The name, as in a configuration.
+    fn name(&self) -> &'static str;
+
+    /// How long the stage lasts and how the weights move.
+    fn training(&self) -> &TrainingOptions;
+
+    /// Rows of data there are to train on.
+    fn rows(&self) -> usize;
+
+    /// Rows one step takes.
+    fn rows_per_step(&self) -> usize;
+
+    /// Whether steps need the log-probabilities of the model the stage started from.
+    fn needs_reference(&self) -> bool {
+        false
+    }
+
+    /// Makes one step.
+    ///
+    /// # Errors
+    /// Whatever makes it impossible to go on.
+    fn step(&mut self, step: &mut Step<'_>) -> Result<Report>;
+}
+
+/// What one step has to tell.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The metrics of the method.
+    pub metrics: Metrics,
+    /// Tokens that passed through training: prompts and completions, padding not counted.
+    pub tokens: u64,
+    /// What was sampled, one row an episode.
+    pub episodes: Option<Table>,
+}
+
+/// Everything one step of a method may need.
+pub struct Step<'a> {
+    /// The number of the step over all stages, from 1.
+    pub number: u64,
+    /// The number of the step within its stage, from 0.
+    pub index: u64,
+    /// The stage, from 0.
+    pub stage: usize,
+    /// The seed of the run.
+    pub seed: u64,
+    /// The learning rate of all updates of the step.
+    pub learning_rate: f64,
+    /// Number format of the matrix products.
+    pub precision: Precision,
+    /// The model that is trained.
+    pub decoder: &'a mut Decoder,
+    /// The model the stage started from, where it is kept apart: with full fine-tuning. With an adapter, it is the model
+    /// with the adapter switched off.
+    pub reference: Option<&'a Decoder>,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// The optimiser.
+    pub optimizer: &'a mut Optimizer,
+    /// Gradients, zero at the start of the step and after each update.
+    pub gradients: &'a mut Gradients,
+    /// Scratch memory of the engine.
+    pub workspace: &'a mut Workspace,
+    /// Where the time goes.
+    pub clock: &'a mut Clock,
+    /// Who wants to know.
+    pub observer: &'a mut dyn Observer,
+}
+
+impl Step<'_> {
+    /// Draws for a purpose in this step.
+    pub fn random(&self, purpose: base::Purpose) -> Random {
+        Random::new(self.seed, purpose).step(self.number as u32)
+    }
+
+    /// Tells the observer how far a phase has come.
+    pub fn progress(&mut self, phase: Phase, done: usize, total: usize) {
+        self.observer.observe(Event::Progress { phase, done, total });
+    }
+
+    /// Adds the time since `started` to a phase.
+    pub fn spent(&mut self, phase: Phase, started: Instant) {
+        self.clock.add(phase, started);
+    }
+
+    /// Gives an error of the model its step.
+    pub fn model_error(&self) -> impl Fn(model::Error) -> Error + use<> {
+        let step = self.number;
+        move |source| Error::Model { step, source }
+    }
+
+    /// Gives an error of an objective its step.
+    pub fn objective_error(&self) -> impl Fn(objectives::Error) -> Error + use<> {
+        let step = self.number;
+        move |source| Error::Objective { step, source }
+    }
+
+    /// Moves the weights by the gradients gathered since the last update, and sets these to zero. Returns their norm before
+    /// clipping.
+    ///
+    /// # Errors
+    /// A gradient that is infinite or NaN, by parameter and row.
+    pub fn update(&mut self) -> Result<f64> {
+        self.gradients.finish();
+        if let Some(found) = self.gradients.non_finite() {
+            return Err(self.model_error()(found.into()));
+        }
+        let norm = gradient_norm(self.decoder, self.gradients);
+        if !norm.is_finite() {
+            return Err(Error::NonFinite { step: self.number, what: "the norm of the gradient".into(), value: norm });
+        }
+        self.optimizer.update(self.decoder, self.gradients, norm, self.learning_rate);
+        self.decoder.prepare(self.precision);
+        self.gradients.clear();
+        Ok(norm)
+    }
+}
+
+/// Fails on the first loss that is infinite or NaN, naming its sequence and token.
+///
+/// `losses` holds the weighted loss of every token, sequence by sequence; `lengths` the tokens of each sequence.
+pub fn check_losses(step: u64, losses: &[f64], lengths: &[usize]) -> Result<()> {
+    let Some(bad) = losses.iter().position(|loss| !loss.is_finite()) else { return Ok(()) };
+    let (mut sequence, mut token) = (0, bad);
+    while lengths.get(sequence).is_some_and(|&length| token >= length) {
+        token -= lengths[sequence];
+        sequence += 1;
+    }
+    Err(Error::NonFinite {
+        step,
+        what: format!("the loss of sequence {sequence}, loss token {token}"),
+        value: losses[bad],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_losses;
+
+    #[test]
+    fn a_bad_loss_is_named_by_sequence_and_token() {
+        assert!(check_losses(3, &[0.0, 1.0], &[1, 1]).is_ok());
+        let error = check_losses(3, &[0.0, 1.0, f64::NAN, 2.0], &[0, 2, 2]).map_err(|error| error.to_string());
+        assert_eq!(error, Err("step 3: the loss of sequence 2, loss token 0 is NaN".into()));
+    }
+}

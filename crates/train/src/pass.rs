@@ -1,0 +1,154 @@
+//! Sequences packed for one forward and backward pass, and the bookkeeping between tokens and hidden rows.
+
+use model::decoder::{PackedTokens, Target};
+
+/// One sequence and which of its tokens the loss is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    /// The tokens.
+    pub ids: &'a [u32],
+    /// For each token, whether its log-probability enters the loss.
+    pub mask: &'a [bool],
+}
+
+/// What is never separated when a batch is cut: sequences that continue the same prompt, which is computed once.
+#[derive(Clone, Debug)]
+pub struct Unit<'a> {
+    /// The shared prompt; empty where there is none.
+    pub prompt: &'a [u32],
+    /// The continuations, or with an empty prompt the sequences themselves.
+    pub sequences: Vec<Sequence<'a>>,
+}
+
+impl Unit<'_> {
+    /// Rows the unit takes in a pass, at most.
+    pub fn rows(&self) -> usize {
+        let own: usize = self.sequences.iter().map(|sequence| sequence.ids.len().next_multiple_of(2)).sum();
+        self.prompt.len().next_multiple_of(2) + own
+    }
+
+    /// Loss tokens of each sequence.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        self.sequences.iter().map(|sequence| {
+            let first = usize::from(self.prompt.is_empty());
+            sequence.mask.iter().skip(first).filter(|&&counted| counted).count()
+        })
+    }
+}
+
+/// Units packed into rows, with the rows that predict their loss tokens.
+///
+/// The engine wants targets by ascending row; objectives want loss tokens sequence by sequence. The two orders differ,
+/// because the last row of a prompt predicts the first token of each of its continuations.
+#[derive(Debug)]
+pub struct Pass {
+    /// The rows.
+    pub tokens: PackedTokens,
+    /// The loss tokens by ascending row.
+    pub targets: Vec<Target>,
+    /// Loss tokens of each sequence, in order.
+    pub lengths: Vec<usize>,
+    /// For each loss token in sequence order, its place in `targets`.
+    places: Vec<usize>,
+}
+
+impl Pass {
+    /// Packs units one after the other. The last token of a sequence predicts nothing and gets no row.
+    pub fn pack(units: &[Unit<'_>]) -> model::Result<Self> {
+        let mut tokens = PackedTokens::new();
+        let mut targets = Vec::new();
+        let mut lengths = Vec::new();
+        for unit in units {
+            let prompt = match unit.prompt {
+                [] => None,
+                prompt => Some(tokens.push(prompt, None)?),
+            };
+            // The row that predicts the first token of each sequence: the prompt's last.
+            let before = prompt.map(|index| last_row(&tokens, index));
+            for sequence in &unit.sequences {
+                let inputs = &sequence.ids[..sequence.ids.len().saturating_sub(1)];
+                let start = match inputs {
+                    [] => None,
+                    inputs => {
+                        let index = tokens.push(inputs, prompt)?;
+                        Some(tokens.segments()[index].start)
+                    }
+                };
+                let found = targets.len();
+                for (position, (&token, &counted)) in sequence.ids.iter().zip(sequence.mask).enumerate() {
+                    let row = match position {
+                        0 => before,
+                        position => start.map(|start| start + position - 1),
+                    };
+                    if let (true, Some(row)) = (counted, row) {
+                        targets.push(Target { row, token });
+                    }
+                }
+                lengths.push(targets.len() - found);
+            }
+        }
+        let mut by_row: Vec<usize> = (0..targets.len()).collect();
+        by_row.sort_by_key(|&token| targets[token].row);
+        let mut places = vec![0; targets.len()];
+        for (place, &token) in by_row.iter().enumerate() {
+            places[token] = place;
+        }
+        Ok(Self { tokens, targets: by_row.into_iter().map(|token| targets[token]).collect(), lengths, places })
+    }
+
+    /// Values of targets, rearranged sequence by sequence.
+    pub fn by_sequence(&self, of_targets: &[f32]) -> Vec<f32> {
+        self.places.iter().map(|&place| of_targets[place]).collect()
+    }
+
+    /// Values of loss tokens in sequence order, rearranged for `targets` and rounded to single precision.
+    pub fn by_target(&self, of_tokens: &[f64]) -> Vec<f32> {
+        let mut values = vec![0.0; of_tokens.len()];
+        for (&place, &value) in self.places.iter().zip(of_tokens) {
+            values[place] = value as f32;
+        }
+        values
+    }
+}
+
+fn last_row(tokens: &PackedTokens, segment: usize) -> usize {
+    let segment = &tokens.segments()[segment];
+    segment.start + segment.len - 1
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lone_sequence_predicts_every_token_but_its_first() {
+        let unit = Unit { prompt: &[], sequences: vec![Sequence { ids: &[5, 6, 7], mask: &[true, false, true] }] };
+        assert_eq!(unit.lengths().collect::<Vec<_>>(), [1]);
+        let pass = Pass::pack(&[unit]).unwrap();
+        assert_eq!(pass.tokens.ids(), [5, 6], "the last token gets no row");
+        assert_eq!(pass.targets, [Target { row: 1, token: 7 }]);
+        assert_eq!(pass.lengths, [1]);
+    }
+
+    #[test]
+    fn continuations_share_the_row_that_predicts_their_first_tokens() {
+        let all = &[true; 3];
+        let unit = Unit {
+            prompt: &[1, 2, 3],
+            sequences: vec![
+                Sequence { ids: &[10, 11, 12], mask: all },
+                Sequence { ids: &[20], mask: &all[..1] },
+                Sequence { ids: &[30, 31], mask: &[false, true] },
+            ],
+        };
+        assert_eq!(unit.lengths().collect::<Vec<_>>(), [3, 1, 1]);
+        let pass = Pass::pack(&[unit]).unwrap();
+        assert_eq!(pass.tokens.ids(), [1, 2, 3, 0, 10, 11, 30]);
+        let targets: Vec<(usize, u32)> = pass.targets.iter().map(|target| (target.row, target.token)).collect();
+        assert_eq!(targets, [(2, 10), (2, 20), (4, 11), (5, 12), (6, 31)]);
+        assert_eq!(pass.by_sequence(&[0.0, 1.0, 2.0, 3.0, 4.0]), [0.0, 2.0, 3.0, 1.0, 4.0]);
+        assert_eq!(pass.by_target(&[0.0, 2.0, 3.0, 1.0, 4.0]), [0.0, 1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(pass.lengths, [3, 1, 1]);
+    }
+}

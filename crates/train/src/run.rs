@@ -1,0 +1,482 @@
+//! The loop: stages of steps, with evaluations and checkpoints between them.
+//!
+//! ```text
+//! evaluate                                              before the first step
+//! for each stage:  for each step:
+//!     step the method -> append metrics -> evaluate, if due -> save a checkpoint, if due -> stop, if asked to
+//! write the final model, the model card and the summary
+//! ```
+//!
+//! A checkpoint holds the lengths of the logs at its time. Resuming cuts them back to these lengths, removes the other
+//! files that are newer, and goes on; since a step is a function of what the checkpoint holds, the files come out the same.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use base::files::{self, FileError, io_error};
+use kernels::Precision;
+use model::chat::ChatTemplate;
+use model::decoder::{Decoder, Workspace};
+use model::tokenizer::Tokenizer;
+use model::weights::safetensors;
+
+use crate::artefact;
+use crate::card;
+use crate::checkpoint::{self, Restored, State};
+use crate::directory::{Directory, write_folder};
+use crate::error::{Error, Result};
+use crate::evaluation::Evaluator;
+use crate::log::Log;
+use crate::method::{Method, Report, Step};
+use crate::metrics::Metrics;
+use crate::observer::{Event, Observer};
+use crate::optimizer::Optimizer;
+use crate::options::RunOptions;
+use crate::summary::Summary;
+use crate::tensorboard;
+use crate::timing::{Clock, Phase, StepTiming};
+
+/// Where the parts of a run come from; written into the model card and the summary.
+#[derive(Clone, Debug, Default)]
+pub struct Provenance {
+    /// Name and version of the program.
+    pub program: String,
+    /// The command that starts the same run again.
+    pub command: String,
+    /// The resolved configuration, as text.
+    pub config: String,
+    /// The model the run starts from, by name or path.
+    pub base_model: String,
+    /// A hash of the base model's weights, where there is one.
+    pub base_model_sha256: Option<String>,
+    /// The data, each with a hash of its content.
+    pub data: Vec<DataSource>,
+}
+
+/// A source of data.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct DataSource {
+    /// What it is for, and its name or path.
+    pub name: String,
+    /// Rows used.
+    pub rows: usize,
+    /// SHA-256 of its content.
+    pub sha256: String,
+}
+
+/// Everything a run needs.
+pub struct Run<'a> {
+    /// The run directory.
+    pub directory: &'a Path,
+    /// When to save, evaluate and write episodes.
+    pub options: RunOptions,
+    /// Seed of every draw.
+    pub seed: u64,
+    /// Number format of the matrix products.
+    pub precision: Precision,
+    /// The model to start from, with an adapter attached where one is to be trained.
+    pub decoder: Decoder,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Its chat template, which goes with the saved model.
+    pub chat_template: Option<&'a ChatTemplate>,
+    /// The stages, in order.
+    pub stages: Vec<Box<dyn Method + 'a>>,
+    /// Who measures the model, if anyone.
+    pub evaluator: Option<&'a mut dyn Evaluator>,
+    /// Who wants to know how it goes.
+    pub observer: &'a mut dyn Observer,
+    /// Set from outside to stop after the current step.
+    pub interrupt: &'a AtomicBool,
+    /// Where everything comes from.
+    pub provenance: Provenance,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// All steps are done and the result is written.
+    Finished(Box<Summary>),
+    /// It was asked to stop, and can be resumed.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+impl Run<'_> {
+    /// Starts a new run in an empty directory.
+    ///
+    /// # Errors
+    /// A directory that holds a run already, and everything that can go wrong in training.
+    pub fn start(self) -> Result<Outcome> {
+        let directory = Directory::new(self.directory);
+        if directory.holds_a_run() {
+            return Err(Error::Exists { folder: self.directory.to_owned() });
+        }
+        files::write(&directory.config(), self.provenance.config.as_bytes())?;
+        Session::open(self, directory, None)?.run()
+    }
+
+    /// Goes on from the newest complete checkpoint, or from the beginning where there is none. A finished run is left as it
+    /// is.
+    ///
+    /// # Errors
+    /// Checkpoints none of which is complete, a checkpoint of another run, and everything that can go wrong in training.
+    pub fn resume(self) -> Result<Outcome> {
+        let directory = Directory::new(self.directory);
+        if let Some(summary) = Summary::read(&directory.summary())? {
+            return Ok(Outcome::Finished(Box::new(summary)));
+        }
+        let (step, damaged) = checkpoint::newest(&directory)?;
+        for error in &damaged {
+            self.observer.observe(Event::Damaged { error });
+        }
+        let adapter = self.decoder.adapter_config().is_some();
+        let restored = step.map(|step| checkpoint::load(&directory, step, adapter)).transpose()?;
+        files::write(&directory.config(), self.provenance.config.as_bytes())?;
+        Session::open(self, directory, restored)?.run()
+    }
+}
+
+/// A run in progress.
+struct Session<'a> {
+    run: Run<'a>,
+    directory: Directory,
+    state: State,
+    /// The optimiser of the stage that a checkpoint stopped in, until that stage goes on.
+    restored: Option<Restored>,
+    metrics: Log,
+    events: Log,
+    timing: Log,
+    clock: Clock,
+    workspace: Workspace,
+    /// Tokens trained on since the last line of timing.
+    tokens: u64,
+}
+
+impl<'a> Session<'a> {
+    fn open(run: Run<'a>, directory: Directory, restored: Option<Restored>) -> Result<Self> {
+        for (stage, method) in run.stages.iter().enumerate() {
+            if method.rows() == 0 {
+                return Err(Error::NoData { stage: stage + 1, method: method.name() });
+            }
+        }
+        let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
+        let state = match &restored {
+            Some(restored) => restored.state.clone(),
+            None => State { max_steps: steps.iter().sum(), ..State::default() },
+        };
+        let fits = state.max_steps == steps.iter().sum::<u64>()
+            && state.stage_step <= steps.get(state.stage).copied().unwrap_or(0)
+            && steps.iter().take(state.stage).sum::<u64>() + state.stage_step == state.global_step;
+        if !fits {
+            return Err(Error::Mismatch {
+                folder: directory.checkpoint(state.global_step),
+                reason: format!(
+                    "it is at step {} of stage {} in a run of {} steps, but the configuration has stages of {steps:?} steps",
+                    state.stage_step,
+                    state.stage + 1,
+                    state.max_steps
+                ),
+            });
+        }
+        directory.cut(state.global_step)?;
+        let timing = kept_timing(&directory, restored.as_ref().map(|restored| restored.state.global_step))?;
+        let mut session = Self {
+            metrics: Log::open(&directory.metrics(), state.metrics_bytes)?,
+            events: Log::open(&directory.events(), state.events_bytes)?,
+            timing: Log::open(&directory.timing(), timing)?,
+            clock: Clock::start(),
+            workspace: Workspace::new(),
+            tokens: 0,
+            run,
+            directory,
+            state,
+            restored,
+        };
+        if session.restored.is_none() {
+            session.events.append(&tensorboard::header())?;
+        }
+        Ok(session)
+    }
+
+    fn run(mut self) -> Result<Outcome> {
+        let event = Event::Started { steps: self.state.max_steps, done: self.state.global_step };
+        self.run.observer.observe(event);
+        // A killed process may have saved a checkpoint and not yet removed what it replaces.
+        self.rotate(false)?;
+        let started_from = self.reference_of_first_stage();
+        self.restore_weights()?;
+        self.run.decoder.prepare(self.run.precision);
+        if self.state.global_step == 0 && self.run.options.eval_on_start {
+            self.evaluate()?;
+        }
+        let mut stages = std::mem::take(&mut self.run.stages);
+        let mut started_from = Some(started_from);
+        while let Some(method) = stages.get_mut(self.state.stage) {
+            let reference = started_from.take().flatten();
+            if !self.stage(&mut **method, reference)? {
+                return Ok(Outcome::Interrupted { step: self.state.global_step });
+            }
+            if self.state.stage + 1 == stages.len() {
+                break;
+            }
+            self.state.stage += 1;
+            self.state.stage_step = 0;
+            self.state.updates = 0;
+        }
+        self.finish(&stages)
+    }
+
+    /// A copy of the base model, where the first stage is the current one and needs it beside the model that is trained.
+    fn reference_of_first_stage(&self) -> Option<Decoder> {
+        let needed = self.state.stage == 0 && self.needs_reference_copy(&*self.run.stages[0]);
+        needed.then(|| self.run.decoder.clone())
+    }
+
+    /// With an adapter, the reference is the model without it and needs no copy.
+    fn needs_reference_copy(&self, method: &dyn Method) -> bool {
+        method.needs_reference() && self.run.decoder.adapter_config().is_none()
+    }
+
+    fn restore_weights(&mut self) -> Result<()> {
+        let Some(restored) = &mut self.restored else { return Ok(()) };
+        let folder = self.directory.checkpoint(self.state.global_step);
+        checkpoint::restore_parameters(&mut self.run.decoder, std::mem::take(&mut restored.parameters))
+            .map_err(|reason| Error::Mismatch { folder, reason })
+    }
+
+    /// The reference of a later stage: a copy of the weights it starts from, kept on disk for when the stage is resumed.
+    fn reference_of_later_stage(&mut self, method: &dyn Method) -> Result<Option<Decoder>> {
+        if self.state.stage == 0 || !self.needs_reference_copy(method) {
+            return Ok(None);
+        }
+        let step = self.state.global_step;
+        let model_error = |source| Error::Model { step, source };
+        let folder = self.directory.reference(self.state.stage);
+        let mut reference = self.run.decoder.clone();
+        if self.state.stage_step == 0 {
+            write_folder(&folder, |folder| {
+                let path = folder.join(safetensors::FILE);
+                safetensors::write(&path, &reference.tensors(), safetensors::Dtype::F32).map_err(model_error)
+            })?;
+        } else {
+            files::Manifest::verify(&folder)?;
+            let tensors = safetensors::read(&folder).map_err(model_error)?;
+            checkpoint::restore_parameters(&mut reference, tensors)
+                .map_err(|reason| Error::Mismatch { folder, reason })?;
+        }
+        Ok(Some(reference))
+    }
+
+    /// Runs the current stage from where it stands. Returns whether it came to its end.
+    fn stage(&mut self, method: &mut dyn Method, reference: Option<Decoder>) -> Result<bool> {
+        let steps = stage_steps(method);
+        let schedule = method.training().schedule(steps);
+        self.run.observer.observe(Event::Stage { stage: self.state.stage, method: method.name(), steps });
+        let mut reference = match reference {
+            Some(reference) => Some(reference),
+            None => self.reference_of_later_stage(method)?,
+        };
+        if let Some(reference) = &mut reference {
+            reference.prepare(self.run.precision);
+        }
+        let mut optimizer = Optimizer::new(method.training(), &self.run.decoder);
+        if let Some(restored) = self.restored.take() {
+            optimizer.restore(restored.optimizer, self.state.updates).map_err(|reason| Error::Mismatch {
+                folder: self.directory.checkpoint(self.state.global_step),
+                reason,
+            })?;
+        }
+        let mut gradients = self.run.decoder.gradients();
+        while self.state.stage_step < steps {
+            let number = self.state.global_step + 1;
+            let learning_rate = schedule.learning_rate(self.state.stage_step);
+            let report = method.step(&mut Step {
+                number,
+                index: self.state.stage_step,
+                stage: self.state.stage,
+                seed: self.run.seed,
+                learning_rate,
+                precision: self.run.precision,
+                decoder: &mut self.run.decoder,
+                reference: reference.as_ref(),
+                tokenizer: self.run.tokenizer,
+                optimizer: &mut optimizer,
+                gradients: &mut gradients,
+                workspace: &mut self.workspace,
+                clock: &mut self.clock,
+                observer: self.run.observer,
+            })?;
+            self.state.updates = optimizer.updates();
+            self.take(report, method, learning_rate)?;
+            let last = self.state.global_step == self.state.max_steps;
+            if last || every(self.run.options.eval_steps, self.state.global_step) {
+                self.evaluate()?;
+            }
+            let stopping = !last && self.run.interrupt.load(Ordering::Relaxed);
+            if stopping {
+                self.run.observer.observe(Event::Stopping { step: self.state.global_step });
+            }
+            if stopping || self.scheduled(self.state.global_step) {
+                self.save(&optimizer)?;
+            }
+            if stopping {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes down what a step has to tell.
+    fn take(&mut self, report: Report, method: &dyn Method, learning_rate: f64) -> Result<()> {
+        let step = self.state.global_step + 1;
+        self.state.global_step = step;
+        self.state.stage_step += 1;
+        self.state.num_tokens += report.tokens;
+        self.tokens += report.tokens;
+        self.state.epoch = (self.state.stage_step * method.rows_per_step() as u64) as f64 / method.rows() as f64;
+        let started = Instant::now();
+        if let Some(table) = report.episodes.filter(|_| every(self.run.options.episode_steps, step)) {
+            let path = self.directory.episodes(step);
+            let bytes = table.to_parquet().map_err(|source| Error::Parquet { path: path.clone(), source })?;
+            files::write(&path, &bytes)?;
+        }
+        self.clock.add(Phase::Save, started);
+        let mut metrics = Metrics::new();
+        metrics.set("step", step as f64);
+        metrics.set("epoch", self.state.epoch);
+        metrics.extend(report.metrics);
+        metrics.set("learning_rate", learning_rate);
+        metrics.set("num_tokens", self.state.num_tokens as f64);
+        self.record(&metrics)?;
+        let timing = self.lap()?;
+        self.run.observer.observe(Event::Step { step, metrics: &metrics, timing: &timing });
+        Ok(())
+    }
+
+    /// Appends metrics, which start with the step, to every log.
+    fn record(&mut self, metrics: &Metrics) -> Result<()> {
+        self.metrics.append(metrics.to_line().as_bytes())?;
+        self.events.append(&tensorboard::scalars(self.state.global_step, metrics))?;
+        self.state.log_history.push(metrics.clone());
+        Ok(())
+    }
+
+    /// Writes down where the time since the last lap went.
+    fn lap(&mut self) -> Result<StepTiming> {
+        let timing = self.clock.lap(self.state.global_step, std::mem::take(&mut self.tokens));
+        let line = serde_json::to_string(&timing)
+            .map_err(|error| io_error("write", &self.directory.timing())(error.into()))?;
+        self.timing.append(format!("{line}\n").as_bytes())?;
+        Ok(timing)
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(evaluator) = &mut self.run.evaluator else { return Ok(()) };
+        let step = self.state.global_step;
+        let started = Instant::now();
+        let observer = &mut self.run.observer;
+        let mut progress = |done, total| observer.observe(Event::Progress { phase: Phase::Evaluate, done, total });
+        let mut evaluation = evaluator
+            .evaluate(&self.run.decoder, &mut progress)
+            .map_err(|error| Error::Evaluation { step, reason: error.to_string(), hint: error.hint() })?;
+        evaluation.step = step;
+        let samples: String = evaluation.samples.drain(..).map(|sample| format!("{sample}\n")).collect();
+        files::write(&self.directory.samples(step), samples.as_bytes())?;
+        let mut metrics = Metrics::new();
+        metrics.set("step", step as f64);
+        metrics.extend(evaluation.metrics());
+        self.record(&metrics)?;
+        self.state.evaluations.push(evaluation);
+        self.clock.add(Phase::Evaluate, started);
+        self.lap()?;
+        self.run.observer.observe(Event::Evaluated { step, metrics: &metrics });
+        Ok(())
+    }
+
+    /// Whether the options ask for a checkpoint after this many steps.
+    fn scheduled(&self, step: u64) -> bool {
+        let save_steps = self.run.options.save_steps;
+        every(save_steps, step) || (save_steps > 0 && step == self.state.max_steps)
+    }
+
+    fn save(&mut self, optimizer: &Optimizer) -> Result<()> {
+        let started = Instant::now();
+        self.state.metrics_bytes = self.metrics.sync()?;
+        self.state.events_bytes = self.events.sync()?;
+        checkpoint::save(&self.directory, &self.state, optimizer, |folder| self.write_model(folder))?;
+        self.rotate(false)?;
+        self.clock.add(Phase::Save, started);
+        let folder = self.directory.checkpoint(self.state.global_step);
+        self.run.observer.observe(Event::Saved { step: self.state.global_step, folder: &folder });
+        Ok(())
+    }
+
+    fn rotate(&self, finished: bool) -> Result<()> {
+        checkpoint::rotate(&self.directory, self.run.options.save_total_limit, finished, |step| self.scheduled(step))
+    }
+
+    /// Writes the model, or the adapter, in the layout other tools read.
+    fn write_model(&self, folder: &Path) -> Result<()> {
+        let step = self.state.global_step;
+        let Run { decoder, tokenizer, chat_template, provenance, .. } = &self.run;
+        artefact::write(folder, decoder, tokenizer, *chat_template, &provenance.base_model)
+            .map_err(|source| Error::Model { step, source })
+    }
+
+    fn finish(mut self, stages: &[Box<dyn Method + 'a>]) -> Result<Outcome> {
+        let started = Instant::now();
+        let methods: Vec<&str> = stages.iter().map(|method| method.name()).collect();
+        let card = card::text(&self.run, &methods, &self.state);
+        write_folder(&self.directory.final_model(), |folder| {
+            self.write_model(folder)?;
+            files::write(&folder.join("README.md"), card.as_bytes())?;
+            Ok::<(), Error>(())
+        })?;
+        files::write(&self.directory.card(), card.as_bytes())?;
+        self.rotate(true)?;
+        for stage in 0..stages.len() {
+            crate::directory::remove(&self.directory.reference(stage))?;
+        }
+        self.clock.add(Phase::Save, started);
+        self.lap()?;
+        self.metrics.sync()?;
+        self.events.sync()?;
+        self.timing.sync()?;
+        let summary = Summary::new(&self.run, &methods, &self.state, &read_timing(&self.directory)?);
+        summary.write(&self.directory.summary())?;
+        let folder = self.directory.final_model();
+        self.run.observer.observe(Event::Saved { step: self.state.global_step, folder: &folder });
+        Ok(Outcome::Finished(Box::new(summary)))
+    }
+}
+
+/// Whether something done every `period` steps (0: never) is due after `step` steps.
+fn every(period: u64, step: u64) -> bool {
+    period > 0 && step.is_multiple_of(period)
+}
+
+fn stage_steps(method: &dyn Method) -> u64 {
+    method.training().steps(method.rows(), method.rows_per_step())
+}
+
+fn read_timing(directory: &Directory) -> Result<Vec<StepTiming>, FileError> {
+    let path = directory.timing();
+    let text = if path.exists() { files::read_to_string(&path)? } else { String::new() };
+    // A line that was half written when the process was killed ends what is known.
+    Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// Bytes of `timing.jsonl` to keep: its whole lines of the first `step` steps, none for a run that starts again.
+fn kept_timing(directory: &Directory, step: Option<u64>) -> Result<u64, FileError> {
+    let Some(step) = step else { return Ok(0) };
+    let path = directory.timing();
+    let text = if path.exists() { files::read_to_string(&path)? } else { String::new() };
+    let known = |line: &&str| {
+        line.ends_with('\n') && serde_json::from_str::<StepTiming>(line).is_ok_and(|timing| timing.step <= step)
+    };
+    Ok(text.split_inclusive('\n').take_while(known).map(|line| line.len() as u64).sum())
+}
