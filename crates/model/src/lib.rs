@@ -1,15 +1,20 @@
 //! The decoder: engine and reference, weights in and out, tokenizer, chat template, LoRA.
 //!
-//! A model comes from a named source, a Hugging Face folder or a GGUF file as a [`ModelConfig`],
-//! [`Tensors`](weights::Tensors), a tokenizer and a chat template, and goes out as a Hugging Face folder.
+//! A model comes from a named source, a Hugging Face folder or a GGUF file ([`source::load`]) as a [`ModelConfig`],
+//! [`Tensors`](weights::Tensors), a tokenizer and a chat template, and goes out as a Hugging Face folder ([`save`]).
 //! This crate knows no data, no loss and no sampling: it maps tokens to hidden states and log-probs, and gradients of
 //! those to gradients of the weights.
 
+pub mod chat;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod hub;
 pub mod lora;
 pub mod reference;
+pub mod save;
+pub mod source;
+pub mod tokenizer;
 pub mod weights;
 
 pub use config::{Family, ModelConfig};

@@ -59,6 +59,12 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// The `eos_token_id` of a `generation_config.json`: none, one or several.
+    pub(crate) fn eos_tokens(bytes: &[u8]) -> Result<Vec<u32>> {
+        let object = serde_json::from_slice(bytes).map_err(|error| Error::malformed("JSON", error))?;
+        Keys { object: &object, prefix: "" }.tokens("eos_token_id")
+    }
+
     /// A `config.json` that [`Self::from_json`] and `transformers` read back as the same model.
     pub fn to_json(&self) -> Value {
         let window = self.layers.iter().find_map(|layer| layer.window);

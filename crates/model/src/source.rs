@@ -1,0 +1,143 @@
+//! A model from wherever it is: a name, a folder in Hugging Face layout, or a GGUF file.
+
+use std::fs;
+use std::path::Path;
+
+use base::files;
+
+use crate::chat::ChatTemplate;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::hub::{self, Origin, Progress};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{self, Tensors, gguf, safetensors};
+
+/// A model in memory, ready to become a decoder.
+#[derive(Debug)]
+pub struct Loaded {
+    /// How it was asked for.
+    pub name: String,
+    /// The shape, its special tokens completed from the tokenizer's.
+    pub config: ModelConfig,
+    /// The weights, or `None` for a preset, whose weights are to be drawn.
+    pub tensors: Option<Tensors>,
+    /// The tokenizer; its vocabulary is at most the embedding's.
+    pub tokenizer: Tokenizer,
+    /// The chat template, if the model has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// SHA-256 of what the model was read from: the GGUF file, the files of the folder that were used, or the preset's
+    /// configuration.
+    pub sha256: String,
+}
+
+/// Loads a named model (fetching it if need be), a folder, or a GGUF file. A name goes before a path; write `./tiny` for
+/// a folder that is called like a named model.
+pub fn load(name_or_path: &str, progress: &mut dyn FnMut(Progress)) -> Result<Loaded> {
+    let path = Path::new(name_or_path);
+    let mut loaded = match hub::named(name_or_path).map(|model| &model.origin) {
+        Some(Origin::Preset(config)) => preset(*config)?,
+        Some(Origin::Download(download)) => {
+            let path = hub::pull(name_or_path, progress)?;
+            // The file was right when it came; the name must mean the same bytes now.
+            hub::verify(&path, download).map_err(|reason| Error::malformed(path.display(), reason))?;
+            from_gguf(&path, download.sha256.to_owned())?
+        }
+        None if path.is_dir() => from_folder(path)?,
+        None if path.is_file() => from_gguf(path, files::sha256(path)?)?,
+        None => return Err(hub::unknown(name_or_path)),
+    };
+    name_or_path.clone_into(&mut loaded.name);
+    Ok(loaded)
+}
+
+fn preset(config: fn(usize) -> ModelConfig) -> Result<Loaded> {
+    let tokenizer = Tokenizer::bytes()?;
+    let config = config(tokenizer.vocab_size());
+    let chat_template = Some(ChatTemplate::chatml()?);
+    let sha256 = files::sha256_of(config.to_json().to_string().as_bytes());
+    Loaded::new(config, None, tokenizer, chat_template, sha256)
+}
+
+fn from_gguf(path: &Path, sha256: String) -> Result<Loaded> {
+    let gguf = gguf::read(path)?;
+    let in_file = |error: Error| error.in_file(path);
+    let (config, tensors) = gguf.load().map_err(in_file)?;
+    let tokenizer = Tokenizer::from_gguf(gguf.metadata()).map_err(in_file)?;
+    let chat_template = ChatTemplate::from_gguf(gguf.metadata(), &tokenizer).map_err(in_file)?;
+    Loaded::new(config, Some(tensors), tokenizer, chat_template, sha256).map_err(in_file)
+}
+
+fn from_folder(folder: &Path) -> Result<Loaded> {
+    let path = folder.join("config.json");
+    if !path.is_file() && folder.join("adapter_config.json").is_file() {
+        let hint = "load the base model it was trained on, with the adapter beside it; or merge the two first";
+        return Err(Error::unsupported(format!("{}: a LoRA adapter as a model", folder.display()), hint));
+    }
+    let mut config = ModelConfig::from_json_bytes(&files::read(&path)?).map_err(|error| error.in_file(&path))?;
+    generation_tokens(&folder.join("generation_config.json"), &mut config)?;
+    let mut tensors = safetensors::read(folder)?;
+    weights::check(&config, &mut tensors)?;
+    let tokenizer = Tokenizer::from_folder(folder)?;
+    let chat_template = ChatTemplate::from_folder(folder, &tokenizer)?;
+    Loaded::new(config, Some(tensors), tokenizer, chat_template, folder_sha256(folder)?)
+        .map_err(|error| error.in_file(folder))
+}
+
+/// Adds the tokens that end a generation according to `generation_config.json`: chat models often name more there.
+fn generation_tokens(path: &Path, config: &mut ModelConfig) -> Result<()> {
+    if path.is_file() {
+        let tokens = ModelConfig::eos_tokens(&files::read(path)?).map_err(|error| error.in_file(path))?;
+        config.eos_token_ids.extend(tokens);
+        dedup(&mut config.eos_token_ids);
+    }
+    Ok(())
+}
+
+/// Drops repetitions and keeps the order.
+fn dedup(ids: &mut Vec<u32>) {
+    let mut seen = Vec::new();
+    ids.retain(|id| !seen.contains(id) && { seen.push(*id); true });
+}
+
+/// The hash of the names and hashes of a folder's model files, in the order of their names.
+fn folder_sha256(folder: &Path) -> Result<String> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(files::io_error("list", folder))? {
+        let name = entry.map_err(files::io_error("list", folder))?.file_name().to_string_lossy().into_owned();
+        let model = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+        if model.contains(&name.as_str()) || name.ends_with(".safetensors") || name.ends_with(".jinja") {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let mut lines = String::new();
+    for name in names {
+        lines += &format!("{} {name}\n", files::sha256(&folder.join(&name))?);
+    }
+    Ok(files::sha256_of(lines.as_bytes()))
+}
+
+impl Loaded {
+    /// Joins the parts, checks that the vocabularies fit, and completes the configuration's special tokens.
+    fn new(
+        mut config: ModelConfig,
+        tensors: Option<Tensors>,
+        tokenizer: Tokenizer,
+        chat_template: Option<ChatTemplate>,
+        sha256: String,
+    ) -> Result<Self> {
+        if tokenizer.vocab_size() > config.vocab_size {
+            let reason = format!("{} tokens, but the embedding has {} rows", tokenizer.vocab_size(), config.vocab_size);
+            return Err(Error::malformed("tokenizer", reason));
+        }
+        config.bos_token_id = config.bos_token_id.or(tokenizer.bos());
+        config.pad_token_id = config.pad_token_id.or(tokenizer.pad());
+        config.eos_token_ids.extend(tokenizer.eos());
+        dedup(&mut config.eos_token_ids);
+        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            let reason = format!("{id} is outside the vocabulary of {}", config.vocab_size);
+            return Err(Error::malformed("eos_token_id", reason));
+        }
+        Ok(Self { name: String::new(), config, tensors, tokenizer, chat_template, sha256 })
+    }
+}
