@@ -49,6 +49,22 @@ impl Failure {
         Self { exit: exit::USAGE, ..Self::new(message) }
     }
 
+    /// An error with its causes and its advice.
+    pub fn advised(error: &dyn Hint) -> Self {
+        let message = error.to_string();
+        let mut causes = Vec::new();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            // Many messages already end with their cause.
+            if !message.contains(&text) && !causes.contains(&text) {
+                causes.push(text);
+            }
+            source = cause.source();
+        }
+        Self { hint: error.hint(), causes, ..Self::new(message) }
+    }
+
     /// Adds advice: one sentence, lower-case, without a full stop.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -92,17 +108,7 @@ impl Failure {
 
 impl<E: Hint + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        let message = error.to_string();
-        let mut causes = Vec::new();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let text = cause.to_string();
-            if !message.contains(&text) && !causes.contains(&text) {
-                causes.push(text);
-            }
-            source = cause.source();
-        }
-        Self { hint: error.hint(), causes, ..Self::new(message) }
+        Self::advised(&error)
     }
 }
 

@@ -1,6 +1,22 @@
 //! The `posttrain` binary.
 
+use std::process::ExitCode;
+
+use clap::Parser;
+use posttrain::cli::Cli;
+use posttrain::terminal::Terminal;
+
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() {}
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let terminal = Terminal::new(cli.global.quiet, cli.global.no_color);
+    match posttrain::command::run(&cli, terminal) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprint!("{}", failure.render(terminal.color));
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

@@ -4,3 +4,234 @@ pub mod check;
 pub mod load;
 pub mod reference;
 pub mod tree;
+
+use std::path::PathBuf;
+
+use base::Hint;
+use data::{DataOptions, RenderOptions};
+use envs::{RewardConfig, TaskConfig};
+use model::lora::LoraConfig;
+use rollout::SamplingOptions;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use train::methods::grpo::GrpoOptions;
+use train::methods::sft::SftOptions;
+use train::options::RunOptions;
+
+use crate::failure::Failure;
+use load::{Layers, blame, convert, to_toml};
+use tree::Node;
+
+/// A recipe: everything that decides what a run computes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Seed of every random draw. The same seed, options and binary give the same bytes.
+    pub seed: u64,
+    /// Folder of the run; `runs/RECIPE` when absent. Not part of the configuration's hash.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_dir: Option<PathBuf>,
+    /// The model to start from.
+    pub model: ModelOptions,
+    /// Train a low-rank adapter instead of the weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// Generated problems to train on and to measure with.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskOptions>,
+    /// Files to train on and to measure with; `docs/data.md` describes their columns.
+    pub data: DataOptions,
+    /// How rows become tokens.
+    pub rendering: RenderOptions,
+    /// Judges of sampled answers; the reward is their weighted sum.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rewards: Vec<RewardConfig>,
+    /// Supervised fine-tuning, the first stage when present.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sft: Option<SftOptions>,
+    /// Group relative policy optimisation, the stage after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpo: Option<GrpoOptions>,
+    /// How the model is measured on held-out problems.
+    pub evaluation: EvaluationOptions,
+    /// When a run saves, evaluates and writes down what it sampled.
+    pub run: RunOptions,
+}
+
+/// Which model, and how it computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelOptions {
+    /// A named model (`posttrain models` lists them), a Hugging Face folder, a checkpoint of a run, or a GGUF file.
+    pub name: String,
+    /// Number format of the matrix products, in sampling and in training alike.
+    pub precision: Precision,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { name: "smollm2-135m-instruct".into(), precision: Precision::default() }
+    }
+}
+
+/// Number format of the matrix products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit operands
+    F32,
+    /// Operands rounded to bfloat16, sums kept in 32 bits; weights and optimiser state stay in 32 bits
+    #[default]
+    Bf16,
+}
+
+impl From<Precision> for kernels::Precision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// A source of generated problems.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct TaskOptions {
+    /// Problems to train on.
+    #[serde(default = "default_train_problems")]
+    pub train_problems: u32,
+    /// Held-out problems to measure with. No problem of one split occurs in the other, in whatever words.
+    #[serde(default = "default_test_problems")]
+    pub test_problems: u32,
+    /// The assistant's message in supervised examples; `{answer}` stands for the answer.
+    #[serde(default = "default_completion")]
+    pub completion: String,
+    /// The task and its own options, chosen by `type`.
+    #[serde(flatten)]
+    pub task: TaskConfig,
+}
+
+fn default_train_problems() -> u32 {
+    2000
+}
+
+fn default_test_problems() -> u32 {
+    200
+}
+
+fn default_completion() -> String {
+    "{answer}".into()
+}
+
+/// How the model is measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationOptions {
+    /// How answers are sampled; greedily by default.
+    pub sampling: SamplingOptions,
+    /// Sequences decoded at once. Results do not depend on it.
+    #[schemars(range(min = 1))]
+    pub decode_batch_size: usize,
+}
+
+impl Default for EvaluationOptions {
+    fn default() -> Self {
+        Self { sampling: SamplingOptions::greedy(256), decode_batch_size: 32 }
+    }
+}
+
+/// The schema of a recipe.
+pub fn schema() -> serde_json::Value {
+    load::schema::<Config>()
+}
+
+impl Config {
+    /// Reads, merges, checks and converts a recipe.
+    ///
+    /// # Errors
+    /// A file that cannot be read, an unknown key, a value of the wrong type or without meaning; each in its place.
+    pub fn load(layers: &Layers) -> Result<Self, Failure> {
+        let tree = layers.merged()?;
+        let config: Self = convert(&tree)?;
+        config.validate(&tree)?;
+        Ok(config)
+    }
+
+    fn validate(&self, tree: &Node) -> Result<(), Failure> {
+        let option = |section: &'static str| {
+            move |error: train::options::OptionError| {
+                let error = error.within(section);
+                let key = error.key.clone();
+                blame(error.into(), tree, &key)
+            }
+        };
+        if let Some(sft) = &self.sft {
+            sft.validate().map_err(option("sft"))?;
+        }
+        if let Some(grpo) = &self.grpo {
+            grpo.validate().map_err(option("grpo"))?;
+            self.check_sampling(&grpo.sampling, tree, "grpo.sampling")?;
+        }
+        self.check_sampling(&self.evaluation.sampling, tree, "evaluation.sampling")?;
+        if let Some(lora) = &self.lora {
+            lora.validate().map_err(|error| blame(error.into(), tree, "lora"))?;
+        }
+        for (i, task) in self.tasks.iter().enumerate() {
+            task.task.build().map_err(|error| blame(error.into(), tree, &format!("tasks.{i}")))?;
+        }
+        for (i, reward) in self.rewards.iter().enumerate() {
+            reward.build().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
+        }
+        if self.grpo.is_some() && self.rewards.is_empty() {
+            let failure = Failure::new("`grpo` has no reward to learn from: expected at least one `[[rewards]]`");
+            return Err(blame(failure.hint("add for example\n\n[[rewards]]\ntype = \"number\""), tree, "grpo"));
+        }
+        Ok(())
+    }
+
+    fn check_sampling(&self, options: &SamplingOptions, tree: &Node, key: &str) -> Result<(), Failure> {
+        options.validate().map_err(|error| {
+            let failure = Failure::new(format!("`{key}`: {error}"));
+            let failure = match error.hint() {
+                Some(hint) => failure.hint(hint),
+                None => failure,
+            };
+            blame(failure, tree, key)
+        })
+    }
+
+    /// What training needs beyond what measuring needs.
+    pub fn check_trainable(&self) -> Result<(), Failure> {
+        if self.sft.is_none() && self.grpo.is_none() {
+            let failure = Failure::new("the recipe has no stage to train: expected `[sft]`, `[grpo]` or both");
+            return Err(failure.hint("`posttrain config explain grpo` describes one; recipes/ has complete ones"));
+        }
+        if self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() {
+            let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
+            return Err(failure.hint("name your files: `--set data.train=['rows.jsonl']`"));
+        }
+        Ok(())
+    }
+
+    /// Whether there is anything to measure.
+    pub fn has_evaluation(&self) -> bool {
+        !self.rewards.is_empty() && (self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty())
+    }
+
+    /// The whole recipe as TOML, every option resolved.
+    pub fn to_toml(&self) -> Result<String, Failure> {
+        to_toml(self)
+    }
+
+    /// SHA-256 over everything that decides what a run computes.
+    pub fn hash(&self) -> Result<String, Failure> {
+        let canonical = Self { output_dir: None, ..self.clone() };
+        let text = serde_json::to_string(&canonical).map_err(|error| Failure::new(format!("cannot hash the configuration: {error}")))?;
+        Ok(base::files::sha256_of(text.as_bytes()))
+    }
+
+    /// The names of the stages, in order.
+    pub fn stages(&self) -> Vec<&'static str> {
+        self.sft.iter().map(|_| "sft").chain(self.grpo.iter().map(|_| "grpo")).collect()
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! The page needs no script and nothing from the net; it follows the reader's light or dark setting.
 
+pub mod assemble;
 pub mod chart;
 
 use std::fmt::Write as _;

@@ -1,0 +1,223 @@
+//! The command line: verbs, flags and their help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Precision;
+
+/// Post-training of language models: one binary, exact numbers.
+#[derive(Debug, Parser)]
+#[command(name = "posttrain", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and saved.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Flags every verb takes.
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Flags every verb takes.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Threads to compute with; results do not depend on it [default: one per core]
+    #[arg(long, global = true, value_name = "N", help_heading = "Global options", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Print results only: no progress, no notes
+    #[arg(long, short, global = true, help_heading = "Global options")]
+    pub quiet: bool,
+    /// Print without colours (also with the environment variable NO_COLOR)
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_color: bool,
+    /// Never use the network; models must be in the cache already
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub offline: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Post-train a model as a recipe says: evaluate, train, evaluate again, write run and report
+    Train(Train),
+    /// Go on with a run that was interrupted or killed, to the same bytes
+    Resume(Resume),
+    /// Complete prompts
+    Generate(Generate),
+    /// Talk to a model
+    Chat(Chat),
+    /// Measure a model on held-out problems
+    Eval(Eval),
+    /// Fetch a named model into the cache and print its folder
+    Pull(Pull),
+    /// List the named models and which of them are cached
+    Models,
+    /// Fold the LoRA adapter of a run into the weights
+    Merge(Merge),
+    /// Explain options, print their schema
+    Config {
+        /// What to print.
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Check this machine: processor, memory, disk, cache, Python
+    Doctor,
+}
+
+/// One configuration from files and flags.
+#[derive(Clone, Debug, Args)]
+pub struct Recipe {
+    /// Recipe files; a later one overrides single keys of an earlier one
+    #[arg(required = true, value_name = "RECIPE")]
+    pub recipes: Vec<PathBuf>,
+    /// Override one option, for example `--set grpo.optimizer.learning_rate=1e-6`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// `posttrain train`
+#[derive(Debug, Args)]
+pub struct Train {
+    /// The configuration.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Folder of the run [default: `output_dir` of the recipe, else runs/RECIPE]
+    #[arg(long, short, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Print the resolved configuration with an estimate of memory and time, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Replace a run that is already there
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// `posttrain resume`
+#[derive(Debug, Args)]
+pub struct Resume {
+    /// The folder of the run
+    #[arg(value_name = "DIR")]
+    pub run: PathBuf,
+}
+
+/// Which model.
+#[derive(Clone, Debug, Args)]
+pub struct Model {
+    /// A named model, a Hugging Face folder, a run or checkpoint folder, or a GGUF file
+    #[arg(long, short, value_name = "MODEL", default_value = "smollm2-135m-instruct")]
+    pub model: String,
+    /// Number format of the matrix products
+    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
+    pub precision: Precision,
+}
+
+/// How to sample.
+#[derive(Clone, Debug, Args)]
+pub struct Sampling {
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, default_value_t = 0.7)]
+    pub temperature: f64,
+    /// Sample from the smallest set of tokens with this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Sample from the K most likely tokens
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Drop tokens less likely than this share of the most likely one
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f64>,
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// Stop at this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Seed of the sampler; the same seed gives the same answer
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `posttrain generate`
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// The model.
+    #[command(flatten)]
+    pub model: Model,
+    /// The prompt, put into the model's chat template; without it prompts are read from standard input, one JSON object a
+    /// line with `prompt` or `messages`, and answers are written likewise
+    #[arg(long, short)]
+    pub prompt: Option<String>,
+    /// A system message for `--prompt`
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Take prompts as plain text, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// Answers for each prompt
+    #[arg(long, short, value_name = "N", default_value_t = 1)]
+    pub n: u32,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `posttrain chat`
+#[derive(Debug, Args)]
+pub struct Chat {
+    /// The model.
+    #[command(flatten)]
+    pub model: Model,
+    /// A system message
+    #[arg(long)]
+    pub system: Option<String>,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `posttrain eval`
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// The recipe whose held-out problems, rewards and sampling to use.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// The model to measure [default: the recipe's]
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Write every answer with its score to this JSON-lines file
+    #[arg(long, value_name = "FILE")]
+    pub answers: Option<PathBuf>,
+}
+
+/// `posttrain pull`
+#[derive(Debug, Args)]
+pub struct Pull {
+    /// A named model; `posttrain models` lists them
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// `posttrain merge`
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// The folder of a LoRA run
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Where to write the merged model
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// `posttrain config`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Say what an option or a section means; without a key, print the whole reference
+    Explain {
+        /// Dotted key, for example `grpo.num_generations`
+        #[arg(value_name = "KEY")]
+        key: Option<String>,
+    },
+    /// Print the JSON schema of a recipe
+    Schema,
+}

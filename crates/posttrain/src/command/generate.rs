@@ -1,0 +1,185 @@
+//! `posttrain generate` and `posttrain chat`: prompts in, answers out.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::sync::Arc;
+
+use base::{Purpose, Random};
+use model::chat::Message;
+use rollout::{Finish, Generator, Request, SamplingOptions};
+use serde_json::{Value, json};
+
+use crate::cli;
+use crate::failure::Failure;
+use crate::opened::{Opened, Opener};
+use crate::terminal::{Terminal, print};
+
+/// Sequences decoded at once; results do not depend on it.
+const BATCH: usize = 32;
+
+fn options(flags: &cli::Sampling) -> Result<SamplingOptions, Failure> {
+    let defaults = SamplingOptions::default();
+    let options = SamplingOptions {
+        temperature: flags.temperature,
+        top_k: flags.top_k.unwrap_or(defaults.top_k),
+        top_p: flags.top_p.unwrap_or(defaults.top_p),
+        min_p: flags.min_p.unwrap_or(defaults.min_p),
+        max_new_tokens: flags.max_new_tokens,
+        stop: flags.stop.clone(),
+        ..defaults
+    };
+    options.validate().map_err(|error| Failure::usage(error.to_string()))?;
+    Ok(options)
+}
+
+fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure> {
+    let mut model = opener.open(&flags.model, 0)?;
+    model.decoder.prepare(flags.precision.into());
+    Ok(model)
+}
+
+/// The tokens of a conversation, ready for the assistant.
+fn encode(model: &Opened, messages: &[Message]) -> Result<Arc<[u32]>, Failure> {
+    let Some(template) = &model.template else {
+        let failure = Failure::new(format!("{} has no chat template", model.name));
+        return Err(failure.hint("it is a base model: give plain text with `generate --raw`"));
+    };
+    Ok(template.encode(&model.tokenizer, messages, None, true)?.into())
+}
+
+fn encode_plain(model: &Opened, text: &str) -> Result<Arc<[u32]>, Failure> {
+    let begin = model.tokenizer.bos().filter(|_| model.tokenizer.adds_bos());
+    let ids: Arc<[u32]> = begin.into_iter().chain(model.tokenizer.encode(text)?).collect();
+    if ids.is_empty() {
+        return Err(Failure::usage("the prompt is empty"));
+    }
+    Ok(ids)
+}
+
+/// `posttrain generate`
+pub fn generate(arguments: &cli::Generate, opener: Opener) -> Result<(), Failure> {
+    let options = options(&arguments.sampling)?;
+    let random = Random::new(arguments.sampling.seed, Purpose::Sampling);
+    let generator = Generator::new(&options, BATCH, random);
+    let Some(prompt) = &arguments.prompt else {
+        return from_lines(arguments, &generator, opener);
+    };
+    let model = open(&arguments.model, opener)?;
+    let ids = match arguments.raw {
+        true => encode_plain(&model, prompt)?,
+        false => {
+            let system = arguments.system.iter().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
+            encode(&model, &messages)?
+        }
+    };
+    if arguments.n == 1 {
+        stream(&model, &generator, &ids)?;
+        return Ok(());
+    }
+    let requests: Vec<Request> = Request::samples(0, &ids, arguments.n).collect();
+    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |_| {})?;
+    print(episodes.iter().map(|episode| format!("{}\n", json!({"completion": episode.text}))).collect::<String>())
+}
+
+/// Answers one prompt on standard output while it is made, and returns it.
+fn stream(model: &Opened, generator: &Generator<'_>, ids: &Arc<[u32]>) -> Result<String, Failure> {
+    let requests: Vec<Request> = Request::samples(0, ids, 1).collect();
+    let mut failed = None;
+    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |progress| {
+        for piece in progress.pieces {
+            if failed.is_none() {
+                failed = print(&piece.text).err();
+            }
+        }
+    })?;
+    if let Some(failure) = failed {
+        return Err(failure);
+    }
+    print("\n")?;
+    Ok(episodes.into_iter().next().map(|episode| episode.text).unwrap_or_default())
+}
+
+/// JSON objects with `prompt` or `messages` in, the same objects with `completions` out.
+fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Opener) -> Result<(), Failure> {
+    if std::io::stdin().is_terminal() {
+        let failure = Failure::usage("no prompt: expected `--prompt TEXT`, or JSON lines on standard input");
+        return Err(failure.hint("for example: echo '{\"prompt\": \"What is 2 + 2?\"}' | posttrain generate"));
+    }
+    let model = open(&arguments.model, opener)?;
+    let mut rows = Vec::new();
+    let mut requests = Vec::new();
+    for (number, line) in std::io::stdin().lock().lines().enumerate() {
+        let wrong = |reason: String| Failure::new(format!("standard input, line {}: {reason}", number + 1));
+        let line = line.map_err(|error| wrong(error.to_string()))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let row: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
+        let ids = match (&row["messages"], &row["prompt"]) {
+            (Value::Array(_), _) => encode(&model, &messages(&row["messages"]).map_err(wrong)?)?,
+            (_, Value::Array(_)) => encode(&model, &messages(&row["prompt"]).map_err(wrong)?)?,
+            (_, Value::String(text)) if arguments.raw => encode_plain(&model, text)?,
+            (_, Value::String(text)) => encode(&model, &[Message::new("user", text)])?,
+            _ => return Err(wrong("expected an object with `prompt` (text or messages) or `messages`".into())),
+        };
+        requests.extend(Request::samples(rows.len() as u32, &ids, arguments.n));
+        rows.push(row);
+    }
+    let mut progress = opener.terminal.progress("generating", "answer", requests.len() as u64);
+    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |now| {
+        progress.update(now.finished as u64, &format!("{} tokens", now.tokens));
+    })?;
+    progress.clear();
+    let mut text = String::new();
+    for (mut row, answers) in rows.into_iter().zip(episodes.chunks(arguments.n as usize)) {
+        row["completions"] = answers.iter().map(|answer| answer.text.clone()).collect();
+        row["finish"] = answers.iter().map(|answer| if answer.finish == Finish::Stop { "stop" } else { "length" }).collect();
+        text += &format!("{row}\n");
+    }
+    print(text)
+}
+
+fn messages(value: &Value) -> Result<Vec<Message>, String> {
+    serde_json::from_value(value.clone()).map_err(|error| format!("not a list of messages: {error}"))
+}
+
+/// `posttrain chat`
+pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
+    let options = options(&arguments.sampling)?;
+    let model = open(&arguments.model, opener)?;
+    let terminal = opener.terminal;
+    terminal.note(format!("{}; /reset starts over, Ctrl-D ends", model.name));
+    let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
+    let mut messages = system.clone();
+    let mut turn = 0;
+    while let Some(line) = ask(terminal)? {
+        match line.trim() {
+            "" => continue,
+            "/reset" => {
+                messages.clone_from(&system);
+                continue;
+            }
+            "/quit" | "/exit" => break,
+            text => messages.push(Message::new("user", text)),
+        }
+        turn += 1;
+        let random = Random::new(arguments.sampling.seed, Purpose::Sampling).step(turn);
+        let answer = stream(&model, &Generator::new(&options, 1, random), &encode(&model, &messages)?)?;
+        messages.push(Message::new("assistant", &answer));
+    }
+    Ok(())
+}
+
+/// The next line of the user; `None` at the end.
+fn ask(terminal: Terminal) -> Result<Option<String>, Failure> {
+    if terminal.interactive {
+        // A prompt that cannot be shown is no reason to stop.
+        let _ = write!(std::io::stderr(), "> ").and_then(|()| std::io::stderr().flush());
+    }
+    let mut line = String::new();
+    let read = std::io::stdin().lock().read_line(&mut line);
+    match read.map_err(|error| Failure::new(format!("cannot read standard input: {error}")))? {
+        0 => Ok(None),
+        _ => Ok(Some(line)),
+    }
+}

@@ -1,0 +1,35 @@
+//! One file a verb.
+
+pub mod config;
+pub mod doctor;
+pub mod eval;
+pub mod generate;
+pub mod merge;
+pub mod models;
+pub mod train;
+
+use crate::cli::{Cli, Command};
+use crate::failure::Failure;
+use crate::opened::Opener;
+use crate::terminal::Terminal;
+
+/// Does what the command line says.
+pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
+    if let Some(threads) = cli.global.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+        pool.map_err(|error| Failure::new(format!("cannot start {threads} threads: {error}")))?;
+    }
+    let opener = Opener { terminal, offline: cli.global.offline };
+    match &cli.command {
+        Command::Train(arguments) => train::train(arguments, opener),
+        Command::Resume(arguments) => train::resume(arguments, opener),
+        Command::Generate(arguments) => generate::generate(arguments, opener),
+        Command::Chat(arguments) => generate::chat(arguments, opener),
+        Command::Eval(arguments) => eval::run(arguments, opener),
+        Command::Pull(arguments) => models::pull(arguments, terminal),
+        Command::Models => models::list(),
+        Command::Merge(arguments) => merge::run(arguments, opener),
+        Command::Config { command } => config::run(command),
+        Command::Doctor => doctor::run(),
+    }
+}

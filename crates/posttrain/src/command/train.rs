@@ -1,0 +1,207 @@
+//! `posttrain train` and `posttrain resume`: measure, train, measure again, write it all down.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use base::files::io_error;
+use envs::Weighted;
+use train::directory::Directory;
+use train::methods::grpo::Grpo;
+use train::methods::sft::Sft;
+use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
+
+use crate::cli;
+use crate::config::Config;
+use crate::config::load::Layers;
+use crate::corpus::{Corpus, Language};
+use crate::failure::Failure;
+use crate::interrupt::Interrupt;
+use crate::measure::Measurer;
+use crate::opened::Opener;
+use crate::plan::{Plan, Workload};
+use crate::report::{assemble, bytes, duration};
+use crate::terminal::{Terminal, print};
+use crate::watch::Watcher;
+
+/// Whether a run starts or goes on.
+#[derive(Clone, Copy, PartialEq)]
+enum Begin {
+    Fresh,
+    Again,
+}
+
+/// `posttrain train`
+pub fn train(arguments: &cli::Train, opener: Opener) -> Result<(), Failure> {
+    let layers = Layers { files: arguments.recipe.recipes.clone(), assignments: arguments.recipe.set.clone() };
+    let config = Config::load(&layers)?;
+    config.check_trainable()?;
+    if arguments.dry_run {
+        return dry_run(&config, opener);
+    }
+    let output = output_folder(arguments, &config);
+    let directory = Directory::new(&output);
+    if arguments.overwrite && directory.holds_a_run() {
+        fs::remove_dir_all(&output).map_err(io_error("remove", &output))?;
+    }
+    run(config, &output, Begin::Fresh, opener)
+}
+
+/// `posttrain resume`
+pub fn resume(arguments: &cli::Resume, opener: Opener) -> Result<(), Failure> {
+    let recipe = Directory::new(&arguments.run).config();
+    if !recipe.is_file() {
+        let failure = Failure::new(format!("{} is not a run: it has no config.toml", arguments.run.display()));
+        return Err(failure.hint("give the folder that `posttrain train` wrote"));
+    }
+    let config = Config::load(&Layers { files: vec![recipe], assignments: Vec::new() })?;
+    run(config, &arguments.run, Begin::Again, opener)
+}
+
+/// `--output`, else `output_dir`, else `runs/RECIPE` after the last recipe file.
+fn output_folder(arguments: &cli::Train, config: &Config) -> PathBuf {
+    let named = arguments.output.clone().or_else(|| config.output_dir.clone());
+    named.unwrap_or_else(|| {
+        let name = arguments.recipe.recipes.last().and_then(|path| path.file_stem()).unwrap_or_default();
+        Path::new("runs").join(name)
+    })
+}
+
+fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
+    print(config.to_toml()?)?;
+    let model = opener.shape(&config.model.name)?;
+    let language = Language {
+        tokenizer: &model.tokenizer,
+        template: model.chat_template.as_ref(),
+        context: model.config.max_positions,
+    };
+    let corpus = Corpus::for_training(config, language, opener.terminal)?;
+    let lengths = || corpus.prompts.iter().map(|prompt| prompt.ids.len()).chain(corpus.examples.iter().map(|example| example.ids.len()));
+    let rows = lengths().count();
+    let work = Workload {
+        train_rows: corpus.examples.len().max(corpus.prompts.len()),
+        test_rows: corpus.test.len(),
+        row_tokens: lengths().sum::<usize>() as f64 / rows.max(1) as f64,
+        longest: lengths().max().unwrap_or(1),
+    };
+    let plan = Plan::new(config, &model.config, work);
+    let terminal = opener.terminal;
+    terminal.note(format!("\nmodel: {}, {} parameters", config.model.name, model.config.parameter_count()));
+    terminal.note(format!("configuration: {}", config.hash()?));
+    terminal.note(format!("rows: {} to train on, {} held out", work.train_rows, work.test_rows));
+    terminal.note(plan.render().trim_end());
+    if let Some(available) = super::doctor::available_memory().filter(|available| *available < plan.total_memory()) {
+        terminal.note(format!("only {} of memory are available: lower micro_batch_tokens, or add [lora]", bytes(available)));
+    }
+    Ok(())
+}
+
+fn run(config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<(), Failure> {
+    let terminal = opener.terminal;
+    let directory = Directory::new(output);
+    if begin == Begin::Fresh && directory.holds_a_run() {
+        return Err(train::Error::Exists { folder: output.to_owned() }.into());
+    }
+    let mut model = opener.open(&config.model.name, config.seed)?;
+    if let Some(lora) = &config.lora {
+        model.decoder.attach_lora(lora, config.seed)?;
+    }
+    let language = Language {
+        tokenizer: &model.tokenizer,
+        template: model.template.as_ref(),
+        context: model.decoder.config().max_positions,
+    };
+    let corpus = Corpus::for_training(&config, language, terminal)?;
+    terminal.note(format!(
+        "{}: {} rows to train on, {} held out, {} on {} threads",
+        config.model.name,
+        corpus.examples.len().max(corpus.prompts.len()),
+        corpus.test.len(),
+        kernels::Isa::current(),
+        rayon::current_num_threads()
+    ));
+
+    let mut stages: Vec<Box<dyn Method>> = Vec::new();
+    if let Some(sft) = &config.sft {
+        stages.push(Box::new(Sft::new(sft.clone(), corpus.examples)?));
+    }
+    if let Some(grpo) = &config.grpo {
+        let reward = Weighted::from_configs(&config.rewards)?;
+        stages.push(Box::new(Grpo::new(grpo.clone(), corpus.prompts, Box::new(reward))?));
+    }
+    let mut measurer = match corpus.test.is_empty() {
+        true => None,
+        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer)?),
+    };
+    let interrupt = Interrupt::listen()?;
+    let mut watcher = Watcher::new(terminal);
+    // Where the run lies is not part of what it computes; its own folder must not make its files differ.
+    let recorded = Config { output_dir: None, ..config.clone() };
+    let run = Run {
+        directory: output,
+        options: config.run.clone(),
+        seed: config.seed,
+        precision: config.model.precision.into(),
+        decoder: model.decoder,
+        tokenizer: &model.tokenizer,
+        chat_template: model.template.as_ref(),
+        stages,
+        evaluator: measurer.as_mut().map(|measurer| measurer as &mut dyn Evaluator),
+        observer: &mut watcher,
+        interrupt: interrupt.flag(),
+        provenance: Provenance {
+            program: concat!("posttrain ", env!("CARGO_PKG_VERSION")).to_owned(),
+            command: "posttrain train config.toml --output again".to_owned(),
+            config: recorded.to_toml()?,
+            base_model: config.model.name.clone(),
+            base_model_sha256: Some(model.sha256),
+            data: corpus.sources,
+        },
+    };
+    let outcome = match begin {
+        Begin::Fresh => run.start(),
+        Begin::Again => run.resume(),
+    };
+    drop(watcher);
+    match outcome? {
+        Outcome::Finished(summary) => {
+            assemble::write(&directory, &summary)?;
+            finish(&summary, output, terminal)
+        }
+        Outcome::Interrupted { step } => {
+            let failure = Failure::interrupted(format!("interrupted after step {step}; everything is saved"));
+            Err(failure.hint(format!("go on with `posttrain resume {}`", output.display())))
+        }
+    }
+}
+
+/// The result on standard output, where it is on standard error.
+fn finish(summary: &Summary, output: &Path, terminal: Terminal) -> Result<(), Failure> {
+    terminal.note(format!(
+        "{} steps in {}{}",
+        summary.steps,
+        duration(summary.timing.seconds),
+        summary.timing.peak_memory_bytes.map(|peak| format!(", peak memory {}", bytes(peak))).unwrap_or_default()
+    ));
+    terminal.note(format!("report: {}", output.join("report.html").display()));
+    terminal.note(format!("model:  {}", output.join("final").display()));
+    let mut text = String::new();
+    for (when, evaluation) in [("before", &summary.before), ("after", &summary.after)] {
+        if let Some(measure) = evaluation.as_ref().and_then(|evaluation| evaluation.measures.first()) {
+            text += &format!(
+                "{} {when:6} {:5.1} %  (95 % interval {:.1} to {:.1}, {} problems)\n",
+                measure.name,
+                100.0 * measure.value,
+                100.0 * measure.low,
+                100.0 * measure.high,
+                measure.items
+            );
+        }
+    }
+    if let Some(change) = &summary.change {
+        text += &format!("change   {}\n", assemble::difference(change));
+    }
+    if text.is_empty() {
+        text = format!("{}\n", output.join("final").display());
+    }
+    print(text)
+}

@@ -1,0 +1,159 @@
+//! What a recipe trains on and measures with: rows of tasks and files, rendered for a model.
+
+use std::collections::HashSet;
+
+use base::files;
+use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
+use envs::tasks::Split;
+use model::chat::ChatTemplate;
+use model::tokenizer::Tokenizer;
+use serde_json::{Value, json};
+use train::run::DataSource;
+
+use crate::config::{Config, TaskOptions};
+use crate::failure::Failure;
+use crate::terminal::Terminal;
+
+/// Held-out problems are the same whatever the seed of the run, so that runs can be compared.
+const TEST_SEED: u64 = 0;
+
+/// Rendered rows and where they came from.
+#[derive(Default)]
+pub struct Corpus {
+    /// For supervised stages.
+    pub examples: Vec<Example>,
+    /// For stages that sample.
+    pub prompts: Vec<Prompt>,
+    /// Held out.
+    pub test: Vec<Prompt>,
+    /// Names, sizes and hashes of everything used.
+    pub sources: Vec<DataSource>,
+}
+
+/// What to render with.
+#[derive(Clone, Copy)]
+pub struct Language<'a> {
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Its chat template.
+    pub template: Option<&'a ChatTemplate>,
+    /// Its longest sequence.
+    pub context: usize,
+}
+
+impl Corpus {
+    /// Everything a run of `config` needs; rows that had to be left out are noted.
+    pub fn for_training(config: &Config, language: Language<'_>, terminal: Terminal) -> Result<Self, Failure> {
+        let mut corpus = Self::for_evaluation(config, language, terminal)?;
+        let rows = train_rows(config, &mut corpus.sources)?;
+        let samples = data::sample::parse(rows)?;
+        let renderer = language.renderer(&config.rendering);
+        if config.sft.is_some() {
+            let rendered = renderer.examples(&samples)?;
+            note_drops(&rendered.drops, "training examples", terminal);
+            corpus.examples = rendered.items;
+        }
+        if config.grpo.is_some() {
+            let rendered = renderer.prompts(&samples)?;
+            note_drops(&rendered.drops, "prompts", terminal);
+            corpus.prompts = rendered.items;
+        }
+        Ok(corpus)
+    }
+
+    /// The held-out problems only.
+    pub fn for_evaluation(config: &Config, language: Language<'_>, terminal: Terminal) -> Result<Self, Failure> {
+        let mut corpus = Self::default();
+        if !config.has_evaluation() {
+            return Ok(corpus);
+        }
+        let mut rows = Vec::new();
+        for task in &config.tasks {
+            let made = test_rows(task)?;
+            corpus.sources.push(source_of("test", &task_name(task)?, &made));
+            rows.extend(made);
+        }
+        if !config.data.test.is_empty() {
+            let read = data::read(&config.data.test, &config.data.columns)?;
+            corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
+            rows.extend(read);
+        }
+        let rendered = language.renderer(&config.rendering).prompts(&data::sample::parse(rows)?)?;
+        note_drops(&rendered.drops, "held-out problems", terminal);
+        corpus.test = rendered.items;
+        Ok(corpus)
+    }
+}
+
+impl<'a> Language<'a> {
+    fn renderer(self, options: &'a RenderOptions) -> Renderer<'a> {
+        Renderer::new(self.tokenizer, self.template, self.context, options)
+    }
+}
+
+fn note_drops(drops: &data::Drops, what: &str, terminal: Terminal) {
+    if !drops.is_empty() {
+        terminal.note(format!("left out {} {what}: {drops}", drops.count()));
+    }
+}
+
+fn train_rows(config: &Config, sources: &mut Vec<DataSource>) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for options in config.tasks.iter().filter(|task| task.train_problems > 0) {
+        let task = options.task.build()?;
+        let problems = (0..u64::from(options.train_problems)).map(|i| task.generate(config.seed, Split::Train, i));
+        let made: Vec<Row> =
+            problems.zip(1..).map(|(problem, number)| row(options, problem.columns(), task.name(), number)).collect();
+        sources.push(source_of("train", task.name(), &made));
+        rows.extend(made);
+    }
+    if !config.data.train.is_empty() {
+        let read = data::read(&config.data.train, &config.data.columns)?;
+        sources.push(source_of("train", &config.data.train.join(", "), &read));
+        rows.extend(read);
+    }
+    Ok(rows)
+}
+
+fn task_name(options: &TaskOptions) -> Result<String, Failure> {
+    Ok(options.task.build()?.name().to_owned())
+}
+
+/// Candidates drawn for each problem before giving up on finding one that is new.
+const CANDIDATES: u64 = 100;
+
+/// Distinct held-out problems. A task with few of them gives as many as it has.
+fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
+    let task = options.task.build()?;
+    let wanted = u64::from(options.test_problems);
+    let mut seen = HashSet::new();
+    let problems = (0..wanted * CANDIDATES).map(|i| task.generate(TEST_SEED, Split::Test, i));
+    let distinct = problems.filter(|problem| seen.insert((problem.key.clone(), problem.question.clone())));
+    let rows: Vec<Row> = distinct
+        .take(wanted as usize)
+        .zip(1..)
+        .map(|(problem, number)| row(options, problem.columns(), task.name(), number))
+        .collect();
+    if rows.len() as u64 != wanted {
+        let failure = Failure::new(format!("task {} has only {} held-out problems, expected {wanted}", task.name(), rows.len()));
+        return Err(failure.hint("widen the ranges of the task, or lower its `test_problems`"));
+    }
+    Ok(rows)
+}
+
+/// A problem as a row with the completion that supervised stages learn.
+fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64) -> Row {
+    let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default();
+    let completion = options.completion.replace("{answer}", answer);
+    columns.insert("completion".into(), json!([{"role": "assistant", "content": completion}]));
+    Row { source: Source::new(format!("task {task}"), number), columns }
+}
+
+fn source_of(part: &str, name: &str, rows: &[Row]) -> DataSource {
+    let mut text = String::new();
+    for row in rows {
+        text += &Value::Object(row.columns.clone()).to_string();
+        text.push('\n');
+    }
+    DataSource { name: format!("{part}: {name}"), rows: rows.len(), sha256: files::sha256_of(text.as_bytes()) }
+}

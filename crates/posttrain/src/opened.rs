@@ -1,0 +1,130 @@
+//! A model by any name, ready to compute: named, a folder, a GGUF file, a run, a LoRA adapter on its base.
+
+use std::path::{Path, PathBuf};
+
+use base::files;
+use model::chat::ChatTemplate;
+use model::lora::LoraConfig;
+use model::tokenizer::Tokenizer;
+use model::weights::safetensors;
+use model::{Decoder, hub, source};
+use train::directory::Directory;
+
+use crate::command::models::fetch;
+use crate::failure::Failure;
+use crate::terminal::Terminal;
+
+/// How models are found.
+#[derive(Clone, Copy, Debug)]
+pub struct Opener {
+    /// Shows downloads.
+    pub terminal: Terminal,
+    /// Never use the network.
+    pub offline: bool,
+}
+
+/// A model in memory.
+pub struct Opened {
+    /// How it was asked for.
+    pub name: String,
+    /// SHA-256 of what it was read from.
+    pub sha256: String,
+    /// The decoder; its weights are not packed yet.
+    pub decoder: Decoder,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template, if it has one.
+    pub template: Option<ChatTemplate>,
+}
+
+impl Opener {
+    /// Opens a model. The weights of a preset are drawn from `seed`.
+    pub fn open(&self, name: &str, seed: u64) -> Result<Opened, Failure> {
+        let path = self.resolve(name)?;
+        if let Some(adapter) = adapter_config(&path) {
+            return self.open_adapter(&path, &adapter, seed);
+        }
+        let loaded = source::load(&path, &mut |_| {})?;
+        let decoder = match loaded.tensors {
+            Some(tensors) => Decoder::new(loaded.config, tensors)?,
+            None => Decoder::random(loaded.config, seed)?,
+        };
+        Ok(Opened {
+            name: name.to_owned(),
+            sha256: loaded.sha256,
+            decoder,
+            tokenizer: loaded.tokenizer,
+            template: loaded.chat_template,
+        })
+    }
+
+    /// Only the shape of a model, its tokenizer and template: what planning and rendering need.
+    pub fn shape(&self, name: &str) -> Result<source::Loaded, Failure> {
+        let path = self.resolve(name)?;
+        match adapter_config(&path) {
+            Some(adapter) => self.shape(&base_of(&adapter)?),
+            None => Ok(source::load(&path, &mut |_| {})?),
+        }
+    }
+
+    /// Makes sure that a named model is in the cache, and finds the model of a run.
+    fn resolve(&self, name: &str) -> Result<String, Failure> {
+        if let Some(hub::Origin::Download(_)) = hub::named(name).map(|model| &model.origin)
+            && hub::cached(name).is_none()
+        {
+            if self.offline {
+                let failure = Failure::new(format!("{name} is not in the cache, and --offline forbids to fetch it"));
+                return Err(failure.hint(format!("`posttrain pull {name}` fetches it once, with a network")));
+            }
+            fetch(name, self.terminal)?;
+        }
+        if hub::named(name).is_none() && Path::new(name).is_dir() {
+            let run = Directory::new(name);
+            if run.final_model().is_dir() {
+                return Ok(run.final_model().display().to_string());
+            }
+            if run.holds_a_run() {
+                let newest = run.checkpoints()?.pop().map(|step| run.checkpoint(step));
+                let Some(newest) = newest else {
+                    let failure = Failure::new(format!("{name} is a run without a model: it has neither `final` nor a checkpoint"));
+                    return Err(failure.hint(format!("go on with it: `posttrain resume {name}`")));
+                };
+                return Ok(newest.display().to_string());
+            }
+        }
+        Ok(name.to_owned())
+    }
+
+    fn open_adapter(&self, folder: &str, config: &Path, seed: u64) -> Result<Opened, Failure> {
+        let mut opened = self.open(&base_of(config)?, seed)?;
+        let (lora, tensors) = read_adapter(folder, config)?;
+        opened.decoder.load_adapter(&lora, tensors)?;
+        opened.sha256 = files::sha256_of(format!("{} {}", opened.sha256, files::sha256(&adapter_weights(folder))?).as_bytes());
+        opened.name = folder.to_owned();
+        Ok(opened)
+    }
+}
+
+/// The `adapter_config.json` of a folder with an adapter.
+fn adapter_config(folder: &str) -> Option<PathBuf> {
+    let path = Path::new(folder).join("adapter_config.json");
+    path.is_file().then_some(path)
+}
+
+fn adapter_weights(folder: &str) -> PathBuf {
+    Path::new(folder).join("adapter_model.safetensors")
+}
+
+/// The base model an adapter was trained on, by the name its configuration gives.
+fn base_of(config: &Path) -> Result<String, Failure> {
+    let json: serde_json::Value = serde_json::from_slice(&files::read(config)?)
+        .map_err(|error| Failure::new(format!("{}: {error}", config.display())))?;
+    json["base_model_name_or_path"].as_str().map(str::to_owned).ok_or_else(|| {
+        Failure::new(format!("{}: `base_model_name_or_path` is missing", config.display()))
+    })
+}
+
+fn read_adapter(folder: &str, config: &Path) -> Result<(LoraConfig, model::weights::Tensors), Failure> {
+    let lora = LoraConfig::from_peft_json(&files::read_to_string(config)?)?;
+    Ok((lora, safetensors::read(&adapter_weights(folder))?))
+}
