@@ -47,7 +47,6 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Chooses a token from `logits` with `uniform` in `[0, 1)`. The kept set is left in the scratch.
     ///
     /// # Errors
     /// Logits that are not numbers, or that allow no token.
