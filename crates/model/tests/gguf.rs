@@ -25,7 +25,11 @@ fn every_type_dequantises_to_the_bits_of_ggml() {
         let tensor = gguf.tensor(info).unwrap();
         assert_eq!(tensor.shape, [3, 512]);
         for (value, text) in tensor.data.iter().zip(fields) {
-            assert!((value - text.parse::<f32>().unwrap()).abs() <= 1e-6 * value.abs(), "{}: {value} {text}", info.name);
+            assert!(
+                (value - text.parse::<f32>().unwrap()).abs() <= 1e-6 * value.abs(),
+                "{}: {value} {text}",
+                info.name
+            );
         }
         let bytes: Vec<u8> = tensor.data.iter().flat_map(|value| value.to_le_bytes()).collect();
         assert_eq!(base::files::sha256_of(&bytes), sha256, "{}", info.name);
@@ -164,7 +168,8 @@ fn headers_that_lie_are_refused_before_anything_is_allocated() {
         file
     };
     let nested = [&0u64.to_le_bytes()[..], &9u32.to_le_bytes(), &9u32.to_le_bytes(), &1u64.to_le_bytes()].concat();
-    let long = [&0u64.to_le_bytes()[..], &9u32.to_le_bytes(), &8u32.to_le_bytes(), &(1u64 << 61).to_le_bytes()].concat();
+    let long =
+        [&0u64.to_le_bytes()[..], &9u32.to_le_bytes(), &8u32.to_le_bytes(), &(1u64 << 61).to_le_bytes()].concat();
     let cases = [
         (header(3, u64::MAX, 0, &[]), "tensor(s) claimed"),
         (header(3, 0, u64::MAX, &[]), "metadata entry(s) claimed"),
@@ -187,7 +192,8 @@ fn overlapping_tensors_are_refused() {
     let (_, metadata, tensors) = parts();
     let mut file = files::gguf(&metadata, &tensors);
     // Both of the last two entries of the table point at the last but one's data.
-    let position = |name: &str| file.windows(name.len()).position(|bytes| bytes == name.as_bytes()).unwrap() + name.len();
+    let position =
+        |name: &str| file.windows(name.len()).position(|bytes| bytes == name.as_bytes()).unwrap() + name.len();
     let offset_of = |(name, tensor): &(String, Tensor)| position(name) + 4 + 8 * tensor.shape.len() + 4;
     let [.., first, second] = &tensors[..] else { panic!("too few tensors") };
     let (from, to) = (offset_of(first), offset_of(second));
