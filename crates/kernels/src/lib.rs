@@ -17,6 +17,7 @@
 
 mod adamw;
 mod attention;
+mod buffer;
 mod elementwise;
 mod gated;
 mod head;
@@ -26,6 +27,7 @@ mod matrix;
 mod norm;
 mod parallel;
 mod rope;
+mod simd;
 
 pub use adamw::{AdamW, AdamWStep};
 pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, attention_backward, attention_decode};

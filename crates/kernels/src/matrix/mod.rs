@@ -1,55 +1,94 @@
 //! Matrix products.
+//!
+//! Operands are packed into tiles (left, twelve rows at most) and panels (right, 32 columns), as in Goto and van de
+//! Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); unlike there, a block of the reduced index continues
+//! the sums that the block before it left in the destination, so that blocking does not change a bit.
 
-use crate::isa::{Isa, multiversion};
+pub(crate) mod kernel;
+pub(crate) mod pack;
+mod packed;
+
+pub use packed::PackedMatrix;
+
+use crate::buffer::with_scratch;
+use crate::isa::Isa;
 use crate::parallel::{SharedMut, each};
 
-/// How operands are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How the operands of a product are read. Results are f32 and sums are kept in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// As they are.
+    /// As they are: an element of the product is a left fold of fused multiply-adds.
     F32,
-    /// Rounded to bfloat16, accumulated in f32.
+    /// Rounded to bfloat16 (nearest, ties to even), and multiplied in pairs of neighbours along the reduced index: a step of
+    /// the fold adds the second product of a pair, then the first. The hardware instruction takes subnormal numbers as zero;
+    /// its stand-in on other processors does not, and that is the only difference between them.
     Bf16,
 }
 
-/// A strided view.
+/// A strided view of f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(crate) data: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+/// The number of elements that a strided view reaches over.
+fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + (cols - 1) * col_stride + 1 }
 }
 
 impl<'a> Matrix<'a> {
-    /// Rows one after the other.
+    /// A `rows x cols` matrix whose rows lie one after the other at the start of `data`.
+    ///
+    /// # Panics
+    /// If `data` is too short.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }.checked()
     }
-    /// With another distance between rows.
+
+    /// The same with rows (before any transposition) `row_stride` apart.
+    ///
+    /// # Panics
+    /// If the data is too short.
     pub fn with_row_stride(mut self, row_stride: usize) -> Self {
         self.row_stride = row_stride;
-        self
+        self.checked()
     }
-    /// Rows as columns.
+
+    /// The transposed matrix, over the same data.
     pub fn transposed(self) -> Self {
-        Self { data: self.data, rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride }
+        let Self { data, rows, cols, row_stride, col_stride } = self;
+        Self { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
     }
-    /// Rows.
+
+    /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
-    /// Columns.
+
+    /// The number of columns.
     pub fn cols(&self) -> usize {
         self.cols
     }
-    fn at(&self, i: usize, j: usize) -> f32 {
-        self.data[i * self.row_stride + j * self.col_stride]
+
+    /// The `rows x cols` part from `(row, col)` on.
+    pub(crate) fn block(self, row: usize, col: usize, rows: usize, cols: usize) -> Self {
+        assert!(row + rows <= self.rows && col + cols <= self.cols, "the block lies inside the matrix");
+        let start = if rows == 0 || cols == 0 { 0 } else { row * self.row_stride + col * self.col_stride };
+        Self { data: &self.data[start..], rows, cols, ..self }
+    }
+
+    fn checked(self) -> Self {
+        let needed = extent(self.rows, self.cols, self.row_stride, self.col_stride);
+        assert!(needed <= self.data.len(), "a matrix of {}x{} needs {needed} elements", self.rows, self.cols);
+        self
     }
 }
 
-/// A mutable view with contiguous rows.
+/// A mutable view of f32 with contiguous rows.
 #[derive(Debug)]
 pub struct MatrixMut<'a> {
     data: &'a mut [f32],
@@ -59,88 +98,89 @@ pub struct MatrixMut<'a> {
 }
 
 impl<'a> MatrixMut<'a> {
-    /// Rows one after the other.
+    /// A `rows x cols` matrix whose rows lie one after the other at the start of `data`.
+    ///
+    /// # Panics
+    /// If `data` is too short.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        Self { data, rows, cols, row_stride: cols }
+        Self { data, rows, cols, row_stride: cols }.checked()
     }
-    /// With another distance between rows.
+
+    /// The same with rows `row_stride` apart.
+    ///
+    /// # Panics
+    /// If the rows would overlap or the data is too short.
     pub fn with_row_stride(mut self, row_stride: usize) -> Self {
+        assert!(row_stride >= self.cols, "rows of {} columns, {row_stride} apart, would overlap", self.cols);
         self.row_stride = row_stride;
+        self.checked()
+    }
+
+    fn checked(self) -> Self {
+        let needed = extent(self.rows, self.cols, self.row_stride, 1);
+        assert!(needed <= self.data.len(), "a matrix of {}x{} needs {needed} elements", self.rows, self.cols);
         self
     }
-}
 
-fn rounded(x: f32, precision: Precision) -> f32 {
-    match precision {
-        Precision::F32 => x,
-        Precision::Bf16 => {
-            let b = x.to_bits();
-            f32::from_bits(b.wrapping_add(0x7fff + ((b >> 16) & 1)) & 0xffff_0000)
+    fn fill_zero(&mut self) {
+        for row in 0..self.rows {
+            self.data[row * self.row_stride..][..self.cols].fill(0.0);
         }
     }
-}
 
-/// `c (+)= a b`.
-pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
-    let mut packed = PackedMatrix::new(precision, b.rows, b.cols);
-    packed.pack(0, b);
-    packed.matmul(a, c, accumulate);
-}
-
-/// A right operand packed once.
-#[derive(Clone, Debug)]
-pub struct PackedMatrix {
-    precision: Precision,
-    k: usize,
-    n: usize,
-    data: Vec<f32>,
-}
-
-impl PackedMatrix {
-    /// Zeros, `k × n`.
-    pub fn new(precision: Precision, k: usize, n: usize) -> Self {
-        Self { precision, k, n, data: vec![0.0; k * n] }
+    /// The columns `first..first + count`.
+    fn columns(&mut self, first: usize, count: usize) -> MatrixMut<'_> {
+        MatrixMut { data: &mut self.data[first..], rows: self.rows, cols: count, row_stride: self.row_stride }
     }
-    /// Packs `b` from `first_column` on.
-    pub fn pack(&mut self, first_column: usize, b: Matrix<'_>) {
-        for k in 0..self.k {
-            for j in 0..b.cols {
-                self.data[k * self.n + first_column + j] = rounded(b.at(k, j), self.precision);
-            }
+}
+
+/// Elements of the right operand that are packed at a time.
+const PACKED_ELEMENTS: usize = 1 << 21;
+/// Columns of the right operand that are packed at a time.
+const PACKED_COLUMNS: usize = 3072;
+
+/// `c = a b`, or `c += a b`.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixMut<'_>, accumulate: bool) {
+    assert!(
+        a.cols == b.rows && c.rows == a.rows && c.cols == b.cols,
+        "matmul: {}x{} times {}x{} into {}x{}",
+        a.rows,
+        a.cols,
+        b.rows,
+        b.cols,
+        c.rows,
+        c.cols
+    );
+    if a.cols == 0 {
+        if !accumulate {
+            c.fill_zero();
         }
+        return;
     }
-    /// The precision it was packed for.
-    pub fn precision(&self) -> Precision {
-        self.precision
-    }
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.data.len() * 4
-    }
-    /// `c (+)= a self`.
-    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
-        let isa = Isa::current();
-        let (rows, row_stride) = (c.rows, c.row_stride);
-        assert_eq!((a.rows, a.cols, c.cols), (rows, self.k, self.n));
-        let shared = SharedMut::new(c.data);
-        each(rows, rows * self.k * self.n, |i| {
-            // SAFETY: rows are disjoint.
-            let row = unsafe { shared.slice(i * row_stride, self.n) };
-            if !accumulate {
-                row.fill(0.0);
-            }
-            let left: Vec<f32> = (0..self.k).map(|k| rounded(a.at(i, k), self.precision)).collect();
-            row_product(isa, &left, &self.data, row);
-        });
-    }
-}
-
-multiversion! {
-    fn row_product(left: &[f32], right: &[f32], row: &mut [f32]) {
-        for (k, &x) in left.iter().enumerate() {
-            for (c, &b) in row.iter_mut().zip(&right[k * row.len()..]) {
-                *c = x.mul_add(b, *c);
-            }
+    let isa = Isa::current();
+    for column in (0..b.cols).step_by(PACKED_COLUMNS) {
+        let columns = PACKED_COLUMNS.min(b.cols - column);
+        let padded = columns.next_multiple_of(kernel::PANEL);
+        // A whole number of blocks, and of pairs.
+        let depth = (PACKED_ELEMENTS / padded).next_multiple_of(2 * packed::BLOCK_STEPS);
+        for k in (0..a.cols).step_by(depth) {
+            let depth = depth.min(a.cols - k);
+            let steps = pack::steps(precision, depth);
+            with_scratch([padded * steps], |[panels]| {
+                let shared = SharedMut::new(panels);
+                each(padded / kernel::PANEL, depth * columns, |panel| {
+                    // SAFETY: panel `panel` belongs to this call alone.
+                    let out = unsafe { shared.slice(panel * kernel::PANEL * steps, kernel::PANEL * steps) };
+                    let first = panel * kernel::PANEL;
+                    let count = kernel::PANEL.min(columns - first);
+                    pack::pack_panel(isa, precision, b.block(k, column + first, depth, count), out);
+                });
+                let a = a.block(0, k, a.rows, depth);
+                packed::multiply_packed(isa, precision, a, panels, c.columns(column, columns), accumulate || k > 0);
+            });
         }
     }
 }

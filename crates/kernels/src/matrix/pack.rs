@@ -1,0 +1,136 @@
+//! Operands in the order in which the inner loops read them, rounded to bfloat16 on the way if asked for.
+
+use crate::isa::multiversion;
+use crate::matrix::kernel::PANEL;
+use crate::matrix::{Matrix, Precision};
+
+/// Steps of the reduced index `k` are elements, or pairs of bfloat16.
+pub(crate) fn steps(precision: Precision, k: usize) -> usize {
+    match precision {
+        Precision::F32 => k,
+        Precision::Bf16 => k.div_ceil(2),
+    }
+}
+
+/// The bits of `x` as bfloat16, rounded to nearest, ties to even; a NaN stays one.
+#[inline(always)]
+fn bfloat16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }
+}
+
+#[inline(always)]
+fn pair(first: f32, second: f32) -> f32 {
+    f32::from_bits(bfloat16(first) | bfloat16(second) << 16)
+}
+
+/// `count` vectors of length `k`: element `step` of vector `i` is `data[i * stride + step * step_stride]`.
+#[derive(Clone, Copy)]
+struct Vectors<'a> {
+    data: &'a [f32],
+    count: usize,
+    k: usize,
+    stride: usize,
+    step_stride: usize,
+}
+
+/// Writes `vectors` step by step, `width` elements a step.
+#[inline(always)]
+fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+    let Vectors { data, count, k, stride, step_stride } = vectors;
+    let per_step = if PAIRS { 2 } else { 1 };
+    let (whole, steps) = (k / per_step, k.div_ceil(per_step));
+    let out = &mut out[..steps * width];
+    if count < width {
+        out.fill(0.0);
+    }
+    if stride == 1 {
+        for (step, out) in out.chunks_exact_mut(width).enumerate().take(whole) {
+            let first = &data[step * per_step * step_stride..][..count];
+            if PAIRS {
+                let second = &data[(step * 2 + 1) * step_stride..][..count];
+                for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
+                    *out = pair(first, second);
+                }
+            } else {
+                out[..count].copy_from_slice(first);
+            }
+        }
+    } else if step_stride == 1 {
+        // Sixteen steps of one vector at a time: they share a cache line of the source, and the stores stay near.
+        const BLOCK: usize = 16;
+        for start in (0..whole).step_by(BLOCK) {
+            let block = BLOCK.min(whole - start);
+            for i in 0..count {
+                let source = &data[i * stride + start * per_step..][..block * per_step];
+                let out = &mut out[start * width + i..];
+                let mut values = [0.0f32; BLOCK];
+                for (step, value) in values.iter_mut().enumerate().take(block) {
+                    *value = if PAIRS { pair(source[2 * step], source[2 * step + 1]) } else { source[step] };
+                }
+                for (step, &value) in values.iter().enumerate().take(block) {
+                    out[step * width] = value;
+                }
+            }
+        }
+    } else {
+        for step in 0..whole {
+            for i in 0..count {
+                let at = |element: usize| data[i * stride + element * step_stride];
+                out[step * width + i] = if PAIRS { pair(at(2 * step), at(2 * step + 1)) } else { at(step) };
+            }
+        }
+    }
+    if whole < steps {
+        for i in 0..count {
+            out[whole * width + i] = pair(data[i * stride + (k - 1) * step_stride], 0.0);
+        }
+    }
+}
+
+multiversion! {
+    fn interleave_f32(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+        // A panel's width as a constant lets its copies become plain vector moves.
+        if width == PANEL && vectors.count == PANEL {
+            interleave::<false>(Vectors { count: PANEL, ..vectors }, PANEL, out);
+        } else {
+            interleave::<false>(vectors, width, out);
+        }
+    }
+}
+
+multiversion! {
+    fn interleave_bf16(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+        if width == PANEL && vectors.count == PANEL {
+            interleave::<true>(Vectors { count: PANEL, ..vectors }, PANEL, out);
+        } else {
+            interleave::<true>(vectors, width, out);
+        }
+    }
+}
+
+/// Packs the columns of `b` (at most [`PANEL`] of them) as one panel.
+pub(crate) fn pack_panel(isa: crate::Isa, precision: Precision, b: Matrix<'_>, out: &mut [f32]) {
+    let vectors = Vectors { data: b.data, count: b.cols, k: b.rows, stride: b.col_stride, step_stride: b.row_stride };
+    match precision {
+        Precision::F32 => interleave_f32(isa, vectors, PANEL, out),
+        Precision::Bf16 => interleave_bf16(isa, vectors, PANEL, out),
+    }
+}
+
+/// Packs the rows of `a` as tiles of `height` rows, fewer in the last.
+pub(crate) fn pack_tiles(isa: crate::Isa, precision: Precision, a: Matrix<'_>, height: usize, out: &mut [f32]) {
+    let steps = steps(precision, a.cols);
+    for row in (0..a.rows).step_by(height) {
+        let count = height.min(a.rows - row);
+        let tile = a.block(row, 0, count, a.cols);
+        let vectors = Vectors { data: tile.data, count, k: a.cols, stride: a.row_stride, step_stride: a.col_stride };
+        let out = &mut out[row * steps..][..count * steps];
+        match precision {
+            Precision::F32 => interleave_f32(isa, vectors, count, out),
+            Precision::Bf16 => interleave_bf16(isa, vectors, count, out),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Products with a packed right operand.
+
+use crate::buffer::{Buffer, with_scratch};
+use crate::isa::Isa;
+use crate::matrix::kernel::{Left, PANEL, Product, multiply, tile_height};
+use crate::matrix::pack::{pack_panel, pack_tiles, steps};
+use crate::matrix::{Matrix, MatrixMut, Precision};
+use crate::parallel::{SharedMut, each};
+
+/// Steps of the reduced index in one block: a panel's block stays in the first-level cache's neighbourhood.
+pub(super) const BLOCK_STEPS: usize = 288;
+/// Rows of the left operand that one task packs at a time; their block stays in the second-level cache.
+const BLOCK_ROWS: usize = 144;
+/// Rows up to which all of the left operand is packed first and tasks share out columns.
+const FEW_ROWS: usize = 48;
+
+/// A `k x n` right operand, packed once for many products; the weights of a linear map, say.
+///
+/// Several matrices may lie side by side in one (query, key and value projections).
+#[derive(Clone, Debug)]
+pub struct PackedMatrix {
+    precision: Precision,
+    k: usize,
+    n: usize,
+    panels: Buffer,
+}
+
+impl PackedMatrix {
+    /// A matrix of zeros.
+    pub fn new(precision: Precision, k: usize, n: usize) -> Self {
+        Self { precision, k, n, panels: Buffer::zeros(n.div_ceil(PANEL) * PANEL * steps(precision, k)) }
+    }
+
+    /// Packs `b` into the columns from `first_column` on.
+    ///
+    /// # Panics
+    /// If `b` has another number of rows or overruns the columns.
+    pub fn pack(&mut self, first_column: usize, b: Matrix<'_>) {
+        assert_eq!(b.rows, self.k, "pack: the matrix has {} rows, the packed one {}", b.rows, self.k);
+        assert!(first_column + b.cols <= self.n, "pack: columns {first_column}+{} of {}", b.cols, self.n);
+        let isa = Isa::current();
+        let steps = steps(self.precision, self.k);
+        if !first_column.is_multiple_of(PANEL) || (first_column + b.cols < self.n && !b.cols.is_multiple_of(PANEL)) {
+            return self.pack_inside_panels(isa, first_column, b);
+        }
+        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column * steps..]);
+        each(b.cols.div_ceil(PANEL), b.rows * b.cols, |panel| {
+            // SAFETY: panel `panel` belongs to this call alone.
+            let out = unsafe { panels.slice(panel * PANEL * steps, PANEL * steps) };
+            let column = panel * PANEL;
+            pack_panel(isa, self.precision, b.block(0, column, b.rows, PANEL.min(b.cols - column)), out);
+        });
+    }
+
+    /// Packs columns that share panels with their neighbours: each panel is packed aside and its columns copied over.
+    fn pack_inside_panels(&mut self, isa: Isa, first_column: usize, b: Matrix<'_>) {
+        let steps = steps(self.precision, self.k);
+        let panels = self.panels.as_mut_slice();
+        with_scratch([PANEL * steps], |[aside]| {
+            let mut column = 0;
+            while column < b.cols {
+                let place = (first_column + column) % PANEL;
+                let count = (PANEL - place).min(b.cols - column);
+                pack_panel(isa, self.precision, b.block(0, column, b.rows, count), &mut aside[..PANEL * steps]);
+                let panel = &mut panels[(first_column + column - place) * steps..][..PANEL * steps];
+                for (to, from) in panel.chunks_exact_mut(PANEL).zip(aside.chunks_exact(PANEL)) {
+                    to[place..place + count].copy_from_slice(&from[..count]);
+                }
+                column += count;
+            }
+        });
+    }
+
+    /// `c = a self`, or `c += a self`.
+    ///
+    /// The bits are those of [`matmul`](crate::matmul) with the same operands, and a row's do not depend on the others.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
+        assert!(
+            a.cols == self.k && c.rows == a.rows && c.cols == self.n,
+            "matmul: {}x{} times {}x{} into {}x{}",
+            a.rows,
+            a.cols,
+            self.k,
+            self.n,
+            c.rows,
+            c.cols
+        );
+        multiply_packed(Isa::current(), self.precision, a, self.panels.as_slice(), c, accumulate);
+    }
+
+    /// The precision it was packed for.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The memory it takes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.panels.as_slice())
+    }
+}
+
+/// `c (+)= a b` with `b` as whole panels over the whole of `a`'s columns.
+pub(super) fn multiply_packed(
+    isa: Isa,
+    precision: Precision,
+    a: Matrix<'_>,
+    panels: &[f32],
+    mut c: MatrixMut<'_>,
+    accumulate: bool,
+) {
+    if c.rows == 0 || c.cols == 0 {
+        return;
+    }
+    let steps = steps(precision, a.cols);
+    if steps == 0 {
+        if !accumulate {
+            c.fill_zero();
+        }
+        return;
+    }
+    assert!(panels.len() >= c.cols.div_ceil(PANEL) * PANEL * steps, "the panels cover the product");
+    let task = Task { isa, precision, a, panels, steps, c: SharedMut::new(c.data), c_stride: c.row_stride, accumulate };
+    let work = c.rows * c.cols * a.cols;
+    let threads = rayon::current_num_threads();
+    if c.rows <= FEW_ROWS {
+        task.few_rows(c.cols, work, threads);
+    } else {
+        let blocks = c.rows.div_ceil(BLOCK_ROWS * threads) * threads;
+        let block_rows = c.rows.div_ceil(blocks);
+        let row_blocks = c.rows.div_ceil(block_rows);
+        each(row_blocks, work, |block| {
+            let row = block * block_rows;
+            task.block(row, block_rows.min(c.rows - row), c.cols);
+        });
+    }
+}
+
+/// What the tasks of one product share.
+struct Task<'a> {
+    isa: Isa,
+    precision: Precision,
+    a: Matrix<'a>,
+    panels: &'a [f32],
+    steps: usize,
+    c: SharedMut<f32>,
+    c_stride: usize,
+    accumulate: bool,
+}
+
+impl Task<'_> {
+    /// A product of few rows: the left operand is packed once (or read where it lies), tasks take runs of panels.
+    fn few_rows(&self, columns: usize, work: usize, threads: usize) {
+        let (a, isa) = (self.a, self.isa);
+        let height = tile_height(isa, a.rows);
+        let in_place = self.precision == Precision::F32 && a.col_stride == 1;
+        with_scratch([if in_place { 0 } else { a.rows * self.steps }], |[scratch]| {
+            let (left, data): (Left, &[f32]) = if in_place {
+                (Left::Rows { stride: a.row_stride }, a.data)
+            } else {
+                pack_tiles(isa, self.precision, a, height, scratch);
+                (Left::Tiles { height }, scratch)
+            };
+            let panels = columns.div_ceil(PANEL);
+            let run = panels.div_ceil(4 * threads).min(64);
+            each(panels.div_ceil(run), work, |task| {
+                let column = task * run * PANEL;
+                let product = Product {
+                    rows: a.rows,
+                    columns: (run * PANEL).min(columns - column),
+                    steps: self.steps,
+                    pairs: self.precision == Precision::Bf16,
+                    a: data.as_ptr(),
+                    left,
+                    b: self.panels[column * self.steps..].as_ptr(),
+                    panel_stride: PANEL * self.steps,
+                    step_stride: PANEL,
+                    // SAFETY: the columns from `column` on lie inside the rows of `c`.
+                    c: unsafe { self.c.get().add(column) },
+                    c_stride: self.c_stride,
+                    accumulate: self.accumulate,
+                };
+                // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of `c`
+                // belong to this task alone.
+                unsafe { multiply(isa, product) };
+            });
+        });
+    }
+
+    /// Some rows of the product, in blocks of the reduced index.
+    fn block(&self, row: usize, rows: usize, columns: usize) {
+        let per_step = if self.precision == Precision::Bf16 { 2 } else { 1 };
+        let height = tile_height(self.isa, rows);
+        with_scratch([rows * BLOCK_STEPS.min(self.steps)], |[packed]| {
+            for step in (0..self.steps).step_by(BLOCK_STEPS) {
+                let steps = BLOCK_STEPS.min(self.steps - step);
+                let k = step * per_step;
+                let a = self.a.block(row, k, rows, (steps * per_step).min(self.a.cols - k));
+                pack_tiles(self.isa, self.precision, a, height, packed);
+                let product = Product {
+                    rows,
+                    columns,
+                    steps,
+                    pairs: self.precision == Precision::Bf16,
+                    a: packed.as_ptr(),
+                    left: Left::Tiles { height },
+                    b: self.panels[step * PANEL..].as_ptr(),
+                    panel_stride: PANEL * self.steps,
+                    step_stride: PANEL,
+                    // SAFETY: row `row` is a row of `c`.
+                    c: unsafe { self.c.get().add(row * self.c_stride) },
+                    c_stride: self.c_stride,
+                    accumulate: self.accumulate || step > 0,
+                };
+                // SAFETY: the tiles were just packed, the panels are whole, and these rows of `c` belong to this task alone.
+                unsafe { multiply(self.isa, product) };
+            }
+        });
+    }
+}

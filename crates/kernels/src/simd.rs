@@ -1,0 +1,187 @@
+//! Vectors of f32: the few operations that matrix products are made of, on each instruction set.
+
+/// A vector type and its operations.
+///
+/// # Safety
+/// Every operation may be called only where the instruction set is available; loads and stores need `LANES` valid elements.
+pub(crate) trait Simd {
+    /// The vector.
+    type Vector: Copy;
+    /// Elements of a vector.
+    const LANES: usize;
+    /// Rows of the largest tile that the registers hold, with two vectors in each row.
+    const ROWS: usize;
+
+    /// All elements zero.
+    unsafe fn zero() -> Self::Vector;
+    /// The elements at `from`.
+    unsafe fn load(from: *const f32) -> Self::Vector;
+    /// Writes the elements to `to`.
+    unsafe fn store(to: *mut f32, vector: Self::Vector);
+    /// The one element at `from` in all lanes.
+    unsafe fn splat(from: *const f32) -> Self::Vector;
+    /// `a * b + c`, rounded once.
+    unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// Each element of `a` and `b` is a pair of bfloat16 (the first in the low half): `c` plus both products.
+    unsafe fn multiply_add_pairs(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512, Avx512Bf16};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Simd;
+    use std::arch::x86_64::*;
+
+    /// AVX-512 without bfloat16.
+    pub(crate) struct Avx512;
+    /// AVX-512 with bfloat16.
+    pub(crate) struct Avx512Bf16;
+    /// AVX2 and FMA.
+    pub(crate) struct Avx2;
+
+    /// The operations that both kinds of AVX-512 share.
+    macro_rules! avx512_operations {
+        () => {
+            type Vector = __m512;
+            const LANES: usize = 16;
+            const ROWS: usize = 12;
+
+            #[inline(always)]
+            unsafe fn zero() -> __m512 {
+                // SAFETY: the trait's contract, as in every operation below.
+                unsafe { _mm512_setzero_ps() }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> __m512 {
+                // SAFETY: as above.
+                unsafe { _mm512_loadu_ps(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(to: *mut f32, vector: __m512) {
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_ps(to, vector) }
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const f32) -> __m512 {
+                // SAFETY: as above.
+                unsafe { _mm512_set1_ps(*from) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+                // SAFETY: as above.
+                unsafe { _mm512_fmadd_ps(a, b, c) }
+            }
+        };
+    }
+
+    impl Simd for Avx512 {
+        avx512_operations!();
+        #[inline(always)]
+        unsafe fn multiply_add_pairs(a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe {
+                let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+                let first = |x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+                let second = |x| _mm512_castsi512_ps(_mm512_and_si512(x, high));
+                _mm512_fmadd_ps(first(a), first(b), _mm512_fmadd_ps(second(a), second(b), c))
+            }
+        }
+    }
+
+    impl Simd for Avx512Bf16 {
+        avx512_operations!();
+        #[inline(always)]
+        unsafe fn multiply_add_pairs(a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: as above; the two vector types differ in name only.
+            unsafe {
+                let pairs = |x: __m512| std::mem::transmute::<__m512, __m512bh>(x);
+                _mm512_dpbf16_ps(c, pairs(a), pairs(b))
+            }
+        }
+    }
+
+    impl Simd for Avx2 {
+        type Vector = __m256;
+        const LANES: usize = 8;
+        const ROWS: usize = 6;
+
+        #[inline(always)]
+        unsafe fn zero() -> __m256 {
+            // SAFETY: the trait's contract, as in every operation below.
+            unsafe { _mm256_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> __m256 {
+            // SAFETY: as above.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, vector: __m256) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(to, vector) }
+        }
+        #[inline(always)]
+        unsafe fn splat(from: *const f32) -> __m256 {
+            // SAFETY: as above.
+            unsafe { _mm256_set1_ps(*from) }
+        }
+        #[inline(always)]
+        unsafe fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 {
+            // SAFETY: as above.
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn multiply_add_pairs(a: __m256, b: __m256, c: __m256) -> __m256 {
+            // SAFETY: as above.
+            unsafe {
+                let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
+                let first = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
+                let second = |x| _mm256_castsi256_ps(_mm256_and_si256(x, high));
+                _mm256_fmadd_ps(first(a), first(b), _mm256_fmadd_ps(second(a), second(b), c))
+            }
+        }
+    }
+}
+
+/// Four lanes in plain Rust: NEON's registers on AArch64, whatever the compiler makes of it elsewhere.
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type Vector = [f32; 4];
+    const LANES: usize = 4;
+    const ROWS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> [f32; 4] {
+        [0.0; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [f32; 4] {
+        // SAFETY: the trait's contract.
+        unsafe { from.cast::<[f32; 4]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, vector: [f32; 4]) {
+        // SAFETY: the trait's contract.
+        unsafe { to.cast::<[f32; 4]>().write(vector) }
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const f32) -> [f32; 4] {
+        // SAFETY: the trait's contract.
+        unsafe { [*from; 4] }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn multiply_add_pairs(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        let first = |x: f32| f32::from_bits(x.to_bits() << 16);
+        let second = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+        std::array::from_fn(|i| first(a[i]).mul_add(first(b[i]), second(a[i]).mul_add(second(b[i]), c[i])))
+    }
+}
