@@ -1,0 +1,218 @@
+//! The same run gives the same bytes, however the work is cut and shared out, and however often it is stopped.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use base::files::{self, Manifest};
+use common::{Setup, assert_same, metrics, on_threads};
+use kernels::Precision;
+use posttrain_train as train;
+use train::{Error, Event, Observer, Outcome};
+
+/// The cuts that must not matter: pieces of a batch, sequences decoded at once, threads.
+fn check_cuts(setup: &Setup) {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    on_threads(2, || setup.finish(&whole));
+    for (micro_batch_tokens, decode_batch_size, threads) in [(1, 1, 1), (64, 5, 2), (100_000, 64, 1)] {
+        let mut cut = setup.clone();
+        for training in [cut.sft.as_mut().map(|o| &mut o.training), cut.grpo.as_mut().map(|o| &mut o.training)] {
+            training.unwrap().micro_batch_tokens = micro_batch_tokens;
+        }
+        cut.grpo.as_mut().unwrap().decode_batch_size = decode_batch_size;
+        let other = folder.path().join(format!("cut-{micro_batch_tokens}"));
+        on_threads(threads, || cut.finish(&other));
+        assert_same(
+            &whole,
+            &other,
+            &format!("{micro_batch_tokens} tokens, {decode_batch_size} decoded, {threads} threads"),
+        );
+    }
+}
+
+#[test]
+fn cuts_and_threads_do_not_matter_in_f32() {
+    check_cuts(&Setup::short());
+}
+
+#[test]
+fn cuts_and_threads_do_not_matter_in_bf16() {
+    check_cuts(&Setup { precision: Precision::Bf16, ..Setup::short() });
+}
+
+#[test]
+fn cuts_and_threads_do_not_matter_with_an_adapter() {
+    check_cuts(&Setup { precision: Precision::Bf16, lora: true, ..Setup::short() });
+}
+
+/// Asks the run to stop during a step.
+struct StopAt<'a>(u64, &'a AtomicBool);
+
+impl Observer for StopAt<'_> {
+    fn observe(&mut self, event: Event<'_>) {
+        if matches!(event, Event::Step { step, .. } if step == self.0) {
+            self.1.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_run_resumes_to_the_same_bytes() {
+    for lora in [false, true] {
+        let setup = Setup { lora, ..Setup::short() };
+        let folder = tempfile::tempdir().unwrap();
+        let whole = folder.path().join("whole");
+        setup.finish(&whole);
+        let stopped = folder.path().join("stopped");
+        for step in 1..=5 {
+            let stop = AtomicBool::new(false);
+            let outcome = setup.run(&stopped, step > 1, &mut StopAt(step, &stop), &stop).unwrap();
+            assert_eq!(outcome, Outcome::Interrupted { step });
+            assert!(stopped.join(format!("checkpoint-{step}")).is_dir());
+        }
+        let outcome = setup.run(&stopped, true, &mut (), &AtomicBool::new(false)).unwrap();
+        assert!(matches!(outcome, Outcome::Finished(_)));
+        assert_same(&whole, &stopped, "stopped after every step");
+    }
+}
+
+#[test]
+fn an_interruption_without_regular_checkpoints_leaves_no_trace() {
+    let mut setup = Setup::short();
+    setup.options.save_steps = 0;
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    setup.finish(&whole);
+    let stopped = folder.path().join("stopped");
+    let stop = AtomicBool::new(false);
+    setup.run(&stopped, false, &mut StopAt(4, &stop), &stop).unwrap();
+    setup.run(&stopped, true, &mut (), &AtomicBool::new(false)).unwrap();
+    assert_same(&whole, &stopped, "stopped once");
+}
+
+/// Dies at one of the events.
+struct DieAt(usize);
+
+impl Observer for DieAt {
+    fn observe(&mut self, _event: Event<'_>) {
+        match self.0.checked_sub(1) {
+            Some(left) => self.0 = left,
+            // Unlike a panic, this prints nothing.
+            None => resume_unwind(Box::new("death, as ordered")),
+        }
+    }
+}
+
+#[test]
+fn a_run_that_dies_anywhere_resumes_to_the_same_bytes() {
+    let setup = Setup::short();
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    setup.finish(&whole);
+
+    let died = folder.path().join("died");
+    let (mut deaths, mut events) = (0, 1);
+    loop {
+        let life = || setup.run(&died, died.exists(), &mut DieAt(events), &AtomicBool::new(false));
+        match catch_unwind(AssertUnwindSafe(life)) {
+            Ok(outcome) => {
+                assert!(matches!(outcome.unwrap(), Outcome::Finished(_)));
+                break;
+            }
+            Err(_) => {
+                deaths += 1;
+                events += 3;
+                litter(&died);
+            }
+        }
+    }
+    assert!(deaths >= 10, "{deaths} deaths are not much of a test");
+    assert_same(&whole, &died, "died again and again");
+}
+
+/// Leaves behind what a process may leave when it is killed in the middle of a write.
+fn litter(folder: &Path) {
+    for log in ["metrics.jsonl", "timing.jsonl"] {
+        let mut text = std::fs::read(folder.join(log)).unwrap();
+        text.extend(b"{\"step\": 3, \"lo");
+        std::fs::write(folder.join(log), text).unwrap();
+    }
+    files::write(&folder.join(".checkpoint-9.partial/model.safetensors"), b"half").unwrap();
+    files::write(&folder.join("episodes/.step-000009.parquet.partial"), b"half").unwrap();
+    files::write(&folder.join("final/model.safetensors"), b"half").unwrap();
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    let setup = Setup::short();
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    setup.finish(&whole);
+
+    let damaged = folder.path().join("damaged");
+    let stop = AtomicBool::new(false);
+    setup.run(&damaged, false, &mut StopAt(4, &stop), &stop).unwrap();
+    flip_a_bit(&damaged.join("checkpoint-4/model.safetensors"));
+    let mut seen = Damages::default();
+    setup.run(&damaged, true, &mut seen, &AtomicBool::new(false)).unwrap();
+    assert_eq!(seen.0.len(), 1, "the damage is told");
+    assert!(seen.0[0].contains("model.safetensors differs from its recorded hash"), "{:?}", seen.0);
+    assert_same(&whole, &damaged, "resumed from an older checkpoint");
+}
+
+#[test]
+fn damage_to_every_checkpoint_is_an_error() {
+    let mut setup = Setup::short();
+    setup.options.save_total_limit = 1;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let stop = AtomicBool::new(false);
+    setup.run(&path, false, &mut StopAt(2, &stop), &stop).unwrap();
+    for file in ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"] {
+        let file = path.join("checkpoint-2").join(file);
+        let bytes = std::fs::read(&file).unwrap();
+        flip_a_bit(&file);
+        let error = setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap_err();
+        assert!(matches!(error, Error::File(files::FileError::Incomplete { .. })), "{error}");
+        std::fs::write(&file, bytes).unwrap();
+    }
+    Manifest::verify(&path.join("checkpoint-2")).unwrap();
+    std::fs::remove_file(path.join("metrics.jsonl")).unwrap();
+    let error = setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap_err();
+    assert!(error.to_string().contains("metrics.jsonl"), "{error}");
+}
+
+#[derive(Default)]
+struct Damages(Vec<String>);
+
+impl Observer for Damages {
+    fn observe(&mut self, event: Event<'_>) {
+        if let Event::Damaged { error } = event {
+            self.0.push(error.to_string());
+        }
+    }
+}
+
+fn flip_a_bit(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_finished_run_is_left_alone() {
+    let setup = Setup::short();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let summary = setup.finish(&path);
+    let before = common::files(&path);
+    let outcome = setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap();
+    assert_eq!(outcome, Outcome::Finished(Box::new(summary)));
+    assert_eq!(before, common::files(&path));
+    assert_eq!(metrics(&path).len(), 6 + 3, "six steps, three evaluations");
+}
