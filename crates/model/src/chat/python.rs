@@ -35,11 +35,30 @@ pub(super) fn environment() -> Environment<'static> {
     environment.set_formatter(format);
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: &Value| text(value));
+    environment.add_filter("trim", trim);
+    environment.add_test("iterable", is_iterable);
+    environment.add_test("sequence", is_iterable);
+    environment.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}: {message}")))
     });
     set_date(&mut environment, Date::default());
     environment
+}
+
+/// Whether Python could iterate: over undefined values too, but not over none.
+fn is_iterable(value: &Value) -> bool {
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    matches!(value.kind(), Undefined | String | Seq | Iterable | Map)
+}
+
+/// `str(value).strip(characters)`.
+fn trim(value: &Value, characters: Option<&str>) -> String {
+    let text = text(value);
+    match characters {
+        Some(characters) => text.trim_matches(|c| characters.contains(c)).to_owned(),
+        None => text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)).to_owned(),
+    }
 }
 
 /// Fixes the day of `strftime_now`.
