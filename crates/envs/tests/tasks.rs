@@ -70,6 +70,9 @@ fn chains_with_exchanged_operands_share_a_side() {
         operands: 3,
         operations: vec![Operation::Add, Operation::Subtract, Operation::Multiply],
         first: [1, 9],
+        others: [1, 9],
+        factors: [2, 9],
+        phrasings: vec!["What is {expression}?".into()],
         ..Default::default()
     };
     let task = arithmetic(options);
@@ -142,7 +145,12 @@ fn a_problem_is_a_function_of_seed_split_and_index() {
     assert_ne!(questions(1, Split::Train), questions(2, Split::Train));
     assert_ne!(task.generate(1, Split::Train, 5), task.generate(1, Split::Train, 5 + (1 << 32)));
     // Frozen: a change of these lines changes every recorded run.
-    assert_eq!(questions(1, Split::Train)[..3], ["What is 77 + 2?", "What is 91 + 7?", "What is 71 + 4?"]);
+    let expected = [
+        "What is 39 plus 7?",
+        "What is 46 plus 37? Reply with only the number.",
+        "What is 36 plus 18? Reply with only the number.",
+    ];
+    assert_eq!(questions(1, Split::Train)[..3], expected);
 }
 
 #[test]
@@ -158,6 +166,20 @@ fn a_row_has_prompt_answer_and_kind() {
 }
 
 #[test]
+fn arithmetic_reads_in_signs_and_in_words() {
+    let phrasings = vec!["{expression} is {words}".into()];
+    let questions = |options| {
+        let task = arithmetic(ArithmeticOptions { phrasings: Clone::clone(&phrasings), ..options });
+        (0..40).map(|index| task.generate(1, Split::Train, index).question).collect::<Vec<_>>()
+    };
+    for question in questions(every_operation()) {
+        let (signs, words) = question.split_once(" is ").unwrap();
+        let spoken = [("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")];
+        assert_eq!(spoken.iter().fold(signs.to_owned(), |text, (sign, word)| text.replace(sign, word)), words);
+    }
+}
+
+#[test]
 fn impossible_options_are_refused() {
     let refused = |change: &dyn Fn(&mut ArithmeticOptions)| {
         let mut options = ArithmeticOptions::default();
@@ -169,7 +191,8 @@ fn impossible_options_are_refused() {
     assert!(refused(&|o| o.first = [5, 4]).contains("first is [5, 4]"));
     assert!(refused(&|o| o.others = [-1, 4]).contains("others is [-1, 4]"));
     assert!(refused(&|o| o.factors = [0, 4]).contains("factors is [0, 4]"));
-    assert!(refused(&|o| o.phrasings = vec!["hello".into()]).contains("lacks {expression}"));
-    assert!(refused(&|o| (o.first, o.others) = ([3, 3], [4, 4])).contains("too few problems"));
+    assert!(refused(&|o| o.phrasings = vec!["hello".into()]).contains("has neither {expression} nor {words}"));
+    let single = |o: &mut ArithmeticOptions| (o.operations, o.first, o.others) = (vec![Operation::Add], [3, 3], [4, 4]);
+    assert!(refused(&single).contains("too few problems"));
     assert!(refused(&|o| (o.operands, o.operations) = (3, vec![Operation::Divide])).contains("needs operands = 2"));
 }

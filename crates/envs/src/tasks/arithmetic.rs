@@ -1,4 +1,4 @@
-//! Bare arithmetic: `What is 27 + 8?`
+//! Bare arithmetic: `What is 27 plus 8?`
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,8 @@ pub struct ArithmeticOptions {
     pub others: [i64; 2],
     /// Smallest and largest factor of a product, divisor and quotient.
     pub factors: [i64; 2],
-    /// Content of the user message, one chosen for each problem; `{expression}` stands for the arithmetic.
+    /// Content of the user message, one chosen for each problem. `{expression}` stands for the arithmetic in signs
+    /// (`12 * 3`), `{words}` for the same in words (`12 times 3`).
     pub phrasings: Vec<String>,
     /// Content of the system message; without one, the chat template's default holds.
     pub system: Option<String>,
@@ -43,12 +44,12 @@ pub struct ArithmeticOptions {
 impl Default for ArithmeticOptions {
     fn default() -> Self {
         Self {
-            operations: vec![Operation::Add, Operation::Subtract],
+            operations: vec![Operation::Add, Operation::Multiply],
             operands: 2,
-            first: [1, 99],
-            others: [1, 9],
-            factors: [2, 9],
-            phrasings: vec!["What is {expression}?".into()],
+            first: [1, 50],
+            others: [1, 50],
+            factors: [2, 15],
+            phrasings: vec!["What is {words}?".into(), "What is {words}? Reply with only the number.".into()],
             system: None,
         }
     }
@@ -63,7 +64,7 @@ impl Arithmetic {
     /// The task with these options.
     ///
     /// # Errors
-    /// An empty list, an empty or too wide range, a phrasing without `{expression}`, a division of more than two operands.
+    /// An empty list, an empty or too wide range, a phrasing without the arithmetic, a division of more than two operands.
     pub fn new(options: ArithmeticOptions) -> Result<Self, TaskError> {
         let refuse = |reason: String| Err(TaskError { task: "arithmetic", reason });
         if options.operations.is_empty() {
@@ -89,8 +90,12 @@ impl Arithmetic {
         if options.phrasings.is_empty() {
             return refuse("phrasings is empty".into());
         }
-        if let Some(phrasing) = options.phrasings.iter().find(|phrasing| !phrasing.contains("{expression}")) {
-            return refuse(format!("phrasings holds {phrasing:?}, which lacks {{expression}}"));
+        if let Some(phrasing) = options
+            .phrasings
+            .iter()
+            .find(|phrasing| !phrasing.contains("{expression}") && !phrasing.contains("{words}"))
+        {
+            return refuse(format!("phrasings holds {phrasing:?}, which has neither {{expression}} nor {{words}}"));
         }
         Ok(Self { options })
     }
@@ -160,7 +165,7 @@ impl Task for Arithmetic {
         let phrasing = draws.pick(&self.options.phrasings);
         Problem {
             system: self.options.system.clone(),
-            question: phrasing.replace("{expression}", &sum.to_string()),
+            question: phrasing.replace("{expression}", &sum.to_string()).replace("{words}", &sum.words()),
             answer: sum.value().to_string(),
             kind,
             key: sum.key(),

@@ -79,6 +79,12 @@ impl Sum {
         self.0.iter().map(Term::value).sum()
     }
 
+    /// The sum in words: `12 plus 3 times 4 minus 8 divided by 2`.
+    pub fn words(&self) -> String {
+        let words = [(" + ", " plus "), (" - ", " minus "), (" * ", " times "), (" / ", " divided by ")];
+        words.iter().fold(self.to_string(), |text, (sign, word)| text.replace(sign, word))
+    }
+
     /// Its canonical form: factors and terms sorted, so that exchanging operands changes nothing.
     pub fn key(&self) -> String {
         let mut terms: Vec<String> = self

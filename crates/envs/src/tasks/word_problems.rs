@@ -18,7 +18,7 @@ pub struct WordProblemOptions {
     pub second: [i64; 2],
     /// Smallest and largest size and number of the equal groups in `groups` and `sharing`.
     pub factors: [i64; 2],
-    /// Text after the story, such as `Answer with a number.`; none if empty.
+    /// Text after the story, such as `Reply with only the number.`; none if empty.
     pub instruction: String,
     /// Content of the system message; without one, the chat template's default holds.
     pub system: Option<String>,
@@ -28,10 +28,10 @@ impl Default for WordProblemOptions {
     fn default() -> Self {
         Self {
             kinds: vec![Kind::Gain, Kind::Loss],
-            first: [1, 50],
-            second: [1, 9],
+            first: [2, 20],
+            second: [2, 9],
             factors: [2, 9],
-            instruction: String::new(),
+            instruction: "Reply with only the number.".into(),
             system: None,
         }
     }
