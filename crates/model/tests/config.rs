@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use base::Hint;
-use model::config::{Activation, RopeConfig, RopeScaling};
-use model::{Family, ModelConfig};
+use posttrain_model::config::{Activation, RopeConfig, RopeScaling};
+use posttrain_model::{Family, ModelConfig};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ fn base(architecture: &str) -> Value {
     })
 }
 
-fn with(architecture: &str, keys: Value) -> model::Result<ModelConfig> {
+fn with(architecture: &str, keys: Value) -> posttrain_model::Result<ModelConfig> {
     let mut config = base(architecture);
     for (key, value) in keys.as_object().unwrap() {
         config[key] = value.clone();

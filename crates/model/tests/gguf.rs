@@ -4,10 +4,10 @@
 
 mod files;
 
-use model::config::RopeScaling;
-use model::weights::Tensor;
-use model::weights::gguf::{self, Gguf, Value};
-use model::{Family, ModelConfig};
+use posttrain_model::config::RopeScaling;
+use posttrain_model::weights::Tensor;
+use posttrain_model::weights::gguf::{self, Gguf, Value};
+use posttrain_model::{Family, ModelConfig};
 use proptest::prelude::*;
 
 const BLOCKS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/reference/blocks");

@@ -5,9 +5,9 @@
 use std::fs;
 use std::sync::LazyLock;
 
-use model::weights::safetensors::{self, Dtype, INDEX};
-use model::weights::{self, Tensor, Tensors};
-use model::{Family, ModelConfig};
+use posttrain_model::weights::safetensors::{self, Dtype, INDEX};
+use posttrain_model::weights::{self, Tensor, Tensors};
+use posttrain_model::{Family, ModelConfig};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -49,7 +49,7 @@ fn half_precisions_round_to_the_nearest_even() {
 }
 
 /// Two shards under an index that `spoil` may change.
-fn shards(spoil: impl FnOnce(&mut serde_json::Value)) -> model::Result<Tensors> {
+fn shards(spoil: impl FnOnce(&mut serde_json::Value)) -> posttrain_model::Result<Tensors> {
     let folder = tempfile::tempdir().unwrap();
     let mut index = json!({ "metadata": { "total_size": 72 }, "weight_map": {} });
     let all = some();

@@ -9,6 +9,7 @@ mod rope;
 
 use std::fmt;
 
+pub use kernels::Activation;
 pub use rope::{RopeConfig, RopeScaling};
 
 use crate::error::{Error, Result};
@@ -65,15 +66,6 @@ impl fmt::Display for Family {
             Self::Gemma3 => "gemma3",
         })
     }
-}
-
-/// The non-linearity of the gated MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// x·σ(x).
-    Silu,
-    /// GELU in its tanh approximation.
-    GeluTanh,
 }
 
 /// What one layer's attention sees and how it encodes positions.

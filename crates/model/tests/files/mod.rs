@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use model::weights::gguf::Value;
-use model::weights::{Tensor, Tensors};
-use model::{Family, ModelConfig};
+use posttrain_model::weights::gguf::Value;
+use posttrain_model::weights::{Tensor, Tensors};
+use posttrain_model::{Family, ModelConfig};
 
 /// Writes a GGUF file (version 3, alignment 32) of F32 tensors, shapes outermost first.
 pub fn gguf(metadata: &[(String, Value)], tensors: &[(String, Tensor)]) -> Vec<u8> {
