@@ -40,7 +40,7 @@ impl Tokenizer {
         for file in [CONFIG, SPECIAL_MAP] {
             let Some(config) = read_object(&folder.join(file))? else { continue };
             for (token, key) in named.iter_mut().zip(["bos_token", "eos_token", "pad_token"]) {
-                let name = config.get(key).and_then(|value| value.as_str().or(value.get("content")?.as_str()));
+                let name = config.get(key).and_then(|value| value.as_str().or_else(|| value.get("content")?.as_str()));
                 if let (None, Some(name)) = (&token, name) {
                     let id = tokenizer.id(name).ok_or_else(|| {
                         Error::malformed(

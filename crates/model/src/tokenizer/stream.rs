@@ -5,7 +5,9 @@ use super::Tokenizer;
 /// Turns tokens into text as they come.
 ///
 /// A piece of text is given out when the tokens behind it end on a whole character, so that the pieces, with
-/// [`DecodeStream::finish`], join to what [`Tokenizer::decode`] makes of all tokens at once.
+/// [`DecodeStream::finish`], join to what [`Tokenizer::decode`] makes of all tokens at once. They may differ only where
+/// a vocabulary with byte tokens yields broken UTF-8, which `decode` replaces back to the first byte token of the run,
+/// text that was given out included.
 #[derive(Debug)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
@@ -43,6 +45,6 @@ impl<'a> DecodeStream<'a> {
     fn pending(&self) -> (String, usize) {
         let known = self.tokenizer.decode(&self.ids[..self.given]);
         let text = self.tokenizer.decode(&self.ids);
-        if text.starts_with(&known) { (text, known.len()) } else { (String::new(), 0) }
+        if text.starts_with(&known) { (text, known.len()) } else { (self.tokenizer.decode(&self.ids[self.given..]), 0) }
     }
 }
