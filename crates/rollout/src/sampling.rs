@@ -44,6 +44,7 @@ pub struct Scratch {
     weights: Vec<f32>,
     sorted: Vec<f32>,
     kept: Vec<u32>,
+    keys: Vec<u64>,
 }
 
 impl Scratch {
@@ -66,20 +67,25 @@ impl Scratch {
             return Ok(Choice { token: draw_from_blocks(&self.weights, uniform * total), filtered_log_prob: None });
         }
 
+        // Each filter keeps a beginning of the tokens in falling order, so that their order matters only in one respect:
+        // the probability that top-p counts is relative to what top-k left.
         let least = if top_k { self.largest(logits, options.top_k) } else { f32::NEG_INFINITY };
+        let (left, count) = match top_k {
+            true => self.mass_from(logits, least),
+            false => (total, logits.len()),
+        };
+        // Tokens of weight at most (1 - p) left / n have together at most (1 - p) left, so all of them come after the
+        // nucleus. Half of that bound is far from any rounding, and leaves few to sort. A weight of 0 is never drawn.
+        let negligible = 0.5 * (1.0 - options.top_p) * left / count as f64;
+        let floor = options.min_p.max(negligible).max(f64::from(f32::MIN_POSITIVE));
         self.kept.clear();
-        // A weight of 0 can never be drawn: leaving it out changes nothing but the work.
-        let candidates = logits.iter().zip(&self.weights).enumerate();
-        self.kept.extend(
-            candidates.filter(|(_, (logit, weight))| **logit >= least && **weight > 0.0).map(|(id, _)| id as u32),
-        );
-        if options.top_p < 1.0 {
-            self.keep_nucleus(logits, options.top_p);
+        for (id, (&logit, &weight)) in logits.iter().zip(&self.weights).enumerate() {
+            if logit >= least && f64::from(weight) >= floor {
+                self.kept.push(id as u32);
+            }
         }
-        if options.min_p > 0.0 {
-            // The largest weight is 1.
-            let weights = &self.weights;
-            self.kept.retain(|&id| f64::from(weights[id as usize]) >= options.min_p);
+        if options.top_p < 1.0 {
+            self.keep_nucleus(logits, options.top_p * left);
         }
 
         let total = self.mass();
@@ -109,23 +115,37 @@ impl Scratch {
         *self.sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
     }
 
-    /// Top-p over the kept tokens.
-    fn keep_nucleus(&mut self, logits: &[f32], top_p: f64) {
-        let total = self.mass();
-        let weights = &self.weights;
-        // Tokens of weight at most (1 - p) total / n have together at most (1 - p) total, so all of them come after the
-        // nucleus. Dropping them (half of the bound, far from any rounding) leaves few to sort.
-        let negligible = 0.5 * (1.0 - top_p) * total / self.kept.len() as f64;
-        self.kept.retain(|&id| f64::from(weights[id as usize]) > negligible);
-        self.kept.sort_unstable_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    /// The weight and the number of the tokens whose logit is at least `least`.
+    fn mass_from(&self, logits: &[f32], least: f32) -> (f64, usize) {
+        let kept = logits.iter().zip(&self.weights).filter(|(logit, _)| **logit >= least);
+        kept.fold((0.0, 0), |(mass, count), (_, &weight)| (mass + f64::from(weight), count + 1))
+    }
+
+    /// Keeps the tokens, by falling logit and rising id, that have less than `mass` before them.
+    fn keep_nucleus(&mut self, logits: &[f32], mass: f64) {
+        self.keys.clear();
+        self.keys.extend(self.kept.drain(..).map(|id| falling(logits[id as usize], id)));
         let mut before = 0.0;
-        let nucleus = self.kept.iter().take_while(|&&id| {
-            let inside = before < top_p * total;
-            before += f64::from(weights[id as usize]);
-            inside
-        });
-        let size = nucleus.count();
-        self.kept.truncate(size);
+        let mut rest = &mut self.keys[..];
+        let mut size = FIRST_SORTED;
+        // Most nuclei are small: sort a beginning, and a longer one only where it does not reach.
+        while !rest.is_empty() && before < mass {
+            let beginning;
+            if size < rest.len() {
+                rest.select_nth_unstable(size);
+            }
+            (beginning, rest) = rest.split_at_mut(size.min(rest.len()));
+            beginning.sort_unstable();
+            for &key in beginning.iter() {
+                if before >= mass {
+                    break;
+                }
+                let id = key as u32;
+                self.kept.push(id);
+                before += f64::from(self.weights[id as usize]);
+            }
+            size *= 4;
+        }
         self.kept.sort_unstable();
     }
 
@@ -170,6 +190,17 @@ fn argmax(logits: &[f32]) -> Result<u32, NoChoice> {
         Some(best) if numbers && largest > f32::NEG_INFINITY => Ok(best as u32),
         _ => Err(NoChoice::of(logits)),
     }
+}
+
+/// Tokens that top-p sorts at first.
+const FIRST_SORTED: usize = 128;
+
+/// A key that rises where the logit falls or, for equal logits, the id rises; the id is its lower half.
+fn falling(logit: f32, id: u32) -> u64 {
+    // Adding 0 makes -0 equal to 0. Flipping all bits of negative numbers and the sign of others orders floats as integers.
+    let bits = (logit + 0.0).to_bits();
+    let rising = bits ^ (((bits as i32 >> 31) as u32) | 0x8000_0000);
+    u64::from(!rising) << 32 | u64::from(id)
 }
 
 fn block_mass(block: &[f32]) -> f64 {
