@@ -72,7 +72,7 @@ fn files(pattern: &str) -> Result<Vec<PathBuf>> {
         for entry in matches {
             let path = entry.map_err(|error| {
                 let path = error.path().to_owned();
-                io_error("list", &path)(error.into_error())
+                io_error("list", &path)(error.into())
             })?;
             found.push(path);
         }
