@@ -2,10 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use base::Hint;
-use data::render::{DropReason, LossTokens, Overlong};
-use data::{Error, Example, RenderOptions, Rendered, Renderer, Row, Sample, Source, sample};
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
+use posttrain_data::render::{DropReason, LossTokens, Overlong};
+use posttrain_data::{Error, Example, RenderOptions, Rendered, Renderer, Row, Sample, Source, sample};
 use serde_json::{Value, json};
 
 /// Renders rows with the byte-level tokenizer and ChatML.
@@ -100,7 +100,7 @@ fn a_prompt_has_the_tokens_that_training_puts_in_front_of_the_completion() {
     let setting = loss(LossTokens::Completion);
     let prompt = json!([{"role": "system", "content": "s"}, {"role": "user", "content": " q <|im_end|> "}]);
     let row = json!({"prompt": prompt, "completion": [{"role": "assistant", "content": " a "}], "answer": 4});
-    let prompts = setting.renderer().prompts(&samples(&[row.clone()])).unwrap().items;
+    let prompts = setting.renderer().prompts(&samples(std::slice::from_ref(&row))).unwrap().items;
     let example = &setting.examples(&[row]).unwrap().items[0];
     assert!(example.ids.starts_with(&prompts[0].ids));
     assert_eq!(example.loss_mask.iter().position(|&learnt| learnt), Some(prompts[0].ids.len()));

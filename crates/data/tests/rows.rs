@@ -6,12 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use base::Hint;
-use data::sample::Content;
-use data::{Error, Kind, Row, Sample, Source, Text, read, sample};
 use model::chat::Message;
 use parquet::data_type::{BoolType, ByteArray, ByteArrayType, Int64Type};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
+use posttrain_data::sample::Content;
+use posttrain_data::{Error, Kind, Row, Sample, Source, Text, read, sample};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

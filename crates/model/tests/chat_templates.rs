@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use model::chat::{ChatTemplate, Date, Message};
-use model::tokenizer::Tokenizer;
+use posttrain_model::chat::{ChatTemplate, Date, Message};
+use posttrain_model::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 

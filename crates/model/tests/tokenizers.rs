@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use model::tokenizer::Tokenizer;
-use model::weights::gguf::{Metadata, Value};
+use posttrain_model::tokenizer::Tokenizer;
+use posttrain_model::weights::gguf::{Metadata, Value};
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -18,11 +18,11 @@ struct Case {
 /// SmolLM2's tokenizer, when the model is cached.
 fn smollm2() -> Option<Tokenizer> {
     let name = "smollm2-135m-instruct";
-    let Some(path) = model::hub::cached(name) else {
+    let Some(path) = posttrain_model::hub::cached(name) else {
         eprintln!("skipped: {name} is not cached");
         return None;
     };
-    let gguf = model::weights::gguf::read(&path).unwrap();
+    let gguf = posttrain_model::weights::gguf::read(&path).unwrap();
     Some(Tokenizer::from_gguf(gguf.metadata()).unwrap())
 }
 
