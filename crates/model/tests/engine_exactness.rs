@@ -89,6 +89,40 @@ fn threads_give_the_same_bytes() {
 }
 
 #[test]
+fn a_shape_of_several_tiles_keeps_the_promises() {
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let groups = vec![
+        (ids(71, 97), vec![ids(72, 131), ids(73, 2)]),
+        (ids(74, 75), vec![]),
+        (ids(75, 33), vec![ids(76, 64), ids(77, 65)]),
+    ];
+    let mut decoder = decoder(&wide(), 22);
+    for precision in PRECISIONS {
+        decoder.prepare(precision);
+        let whole = pool(1).install(|| gradient_bits(&decoder, &[pack(&groups)]));
+        let single: Vec<PackedTokens> = groups.chunks(1).map(pack).collect();
+        assert!(whole == pool(2).install(|| gradient_bits(&decoder, &single)), "{precision:?}");
+
+        // Decoding over more keys than a block holds, and past the window.
+        let (prompt, continuation) = (&groups[0].0, &groups[0].1[0]);
+        let mut workspace = Workspace::new();
+        let prefill = decoder.prefill(&[prompt], &mut workspace).unwrap().swap_remove(0);
+        let mut cache = SequenceCache::new(&decoder, prefill.cache, 8);
+        let mut decoded = Vec::new();
+        for tokens in [&continuation[..120]].into_iter().chain(continuation[120..].chunks(1)) {
+            decoder.decode(&mut [DecodeRow { tokens, cache: &mut cache }], &mut workspace).unwrap();
+            decoded.extend_from_slice(workspace.hidden());
+        }
+        let tokens = pack(&groups);
+        decoder.forward(&tokens, &mut workspace, false).unwrap();
+        let d = decoder.config().hidden_size;
+        let start = tokens.segments()[1].start;
+        let trained = &workspace.hidden()[start * d..][..continuation.len() * d];
+        assert!(bits(trained) == bits(&decoded), "{precision:?}: decode");
+    }
+}
+
+#[test]
 fn a_segment_does_not_see_its_neighbours() {
     let before = groups();
     let mut after = groups();

@@ -7,7 +7,7 @@ use base::{Purpose, Random};
 use engine::*;
 use kernels::Precision;
 use posttrain_model::Error;
-use posttrain_model::decoder::{Decoder, Gradients, Workspace};
+use posttrain_model::decoder::{Decoder, Estimate, Gradients, Workspace};
 use posttrain_model::lora::LoraConfig;
 
 /// The loss `Σ d_log_prob · log_prob + d_entropy · entropy` over [`batch`].
@@ -127,6 +127,39 @@ fn the_first_value_that_is_no_number_is_named() {
     let Err(Error::NonFinite(found)) = result else { panic!("{result:?}") };
     assert!(found.tensor.starts_with("gradient"), "{found}");
     assert!(gradients.non_finite().is_some());
+}
+
+/// What a run is said to need is what it takes, to within a tenth, and a second step takes no more.
+#[test]
+fn estimates_are_near_the_truth() {
+    let near = |what: &str, estimate: usize, truth: usize| {
+        assert!((estimate as f64 / truth as f64 - 1.0).abs() < 0.1, "{what}: estimate {estimate}, in truth {truth}");
+    };
+    let lora = LoraConfig { r: 16, ..LoraConfig::default() };
+    for adapter in [None, Some(&lora)] {
+        let mut config = wide();
+        config.vocab_size = 2000;
+        let mut decoder = Decoder::random(config.clone(), 1).unwrap();
+        adapter.map_or(Ok(()), |lora| decoder.attach_lora(lora, 1)).unwrap();
+        decoder.prepare(Precision::F32);
+        let tokens = long_batch();
+        let targets = targets(&tokens);
+        let ones = vec![1.0; targets.len()];
+        let mut gradients = decoder.gradients();
+        let mut workspace = Workspace::new();
+        let mut step = || {
+            decoder.forward(&tokens, &mut workspace, true).unwrap();
+            decoder.backward(&tokens, &mut workspace, &targets, 1.0, &ones, None, &mut gradients).unwrap();
+            gradients.finish();
+            workspace.bytes()
+        };
+        let first = step();
+        assert_eq!(step(), first, "the workspace does not grow");
+        let estimate = Estimate::new(&config, adapter, Precision::F32, tokens.rows(), 100);
+        near("activations", estimate.activations, first);
+        near("gradients", estimate.gradients, gradients.bytes());
+        near("packed weights", estimate.packed, decoder.packed_bytes());
+    }
 }
 
 #[test]

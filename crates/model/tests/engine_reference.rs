@@ -95,6 +95,18 @@ fn adapter_gradients_of_every_family() {
 }
 
 #[test]
+fn gradients_of_a_shape_of_several_tiles() {
+    let config = wide();
+    let mut decoder = decoder(&config, 15);
+    let oracle = reference(&config, &decoder);
+    compare("wide, full", &mut decoder, &oracle, &long_batch());
+    let lora = LoraConfig { r: 16, ..LoraConfig::default() };
+    adapt(&mut decoder, &lora, 4);
+    let oracle = oracle.with_adapter(&lora, &decoder.adapter_tensors()).unwrap();
+    compare("wide, adapter", &mut decoder, &oracle, &long_batch());
+}
+
+#[test]
 fn sharing_a_prompt_changes_no_bit_of_the_log_probs() {
     for (name, config) in configs() {
         let mut decoder = decoder(&config, 13);

@@ -2,6 +2,7 @@
 
 use kernels::Precision;
 
+use super::head::chunk_rows;
 use crate::config::ModelConfig;
 use crate::lora::LoraConfig;
 
@@ -53,7 +54,7 @@ impl Estimate {
             kept += 2 * d;
         }
         let shared = 4 * d + (q + 2 * kv) + q + 2 * mlp + 2 * d;
-        let logits = (32usize << 20).min(512 * config.vocab_size);
+        let logits = chunk_rows(config.vocab_size).min(rows) * config.vocab_size;
         let activations = 4 * (rows * (layers * kept + shared) + logits);
 
         let packed_bytes = match precision {

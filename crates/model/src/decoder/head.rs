@@ -45,6 +45,11 @@ pub(super) struct Head {
     packed: Option<PackedMatrix>,
 }
 
+/// Rows of one chunk: even, so that chunks do not separate the pairs of a bf16 product.
+pub(super) fn chunk_rows(vocabulary: usize) -> usize {
+    (CHUNK_FLOATS / vocabulary).clamp(16, 512) / 2 * 2
+}
+
 /// Where one row of the head's products comes from; `None` is a row of zeros.
 type Slot = Option<usize>;
 
@@ -62,9 +67,8 @@ impl Head {
         self.packed.as_ref().map_or(0, PackedMatrix::bytes)
     }
 
-    /// Rows of one chunk: even, so that chunks do not separate the pairs of a bf16 product.
     fn chunk_rows(&self) -> usize {
-        (CHUNK_FLOATS / self.vocabulary).clamp(16, 512) / 2 * 2
+        chunk_rows(self.vocabulary)
     }
 
     /// The logits of `hidden` rows.

@@ -22,6 +22,28 @@ pub fn configs() -> Vec<(String, ModelConfig)> {
     configs
 }
 
+/// A shape whose products and attention span several tiles and panels of the kernels in every direction.
+pub fn wide() -> ModelConfig {
+    let mut config = ModelConfig::tiny(Family::Llama, VOCABULARY);
+    config.hidden_size = 328;
+    config.intermediate_size = 712;
+    config.heads = 6;
+    config.head_dim = 64;
+    config.attention_scale = 0.125;
+    config.layers[1].window = Some(70);
+    config
+}
+
+/// A batch with a shared prompt for [`wide`]: several blocks of keys, odd lengths.
+pub fn long_batch() -> PackedTokens {
+    let mut tokens = PackedTokens::new();
+    let prompt = tokens.push(&ids(5, 97), None).unwrap();
+    tokens.push(&ids(6, 131), Some(prompt)).unwrap();
+    tokens.push(&ids(7, 3), Some(prompt)).unwrap();
+    tokens.push(&ids(8, 75), None).unwrap();
+    tokens
+}
+
 /// Random weights: matrices that keep the size of their input, norms around one, biases away from zero.
 pub fn weights(config: &ModelConfig, seed: u64) -> Tensors {
     let random = Random::new(seed, Purpose::Test);
