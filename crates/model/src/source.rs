@@ -96,7 +96,12 @@ fn generation_tokens(path: &Path, config: &mut ModelConfig) -> Result<()> {
 /// Drops repetitions and keeps the order.
 fn dedup(ids: &mut Vec<u32>) {
     let mut seen = Vec::new();
-    ids.retain(|id| !seen.contains(id) && { seen.push(*id); true });
+    ids.retain(|id| {
+        !seen.contains(id) && {
+            seen.push(*id);
+            true
+        }
+    });
 }
 
 /// The hash of the names and hashes of a folder's model files, in the order of their names.

@@ -200,7 +200,9 @@ pub fn cached(name: &str) -> Option<PathBuf> {
 pub fn pull(name: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
     match named(name).map(|model| &model.origin) {
         Some(Origin::Download(download)) => Store::from_env()?.pull(name, download, progress),
-        Some(Origin::Preset(_)) => Err(Error::Invalid(format!("{name} is trained from scratch: there is no file to get"))),
+        Some(Origin::Preset(_)) => {
+            Err(Error::Invalid(format!("{name} is trained from scratch: there is no file to get")))
+        }
         None => Err(unknown(name)),
     }
 }

@@ -62,16 +62,12 @@ pub(super) fn fetch(
 }
 
 /// Runs `pip download` with its temporary files inside `folder`, so that they can be watched and leave with it.
-fn pip_download(
-    python: &Path,
-    package: &Package,
-    folder: &Path,
-    report: &mut dyn FnMut(u64),
-) -> Result<(), String> {
+fn pip_download(python: &Path, package: &Package, folder: &Path, report: &mut dyn FnMut(u64)) -> Result<(), String> {
     let log = folder.join("pip.log");
     let output = File::create(&log).map_err(|error| error.to_string())?;
     let errors = output.try_clone().map_err(|error| error.to_string())?;
-    let mut arguments: Vec<OsString> = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"].map(Into::into).into();
+    let mut arguments: Vec<OsString> =
+        ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"].map(Into::into).into();
     arguments.extend(["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--quiet"].map(Into::into));
     arguments.extend(["--timeout", "30", "--retries", "2", "--dest"].map(Into::into));
     arguments.extend([folder.into(), package.requirement.into()]);

@@ -77,7 +77,8 @@ fn pieces_of_packages_become_the_file() {
     assert_eq!(fs::read(&path).unwrap(), CONTENT);
     assert_eq!(store.cached("m", &download), Some(path.clone()));
     assert!(stages.contains(&"unpacking".to_owned()), "{stages:?}");
-    let mut left: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut left: Vec<_> =
+        fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, [".lock", "weights.gguf"]);
 }
