@@ -54,7 +54,11 @@ pub fn add_bias(rows: &mut [f32], bias: &[f32]) {
 /// The gradient of [`add_bias`]: `d_bias[j]` plus the sum over rows, in order, of `d_rows[.., j]`.
 pub fn bias_backward(d_rows: &[f32], d_bias: &mut [f32]) {
     let width = d_bias.len();
-    assert!(width > 0 && d_rows.len().is_multiple_of(width), "bias_backward: {} is no number of rows of {width}", d_rows.len());
+    assert!(
+        width > 0 && d_rows.len().is_multiple_of(width),
+        "bias_backward: {} is no number of rows of {width}",
+        d_rows.len()
+    );
     let isa = Isa::current();
     let columns = width.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(16);
     d_bias.par_chunks_mut(columns).enumerate().for_each(|(task, d_bias)| {

@@ -47,9 +47,11 @@ pub fn gated(activation: Activation, gate_up: &[f32], width: usize, out: &mut [f
     assert!(out.len().is_multiple_of(width), "gated: {} is no number of rows of {width}", out.len());
     let isa = Isa::current();
     let rows = rows_per_task(out.len() / width, width);
-    gate_up.par_chunks(2 * rows * width).zip(out.par_chunks_mut(rows * width)).for_each(|(gate_up, out)| match activation {
-        Activation::Silu => silu_rows(isa, gate_up, width, out),
-        Activation::GeluTanh => gelu_rows(isa, gate_up, width, out),
+    gate_up.par_chunks(2 * rows * width).zip(out.par_chunks_mut(rows * width)).for_each(|(gate_up, out)| {
+        match activation {
+            Activation::Silu => silu_rows(isa, gate_up, width, out),
+            Activation::GeluTanh => gelu_rows(isa, gate_up, width, out),
+        }
     });
 }
 

@@ -50,13 +50,20 @@ impl Isa {
     }
 
     /// The instruction set that kernels called from this thread use.
+    ///
+    /// # Panics
+    /// If `POSTTRAIN_ISA` names none, or one that the processor does not have.
     pub fn current() -> Isa {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
         FORCED.get().unwrap_or_else(|| {
             *DETECTED.get_or_init(|| {
-                let wanted = std::env::var("POSTTRAIN_ISA").ok().and_then(|name| name.parse().ok());
                 let best = Isa::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Isa::Portable);
-                wanted.filter(|isa: &Isa| isa.available()).unwrap_or(best)
+                let Ok(name) = std::env::var("POSTTRAIN_ISA") else { return best };
+                match name.parse::<Isa>() {
+                    Ok(isa) if isa.available() => isa,
+                    Ok(isa) => panic!("POSTTRAIN_ISA: this processor has no {isa}; the best it has is {best}"),
+                    Err(error) => panic!("POSTTRAIN_ISA: {error}"),
+                }
             })
         })
     }

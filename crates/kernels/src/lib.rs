@@ -13,7 +13,10 @@
 //!
 //! This crate knows slices, shapes and segments. It must not know models, parameters' names, losses or files. All the
 //! `unsafe` of the project lives here.
-#![allow(unsafe_code, reason = "this is the one crate that holds the project's unsafe code; each block says why it is sound")]
+#![allow(
+    unsafe_code,
+    reason = "this is the one crate that holds the project's unsafe code; each block says why it is sound"
+)]
 
 mod adamw;
 mod attention;

@@ -20,9 +20,10 @@ pub fn rms_norm(x: &[f32], weight: &[f32], weight_offset: f32, epsilon: f32, y: 
     }
     let isa = Isa::current();
     let rows = rows_per_task(inverse_rms.len(), width);
-    x.par_chunks(rows * width).zip(y.par_chunks_mut(rows * width)).zip(inverse_rms.par_chunks_mut(rows)).for_each(
-        |((x, y), inverse_rms)| norm_rows(isa, x, weight, weight_offset, epsilon, y, inverse_rms),
-    );
+    x.par_chunks(rows * width)
+        .zip(y.par_chunks_mut(rows * width))
+        .zip(inverse_rms.par_chunks_mut(rows))
+        .for_each(|((x, y), inverse_rms)| norm_rows(isa, x, weight, weight_offset, epsilon, y, inverse_rms));
 }
 
 multiversion! {
@@ -63,7 +64,9 @@ pub fn rms_norm_backward(
     x.par_chunks(rows * width)
         .zip(dy.par_chunks(rows * width))
         .zip(dx.par_chunks_mut(rows * width).zip(inverse_rms.par_chunks(rows)))
-        .for_each(|((x, dy), (dx, inverse_rms))| norm_rows_backward(isa, x, weight, weight_offset, inverse_rms, dy, dx));
+        .for_each(|((x, dy), (dx, inverse_rms))| {
+            norm_rows_backward(isa, x, weight, weight_offset, inverse_rms, dy, dx)
+        });
     if let Some(dweight) = dweight {
         assert_eq!(dweight.len(), width, "rms_norm_backward: the weight's gradient differs in length");
         let columns = weight_columns(width);
@@ -159,7 +162,8 @@ pub fn head_norm_backward(
     let head_offset = range.first * range.head_dim;
     if let Some(dweight) = dweight {
         assert_eq!(dweight.len(), range.head_dim, "head_norm_backward: the weight's gradient differs in length");
-        let rows = input.chunks_exact(width).zip(d_rows.chunks_exact(range.width)).zip(inverse_rms.chunks_exact(range.heads));
+        let rows =
+            input.chunks_exact(width).zip(d_rows.chunks_exact(range.width)).zip(inverse_rms.chunks_exact(range.heads));
         for ((input, d_row), inverse_rms) in rows {
             let d_heads = &d_row[head_offset..head_offset + width];
             weight_gradient(isa, input, d_heads, inverse_rms, range.head_dim, 0, dweight);

@@ -21,7 +21,11 @@ impl HeadRange {
     /// The number of rows in `elements`.
     pub(crate) fn check(self, elements: usize) -> usize {
         assert!((self.first + self.heads) * self.head_dim <= self.width, "the heads {self:?} overrun the row");
-        assert!(self.width > 0 && elements.is_multiple_of(self.width), "{elements} is no number of rows of {}", self.width);
+        assert!(
+            self.width > 0 && elements.is_multiple_of(self.width),
+            "{elements} is no number of rows of {}",
+            self.width
+        );
         elements / self.width
     }
 }

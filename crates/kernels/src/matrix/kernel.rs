@@ -135,14 +135,38 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
                 let c = p.c.add(row * p.c_stride + column);
                 let columns = PANEL.min(p.columns - column);
                 if columns == PANEL {
-                    slabs::<S, PAIRS, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, c, p.c_stride, p.accumulate);
+                    slabs::<S, PAIRS, BY_ROWS>(
+                        rows,
+                        p.steps,
+                        a,
+                        a_stride,
+                        b,
+                        p.step_stride,
+                        c,
+                        p.c_stride,
+                        p.accumulate,
+                    );
                 } else {
                     let mut whole = [0.0f32; MAX_ROWS * PANEL];
                     for i in 0..if p.accumulate { rows } else { 0 } {
-                        std::ptr::copy_nonoverlapping(c.add(i * p.c_stride), whole.as_mut_ptr().add(i * PANEL), columns);
+                        std::ptr::copy_nonoverlapping(
+                            c.add(i * p.c_stride),
+                            whole.as_mut_ptr().add(i * PANEL),
+                            columns,
+                        );
                     }
                     let target = whole.as_mut_ptr();
-                    slabs::<S, PAIRS, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, target, PANEL, p.accumulate);
+                    slabs::<S, PAIRS, BY_ROWS>(
+                        rows,
+                        p.steps,
+                        a,
+                        a_stride,
+                        b,
+                        p.step_stride,
+                        target,
+                        PANEL,
+                        p.accumulate,
+                    );
                     for i in 0..rows {
                         std::ptr::copy_nonoverlapping(target.add(i * PANEL), c.add(i * p.c_stride), columns);
                     }

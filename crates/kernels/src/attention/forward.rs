@@ -1,0 +1,179 @@
+//! Attention of whole segments.
+
+use super::operands::{Head, Run, runs};
+use super::softmax::{normalise, softmax};
+use super::{AttentionShape, Segment, check_segments, uncovered};
+use crate::buffer::with_scratch;
+use crate::isa::Isa;
+use crate::matrix::kernel::{Left, PANEL, Product, multiply};
+use crate::parallel::{SharedMut, each};
+
+/// Rows of one task.
+const TASK_ROWS: usize = 128;
+/// Rows whose scores are computed at a time.
+pub(super) const BLOCK_ROWS: usize = 32;
+
+/// Causal attention of every segment.
+///
+/// `qkv` holds rows of [`AttentionShape::width`], `out` rows of `heads * head_dim`, `log_sum_exp` rows of `heads`: the log
+/// of the sum of the exponentials of the scaled scores, which [`attention_backward`](super::attention_backward) needs.
+/// Rows that no segment covers get zeros.
+///
+/// # Panics
+/// If lengths do not fit the shape or the segments are improper.
+pub fn attention(shape: AttentionShape, segments: &[Segment], qkv: &[f32], out: &mut [f32], log_sum_exp: &mut [f32]) {
+    shape.check();
+    let rows = qkv.len() / shape.width();
+    let out_width = shape.heads * shape.head_dim;
+    assert_eq!(qkv.len(), rows * shape.width(), "attention: qkv is no number of rows of {}", shape.width());
+    assert_eq!(out.len(), rows * out_width, "attention: out is not {rows} rows of {out_width}");
+    assert_eq!(log_sum_exp.len(), rows * shape.heads, "attention: log_sum_exp is not {rows} rows of {}", shape.heads);
+    check_segments(segments, rows);
+    for gap in uncovered(segments, rows) {
+        out[gap.start * out_width..gap.end * out_width].fill(0.0);
+        log_sum_exp[gap.start * shape.heads..gap.end * shape.heads].fill(0.0);
+    }
+    let mut tasks = Vec::new();
+    let mut work = 0;
+    for &segment in segments {
+        for first in (0..segment.len).step_by(TASK_ROWS) {
+            // The longest task first: its end decides when all are done.
+            tasks.extend((0..shape.kv_heads).map(|kv_head| (segment, kv_head, first)));
+        }
+        work += segment.len * segment.context_len(segments) * out_width;
+    }
+    let isa = Isa::current();
+    let (out, log_sum_exp) = (SharedMut::new(out), SharedMut::new(log_sum_exp));
+    each(tasks.len(), work, |index| {
+        let (segment, kv_head, first) = tasks[index];
+        let last = (first + TASK_ROWS).min(segment.len);
+        let task = Task { isa, shape, qkv, runs: runs(segments, segment, last), kv_head, out, log_sum_exp };
+        task.run(segment.start, first, last);
+    });
+}
+
+/// The rows of one segment and the query heads of one key head.
+struct Task<'a> {
+    isa: Isa,
+    shape: AttentionShape,
+    qkv: &'a [f32],
+    runs: [Run; 2],
+    kv_head: usize,
+    out: SharedMut<f32>,
+    log_sum_exp: SharedMut<f32>,
+}
+
+impl Task<'_> {
+    fn run(&self, start: usize, first: usize, last: usize) {
+        let shape = self.shape;
+        let keys = Head::query(shape, self.qkv, shape.heads + self.kv_head);
+        let values = Head::query(shape, self.qkv, shape.heads + shape.kv_heads + self.kv_head);
+        let [prefix, own] = self.runs;
+        let prefix_columns = keys.columns_len(prefix.len);
+        let context = prefix.len + own.len;
+        let lengths = [prefix_columns + keys.columns_len(own.len), context * values.padded(), BLOCK_ROWS * context];
+        with_scratch(lengths, |[packed_keys, packed_values, scores]| {
+            let (prefix_keys, own_keys) = packed_keys.split_at_mut(prefix_columns);
+            let (prefix_values, own_values) = packed_values.split_at_mut(prefix.len * values.padded());
+            keys.pack_columns(self.isa, prefix.start, prefix.len, prefix_keys);
+            keys.pack_columns(self.isa, own.start, own.len, own_keys);
+            values.pack_rows(prefix.start, prefix.len, prefix_values);
+            values.pack_rows(own.start, own.len, own_values);
+            let operands = [(prefix, &*prefix_keys, &*prefix_values), (own, &*own_keys, &*own_values)];
+            for head in self.kv_head * shape.group()..(self.kv_head + 1) * shape.group() {
+                for row in (first..last).step_by(BLOCK_ROWS) {
+                    self.block(
+                        head,
+                        start,
+                        row,
+                        BLOCK_ROWS.min(last - row),
+                        operands,
+                        &mut scores[..BLOCK_ROWS * context],
+                    );
+                }
+            }
+        });
+    }
+
+    /// The output of `rows` rows from row `row` of the segment on, for one head.
+    fn block(
+        &self,
+        head: usize,
+        start: usize,
+        row: usize,
+        rows: usize,
+        operands: [(Run, &[f32], &[f32]); 2],
+        scores: &mut [f32],
+    ) {
+        let shape = self.shape;
+        let (width, head_dim) = (shape.width(), shape.head_dim);
+        let stride = scores.len() / BLOCK_ROWS;
+        let position = self.runs[0].len + row;
+        let (first, end) = (shape.first_visible(position), position + rows);
+        for (run, keys, _) in operands {
+            let (skipped, count) = run.needed(first, end);
+            let product = Product {
+                rows,
+                columns: count,
+                steps: head_dim,
+                pairs: false,
+                a: self.qkv[(start + row) * width + head * head_dim..].as_ptr(),
+                left: Left::Rows { stride: width },
+                b: keys[skipped * head_dim..].as_ptr(),
+                panel_stride: PANEL * head_dim,
+                step_stride: PANEL,
+                c: scores[run.offset + skipped..].as_mut_ptr(),
+                c_stride: stride,
+                accumulate: false,
+            };
+            // SAFETY: the rows are rows of `qkv`, the panels were packed whole, and the scores are this task's own.
+            unsafe { multiply(self.isa, product) };
+        }
+        let mut inverse_totals = [0.0; BLOCK_ROWS];
+        for (i, inverse_total) in inverse_totals.iter_mut().enumerate().take(rows) {
+            let scores = &mut scores[i * stride..][..end];
+            let visible = shape.first_visible(position + i)..position + i + 1;
+            let log_sum_exp;
+            (*inverse_total, log_sum_exp) = softmax(self.isa, &mut scores[visible.clone()], shape.scale);
+            // What is computed but not visible weighs nothing.
+            scores[..visible.start].fill(0.0);
+            scores[visible.end..].fill(0.0);
+            // SAFETY: this row and head belong to this task alone.
+            let kept = unsafe { self.log_sum_exp.slice((start + row + i) * shape.heads + head, 1) };
+            kept[0] = log_sum_exp;
+        }
+        let out_width = shape.heads * head_dim;
+        let out_start = (start + row) * out_width + head * head_dim;
+        let mut accumulate = false;
+        for (run, _, values) in operands {
+            let (skipped, count) = run.needed(first, end);
+            if count == 0 {
+                continue;
+            }
+            let padded = head_dim.next_multiple_of(PANEL);
+            let product = Product {
+                rows,
+                columns: head_dim,
+                steps: count,
+                pairs: false,
+                a: scores[run.offset + skipped..].as_ptr(),
+                left: Left::Rows { stride },
+                b: values[skipped * padded..].as_ptr(),
+                panel_stride: PANEL,
+                step_stride: padded,
+                // SAFETY: the row lies inside `out`.
+                c: unsafe { self.out.get().add(out_start) },
+                c_stride: out_width,
+                accumulate,
+            };
+            // SAFETY: the scores cover `rows` rows, the values were packed for the run, and this head of these rows of
+            // `out` belongs to this task alone.
+            unsafe { multiply(self.isa, product) };
+            accumulate = true;
+        }
+        for (i, &inverse_total) in inverse_totals.iter().enumerate().take(rows) {
+            // SAFETY: as above.
+            normalise(self.isa, unsafe { self.out.slice(out_start + i * out_width, head_dim) }, inverse_total);
+        }
+    }
+}

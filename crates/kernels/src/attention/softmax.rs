@@ -1,0 +1,45 @@
+//! Rows of scores.
+
+use crate::isa::multiversion;
+use crate::math::{exp, ln, max, sum};
+
+multiversion! {
+    /// Turns the scores of the visible keys into `e^((score - largest) * scale)`; returns one over their sum and the log
+    /// of the sum of the exponentials of the scaled scores.
+    pub(super) fn softmax(scores: &mut [f32], scale: f32) -> (f32, f32) {
+        let largest = max(scores);
+        for score in scores.iter_mut() {
+            *score = exp((*score - largest) * scale);
+        }
+        let total = sum(scores.len(), |i| scores[i]);
+        (1.0 / total, largest * scale + ln(total))
+    }
+}
+
+multiversion! {
+    /// Divides the weighted sum of values by the row's sum. Adding zero gives a sum that underflowed one sign of zero,
+    /// whether or not keys of weight zero were folded in.
+    pub(super) fn normalise(out: &mut [f32], inverse_total: f32) {
+        for out in out {
+            *out = *out * inverse_total + 0.0;
+        }
+    }
+}
+
+multiversion! {
+    /// From scores and the gradients of the weights, for the visible keys: the weights, and the gradients of the scores
+    /// (which replace those of the weights). `along` is the inner product of the row's output and its gradient.
+    pub(super) fn softmax_backward(scores: &mut [f32], d_weights: &mut [f32], scale: f32, log_sum_exp: f32, along: f32) {
+        for (score, d_weight) in scores.iter_mut().zip(d_weights) {
+            *score = exp(*score * scale - log_sum_exp);
+            *d_weight = *score * (*d_weight - along) * scale;
+        }
+    }
+}
+
+multiversion! {
+    /// The inner product of two rows.
+    pub(super) fn inner(a: &[f32], b: &[f32]) -> f32 {
+        sum(a.len(), |i| a[i] * b[i])
+    }
+}

@@ -1,0 +1,255 @@
+//! Matrix products against the naive fold, and the properties that everything above relies on.
+
+use kernels::{Isa, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use posttrain_kernels as kernels;
+use proptest::prelude::*;
+
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+fn available() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.available())
+}
+
+fn bfloat16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
+}
+
+/// `c (+)= a b` by the fold that the crate promises.
+fn naive(
+    precision: Precision,
+    (m, n, k): (usize, usize, usize),
+    a: &[f32],
+    b: &[f32],
+    c: &mut [f32],
+    accumulate: bool,
+) {
+    for i in 0..m {
+        for j in 0..n {
+            let mut sum = if accumulate { c[i * n + j] } else { 0.0 };
+            let (left, right) = (|p: usize| a[i * k + p], |p: usize| b[p * n + j]);
+            match precision {
+                Precision::F32 => {
+                    for p in 0..k {
+                        sum = left(p).mul_add(right(p), sum);
+                    }
+                }
+                Precision::Bf16 => {
+                    for p in (0..k).step_by(2) {
+                        if p + 1 < k {
+                            sum = bfloat16(left(p + 1)).mul_add(bfloat16(right(p + 1)), sum);
+                        }
+                        sum = bfloat16(left(p)).mul_add(bfloat16(right(p)), sum);
+                    }
+                }
+            }
+            c[i * n + j] = sum;
+        }
+    }
+}
+
+const SHAPES: [(usize, usize, usize); 12] = [
+    (1, 1, 1),
+    (1, 33, 7),
+    (2, 64, 64),
+    (3, 31, 289),
+    (5, 100, 577),
+    (8, 32, 2),
+    (12, 65, 16),
+    (13, 96, 300),
+    (16, 40, 601),
+    (49, 70, 33),
+    (150, 37, 310),
+    (301, 64, 19),
+];
+
+#[test]
+fn every_product_is_the_naive_fold() {
+    for isa in available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            for (index, &shape) in SHAPES.iter().enumerate() {
+                let (m, n, k) = shape;
+                let (a, b, c) = (noise(index as u64 + 1, m * k), noise(index as u64 + 99, k * n), noise(7, m * n));
+                for accumulate in [false, true] {
+                    let mut expected = c.clone();
+                    naive(precision, shape, &a, &b, &mut expected, accumulate);
+                    let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
+                    let mut plain = c.clone();
+                    isa.with(|| matmul(precision, left, right, MatrixMut::new(&mut plain, m, n), accumulate));
+                    assert_eq!(bits(&plain), bits(&expected), "matmul {shape:?} {precision:?} on {isa}");
+                    let mut packed = c.clone();
+                    isa.with(|| {
+                        let mut weights = PackedMatrix::new(precision, k, n);
+                        weights.pack(0, right);
+                        weights.matmul(left, MatrixMut::new(&mut packed, m, n), accumulate);
+                    });
+                    assert_eq!(bits(&packed), bits(&expected), "packed {shape:?} {precision:?} on {isa}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn views_may_be_strided_and_transposed() {
+    let (m, n, k) = (21, 45, 38);
+    let (a, b) = (noise(1, m * k), noise(2, k * n));
+    let transpose = |x: &[f32], rows: usize, cols: usize, stride: usize| {
+        let mut out = vec![f32::NAN; cols * stride];
+        for i in 0..rows {
+            for j in 0..cols {
+                out[j * stride + i] = x[i * cols + j];
+            }
+        }
+        out
+    };
+    let (a_t, b_t) = (transpose(&a, m, k, m + 3), transpose(&b, k, n, k + 5));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut expected = vec![0.0; m * n];
+        naive(precision, (m, n, k), &a, &b, &mut expected, false);
+        let left = Matrix::new(&a_t, k, m).with_row_stride(m + 3).transposed();
+        let right = Matrix::new(&b_t, n, k).with_row_stride(k + 5).transposed();
+        let mut c = vec![5.0; m * (n + 2)];
+        matmul(precision, left, right, MatrixMut::new(&mut c, m, n).with_row_stride(n + 2), false);
+        for i in 0..m {
+            assert_eq!(bits(&c[i * (n + 2)..][..n]), bits(&expected[i * n..][..n]));
+            assert_eq!(c[i * (n + 2) + n..][..2], [5.0, 5.0], "what lies between the rows is left alone");
+        }
+    }
+}
+
+#[test]
+fn matrices_side_by_side_equal_each_alone() {
+    let k = 50;
+    let parts = [40, 7, 64, 20];
+    let n: usize = parts.iter().sum();
+    let a = noise(3, 9 * k);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut together = PackedMatrix::new(precision, k, n);
+        let mut first = 0;
+        let mut expected = vec![0.0; 9 * n];
+        for (index, width) in parts.into_iter().enumerate() {
+            let b = noise(index as u64 + 10, k * width);
+            together.pack(first, Matrix::new(&b, k, width));
+            let target = MatrixMut::new(&mut expected[first..], 9, width).with_row_stride(n);
+            matmul(precision, Matrix::new(&a, 9, k), Matrix::new(&b, k, width), target, false);
+            first += width;
+        }
+        let mut c = vec![0.0; 9 * n];
+        together.matmul(Matrix::new(&a, 9, k), MatrixMut::new(&mut c, 9, n), false);
+        assert_eq!(bits(&c), bits(&expected));
+    }
+}
+
+#[test]
+fn bfloat16_keeps_nan_and_infinity() {
+    for isa in available() {
+        for value in [f32::NAN, f32::from_bits(0x7fff_ffff), f32::from_bits(0x7f80_0001)] {
+            let mut c = [0.0];
+            isa.with(|| {
+                matmul(
+                    Precision::Bf16,
+                    Matrix::new(&[value], 1, 1),
+                    Matrix::new(&[1.0], 1, 1),
+                    MatrixMut::new(&mut c, 1, 1),
+                    false,
+                )
+            });
+            assert!(c[0].is_nan(), "{isa}");
+        }
+        let mut c = [0.0];
+        isa.with(|| {
+            matmul(
+                Precision::Bf16,
+                Matrix::new(&[f32::INFINITY], 1, 1),
+                Matrix::new(&[-2.0], 1, 1),
+                MatrixMut::new(&mut c, 1, 1),
+                false,
+            )
+        });
+        assert_eq!(c[0], f32::NEG_INFINITY, "{isa}");
+    }
+}
+
+#[test]
+fn an_empty_sum_is_zero_or_what_was_there() {
+    let mut c = [3.0, 4.0];
+    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), true);
+    assert_eq!(c, [3.0, 4.0]);
+    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), false);
+    assert_eq!(c, [0.0, 0.0]);
+}
+
+#[test]
+#[should_panic(expected = "matmul: 2x3 times 2x3 into 2x3")]
+fn shapes_that_do_not_fit_are_refused() {
+    let x = [0.0; 6];
+    matmul(Precision::F32, Matrix::new(&x, 2, 3), Matrix::new(&x, 2, 3), MatrixMut::new(&mut [0.0; 6], 2, 3), false);
+}
+
+#[test]
+#[should_panic(expected = "needs 9 elements")]
+fn a_view_beyond_its_data_is_refused() {
+    let _ = Matrix::new(&[0.0; 8], 2, 4).with_row_stride(5);
+}
+
+fn product(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b: &[f32]) -> Vec<f32> {
+    let mut c = vec![0.0; m * n];
+    matmul(precision, Matrix::new(a, m, k), Matrix::new(b, k, n), MatrixMut::new(&mut c, m, n), false);
+    c
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn a_row_does_not_depend_on_the_others(m in 1usize..60, n in 1usize..90, k in 1usize..700, pick in 0usize..60, bf16: bool) {
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        let (a, b) = (noise(m as u64, m * k), noise(n as u64, k * n));
+        let row = pick % m;
+        let all = product(precision, (m, n, k), &a, &b);
+        let one = product(precision, (1, n, k), &a[row * k..][..k], &b);
+        prop_assert_eq!(bits(&all[row * n..][..n]), bits(&one));
+    }
+
+    #[test]
+    fn a_sum_may_be_cut_anywhere(m in 1usize..60, n in 1usize..70, half in 1usize..330, rest in 1usize..400, bf16: bool) {
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        let (cut, k) = (2 * half, 2 * half + rest);
+        let (a, b) = (noise(5, m * k), noise(6, k * n));
+        let whole = product(precision, (m, n, k), &a, &b);
+        let mut c = vec![0.0; m * n];
+        let left = |from: usize, len: usize| Matrix::new(&a[from..], m, len).with_row_stride(k);
+        matmul(precision, left(0, cut), Matrix::new(&b, cut, n), MatrixMut::new(&mut c, m, n), false);
+        matmul(precision, left(cut, rest), Matrix::new(&b[cut * n..], rest, n), MatrixMut::new(&mut c, m, n), true);
+        prop_assert_eq!(bits(&whole), bits(&c));
+    }
+}
+
+#[test]
+fn threads_do_not_change_bits() {
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+    for shape @ (m, n, k) in [(300, 200, 400), (16, 900, 600), (2000, 70, 64)] {
+        let (a, b) = (noise(5, m * k), noise(6, k * n));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let one = pool(1).install(|| product(precision, shape, &a, &b));
+            for threads in [2, 3] {
+                assert_eq!(bits(&one), bits(&pool(threads).install(|| product(precision, shape, &a, &b))));
+            }
+        }
+    }
+}
