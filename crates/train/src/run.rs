@@ -212,6 +212,9 @@ impl<'a> Session<'a> {
         self.run.decoder.prepare(self.run.precision);
         if self.state.global_step == 0 && self.run.options.eval_on_start {
             self.evaluate()?;
+            if self.run.interrupt.load(Ordering::Relaxed) {
+                return Ok(Outcome::Interrupted { step: 0 });
+            }
         }
         let mut stages = std::mem::take(&mut self.run.stages);
         let mut started_from = Some(started_from);

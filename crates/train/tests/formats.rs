@@ -5,6 +5,7 @@ mod common;
 
 use common::{Setup, metrics};
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
 use posttrain_train as train;
 use train::optimizer::{Optimizer, gradient_norm};
 use train::options::TrainingOptions;
@@ -104,17 +105,31 @@ fn tensorboard_sees_what_metrics_jsonl_holds() {
     }
 }
 
+fn json(field: &Field) -> serde_json::Value {
+    match field {
+        Field::Null => serde_json::Value::Null,
+        Field::Bool(value) => (*value).into(),
+        Field::Int(value) => (*value).into(),
+        Field::Long(value) => (*value).into(),
+        Field::Float(value) => (*value).into(),
+        Field::Double(value) => (*value).into(),
+        Field::Str(value) => value.as_str().into(),
+        Field::ListInternal(list) => list.elements().iter().map(json).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn episodes_hold_tokens_rewards_and_advantages() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("run");
     Setup::short().finish(&path);
     let file = std::fs::File::open(path.join("episodes/step-000005.parquet")).unwrap();
-    let rows: Vec<serde_json::Value> = SerializedFileReader::new(file)
-        .unwrap()
+    let reader = SerializedFileReader::new(file).unwrap();
+    let rows: Vec<serde_json::Value> = reader
         .get_row_iter(None)
         .unwrap()
-        .map(|row| row.unwrap().to_json_value())
+        .map(|row| row.unwrap().get_column_iter().map(|(name, field)| (name.clone(), json(field))).collect())
         .collect();
     assert_eq!(rows.len(), 16);
     let tokenizer = common::tokenizer();

@@ -31,7 +31,7 @@ fn learning() -> Setup {
             prompts_per_step: 16,
             num_generations: 8,
             sampling: rollout::SamplingOptions { max_new_tokens: 3, ..Default::default() },
-            training: TrainingOptions { max_steps: Some(20), learning_rate: 1e-3, ..Default::default() },
+            training: TrainingOptions { max_steps: Some(120), learning_rate: 1e-3, ..Default::default() },
             ..Default::default()
         }),
         options: RunOptions { save_steps: 0, eval_steps: 40, ..Default::default() },
@@ -47,7 +47,7 @@ fn examples_teach_and_then_scores_teach_more() {
     let summary = learning().finish(&path);
 
     let accuracy: Vec<f64> = metrics(&path).iter().filter_map(|line| line.get("eval_accuracy")?.as_f64()).collect();
-    let [scratch, after_sft, after_grpo] = accuracy[..] else { panic!("three evaluations, not {accuracy:?}") };
+    let [scratch, after_sft, .., after_grpo] = accuracy[..] else { panic!("too few evaluations: {accuracy:?}") };
     println!("accuracy: {scratch} from scratch, {after_sft} after examples, {after_grpo} after scores");
     assert!(scratch < 0.1, "{scratch}");
     assert!((0.3..0.9).contains(&after_sft), "{after_sft}: the examples should leave something to learn");
@@ -57,7 +57,7 @@ fn examples_teach_and_then_scores_teach_more() {
 
     let rewards: Vec<f64> = metrics(&path).iter().filter_map(|line| line.get("reward")?.as_f64()).collect();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-    assert!(mean(&rewards[15..]) > mean(&rewards[..5]) + 0.1, "{rewards:?}");
+    assert!(mean(&rewards[115..]) > mean(&rewards[..5]) + 0.4, "{rewards:?}");
 
     // The saved model is the trained one.
     let config = std::fs::read(path.join("final/config.json")).unwrap();
@@ -96,6 +96,7 @@ fn a_learning_rate_of_zero_changes_nothing_for_twenty_steps() {
         setup.evaluate = false;
         setup.sft = None;
         let grpo = setup.grpo.as_mut().unwrap();
+        grpo.training.max_steps = Some(20);
         grpo.training.learning_rate = 0.0;
         grpo.training.weight_decay = 0.1;
         grpo.objective.beta = 0.05;
