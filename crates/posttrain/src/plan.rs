@@ -55,7 +55,7 @@ impl Plan {
             let one = estimate(1, context as usize);
             let flops = work.test_rows as f64 * (work.row_tokens + tokens) * one.forward_flops_per_token;
             time.push(("evaluations, before and after".to_owned(), 2.0 * flops / (rate * DECODING_EFFICIENCY)));
-            let slots = config.evaluation.decode_batch_size.min(work.test_rows);
+            let slots = config.evaluation.batch_size.min(work.test_rows);
             cache = slots * (work.longest + config.evaluation.sampling.max_new_tokens) * one.cache_per_token;
         }
         if let Some(sft) = &config.sft {

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use base::Hint;
 use data::{DataOptions, RenderOptions};
 use envs::{RewardConfig, TaskConfig};
+use eval::EvaluateOptions;
 use model::lora::LoraConfig;
 use rollout::SamplingOptions;
 use schemars::JsonSchema;
@@ -53,7 +54,7 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpo: Option<GrpoOptions>,
     /// How the model is measured on held-out problems.
-    pub evaluation: EvaluationOptions,
+    pub evaluation: EvaluateOptions,
     /// When a run saves, evaluates and writes down what it sampled.
     pub run: RunOptions,
 }
@@ -121,23 +122,6 @@ fn default_test_problems() -> u32 {
 
 fn default_completion() -> String {
     "{answer}".into()
-}
-
-/// How the model is measured.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct EvaluationOptions {
-    /// How answers are sampled; greedily by default.
-    pub sampling: SamplingOptions,
-    /// Sequences decoded at once. Results do not depend on it.
-    #[schemars(range(min = 1))]
-    pub decode_batch_size: usize,
-}
-
-impl Default for EvaluationOptions {
-    fn default() -> Self {
-        Self { sampling: SamplingOptions::greedy(256), decode_batch_size: 32 }
-    }
 }
 
 /// The schema of a recipe.

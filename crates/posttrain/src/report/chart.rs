@@ -142,9 +142,19 @@ impl Frame {
 }
 
 impl Curve {
-    /// The last smoothed value.
+    /// Whether the points scatter, so that their average tells more than they do.
+    fn is_noisy(&self) -> bool {
+        self.points.len() > 12 && self.name != "learning_rate"
+    }
+
+    /// What is drawn strong.
+    fn strong(&self) -> Vec<(f64, f64)> {
+        if self.is_noisy() { smooth(&self.points) } else { self.points.clone() }
+    }
+
+    /// Where the strong curve ends.
     pub fn last(&self) -> f64 {
-        smooth(&self.points).last().map_or(f64::NAN, |point| point.1)
+        self.strong().last().map_or(f64::NAN, |point| point.1)
     }
 
     /// The curve as an `<svg>` element: each step's value faint, the moving average strong.
@@ -155,17 +165,15 @@ impl Curve {
             escape(&self.name)
         );
         svg += &frame.axes();
-        let noisy = self.points.len() > 12;
-        if noisy {
+        if self.is_noisy() {
             svg += &frame.line("raw", &self.points);
-            svg += &frame.line("mean", &smooth(&self.points));
-        } else {
-            svg += &frame.line("mean", &self.points);
         }
+        svg += &frame.line("mean", &self.strong());
+        let crowded = self.points.len() > 12;
         for &(step, value) in &self.points {
             let (x, y) = frame.at((step, value));
-            let radius = if noisy { 5.0 } else { 2.5 };
-            let class = if noisy { "hover" } else { "dot" };
+            let radius = if crowded { 5.0 } else { 2.5 };
+            let class = if crowded { "hover" } else { "dot" };
             let _ = write!(
                 svg,
                 r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="{radius}"><title>step {}: {}</title></circle>"#,
