@@ -157,8 +157,8 @@ mod tests {
             rows,
             [
                 r#"{step: 1, rewards/number: 0.5, truncated: true, completion: "é", completion_ids: [1, 2], log_probs: []}"#,
-                r#"{step: 1, rewards/number: null, truncated: false, completion: "", completion_ids: [], log_probs: [-0.5, -0.25]}"#,
-                r#"{step: 1, rewards/number: -1.0, truncated: true, completion: "c", completion_ids: [3], log_probs: [-1]}"#,
+                r#"{step: 1, rewards/number: null, truncated: false, completion: "", completion_ids: [], log_probs: [-5E-1, -2.5E-1]}"#,
+                r#"{step: 1, rewards/number: -1E0, truncated: true, completion: "c", completion_ids: [3], log_probs: [-1E0]}"#,
             ]
         );
     }
