@@ -171,6 +171,8 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
         let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| random_ids(step * SEQUENCES + i, PROMPT)).collect();
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let mut phases = Phases::start();
+        // Counts as a change of the weights, so that packing them is part of every repeat.
+        decoder.parameter_mut(0);
         decoder.prepare(precision);
         phases.done("prepare");
         let prefills = decoder.prefill(&prompts, &mut workspace)?;

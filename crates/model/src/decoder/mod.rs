@@ -224,8 +224,9 @@ impl Decoder {
 
     /// Checks that the packed weights are current.
     fn ready(&self) -> Result<Precision> {
+        let stale = self.base_stale || (self.adapter_stale && self.adapter.is_some());
         match self.precision {
-            Some(precision) if !self.base_stale && !(self.adapter_stale && self.adapter.is_some()) => Ok(precision),
+            Some(precision) if !stale => Ok(precision),
             _ => Err(Error::Invalid("the decoder's weights changed and were not prepared".into())),
         }
     }
