@@ -71,7 +71,7 @@ pub struct Recipe {
     /// Recipe files; a later one overrides single keys of an earlier one
     #[arg(required = true, value_name = "RECIPE")]
     pub recipes: Vec<PathBuf>,
-    /// Override one option, for example `--set grpo.optimizer.learning_rate=1e-6`; may be repeated
+    /// Override one option, for example `--set grpo.training.learning_rate=1e-6`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }

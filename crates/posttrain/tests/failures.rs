@@ -93,7 +93,8 @@ fn a_disk_that_fills_up_gives_one_error_and_loses_nothing() {
 #[test]
 fn a_damaged_checkpoint_is_passed_over() {
     let folder = tempfile::tempdir().unwrap();
-    write(folder.path(), "small.toml", SMALL);
+    // Without a reference model, which a finished run has no more use for and removes.
+    write(folder.path(), "small.toml", &SMALL.replace("beta = 0.01", "beta = 0.0"));
     expect(0, &posttrain(folder.path()).args(["train", "small.toml", "--output", "whole"]).output().unwrap());
     expect(0, &posttrain(folder.path()).args(["train", "small.toml", "--output", "damaged"]).output().unwrap());
     // As if killed before the end, and the newest checkpoint cut short by the file system.
@@ -106,6 +107,18 @@ fn a_damaged_checkpoint_is_passed_over() {
     expect(0, &output);
     assert!(stderr(&output).contains("checkpoint-10 is not a complete checkpoint"), "{}", stderr(&output));
     assert_same_run(&folder.path().join("whole"), &run);
+}
+
+#[test]
+fn a_run_killed_while_it_writes_its_result_still_finishes() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), "small.toml", SMALL);
+    expect(0, &posttrain(folder.path()).args(["train", "small.toml", "--output", "whole"]).output().unwrap());
+    expect(0, &posttrain(folder.path()).args(["train", "small.toml", "--output", "killed"]).output().unwrap());
+    // The last instant: everything is in place but the summary, and the reference model is gone already.
+    std::fs::remove_file(folder.path().join("killed/summary.json")).unwrap();
+    expect(0, &posttrain(folder.path()).args(["resume", "killed"]).output().unwrap());
+    assert_same_run(&folder.path().join("whole"), &folder.path().join("killed"));
 }
 
 #[test]

@@ -279,6 +279,11 @@ impl<'a> Session<'a> {
         let steps = stage_steps(method);
         let schedule = method.training().schedule(steps);
         self.run.observer.observe(Event::Stage { stage: self.state.stage, method: method.name(), steps });
+        if self.state.stage_step == steps {
+            // Only what comes after the stage is left to do; a killed process may have removed the reference already.
+            self.restored = None;
+            return Ok(true);
+        }
         let mut reference = match reference {
             Some(reference) => Some(reference),
             None => self.reference_of_later_stage(method)?,

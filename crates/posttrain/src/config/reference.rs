@@ -124,7 +124,7 @@ fn list(entries: &[Entry<'_>]) -> String {
     let line = |entry: &Entry<'_>| {
         let default = match entry.default() {
             default if default.is_empty() => String::new(),
-            default => format!(" [{default}]"),
+            default => format!(" (default {default})"),
         };
         format!("  {:width$}  {}{default}\n", entry.key, entry.summary())
     };
