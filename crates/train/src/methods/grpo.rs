@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Shao et al., "DeepSeekMath", arXiv 2402.03300. The loss, the advantages and the weights `w_t` are those of
-//! [`objectives::grpo`], [`objectives::Advantage`] and [`objectives::Aggregation`], where the options name their variants.
+//! [`mod@objectives::grpo`], [`objectives::Advantage`] and [`objectives::Aggregation`], where the options name their variants.
 //!
 //! Deviations from the paper and from TRL's `GRPOTrainer`:
 //! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
@@ -32,7 +32,7 @@
 //! - `status/ok|wrong|malformed|timeout|error`: share of completions with this verdict.
 //! - `completions/mean_length|min_length|max_length`, and the same as `*_terminated_length` over completions that ended by
 //!   themselves. `completions/clipped_ratio`: share that ran out of tokens.
-//! - `loss`, `grad_norm`: means over the updates of the step. `entropy`, `kl`, `clip_ratio/*`: see [`objectives::grpo`].
+//! - `loss`, `grad_norm`: means over the updates of the step. `entropy`, `kl`, `clip_ratio/*`: see [`mod@objectives::grpo`].
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
 
