@@ -24,22 +24,18 @@ fn best(operations: f64, mut work: impl FnMut()) -> f64 {
 fn main() {
     let threads = rayon::current_num_threads();
     println!("{} on {threads} threads; GFLOP/s, best of 5", Isa::current());
-    // Products that fit into the first-level cache show what the multiply-add units give.
-    let small = vec![0.5f32; 48 * 256];
+    // A product whose operands stay in the second-level cache shows what the multiply-add units give.
     let peak = |precision| {
-        let (m, n, k) = (48, 32, 256);
+        let (m, k, n) = (48, 256, 1024);
+        let (a, b, mut c) = (vec![0.5f32; m * k], vec![0.25f32; k * n], vec![0.0f32; m * n]);
         let mut right = PackedMatrix::new(precision, k, n);
-        right.pack(0, Matrix::new(&small, k, n));
+        right.pack(0, Matrix::new(&b, k, n));
         let operations = 2.0 * (m * n * k) as f64;
-        let mut c = vec![0.0; m * n];
-        threads as f64 * operations
-            / best(operations, || {
-                right.matmul(Matrix::new(black_box(&small), m, k), MatrixMut::new(&mut c, m, n), false)
-            })
-            / 1e9
+        let multiply = || right.matmul(Matrix::new(black_box(&a), m, k), MatrixMut::new(&mut c, m, n), false);
+        operations / best(operations, multiply) / 1e9
     };
     let peaks = [Precision::F32, Precision::Bf16].map(peak);
-    println!("in cache, one thread times {threads}: f32 {:.0}, bf16 {:.0}", peaks[0], peaks[1]);
+    println!("operands in cache: f32 {:.0}, bf16 {:.0}", peaks[0], peaks[1]);
     println!(
         "{:>8} {:>8} {:>8}   {:>14} {:>14} {:>14} {:>14}",
         "rows", "inner", "columns", "f32", "f32 packed", "bf16", "bf16 packed"

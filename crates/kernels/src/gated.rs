@@ -17,7 +17,7 @@ pub enum Activation {
 }
 
 /// Twice `sqrt(2 / pi)`.
-const GELU_SCALE: f32 = 1.595_769_1;
+const GELU_SCALE: f32 = 1.595_769;
 const GELU_CUBIC: f32 = 0.044_715;
 
 /// The value of the activation.

@@ -155,7 +155,8 @@ fn rope_turns_and_turns_back() {
 
 #[test]
 fn gated_activations_and_their_gradients() {
-    let activations: [(Activation, fn(f64) -> f64); 2] = [
+    type Function = fn(f64) -> f64;
+    let activations: [(Activation, Function); 2] = [
         (Activation::Silu, |x| x / (1.0 + (-x).exp())),
         (Activation::GeluTanh, |x| {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
@@ -241,7 +242,7 @@ fn extreme_logits_have_defined_results() {
 #[test]
 fn exp_and_ln_are_close_to_the_truth() {
     for i in 0..200_000 {
-        let x = -87.0 + 175.0 * i as f32 / 200_000.0;
+        let x = -86.9 + 175.6 * i as f32 / 200_000.0;
         let truth = f64::from(x).exp();
         assert!((f64::from(kernels::exp(x)) / truth - 1.0).abs() < 1.5e-7, "exp({x})");
         assert_eq!(kernels::ln(truth as f32), f64::from(truth as f32).ln() as f32, "ln({truth})");

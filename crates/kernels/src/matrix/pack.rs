@@ -61,18 +61,30 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
     } else if step_stride == 1 {
         // Sixteen steps of one vector at a time: they share a cache line of the source, and the stores stay near.
         const BLOCK: usize = 16;
-        for start in (0..whole).step_by(BLOCK) {
-            let block = BLOCK.min(whole - start);
+        let blocks = whole - whole % BLOCK;
+        for start in (0..blocks).step_by(BLOCK) {
             for i in 0..count {
-                let source = &data[i * stride + start * per_step..][..block * per_step];
-                let out = &mut out[start * width + i..];
-                let mut values = [0.0f32; BLOCK];
-                for (step, value) in values.iter_mut().enumerate().take(block) {
-                    *value = if PAIRS { pair(source[2 * step], source[2 * step + 1]) } else { source[step] };
-                }
-                for (step, &value) in values.iter().enumerate().take(block) {
+                let source = &data[i * stride + start * per_step..];
+                let values: [f32; BLOCK] = if PAIRS {
+                    // All elements are rounded before they are paired: that way the loop runs in vectors.
+                    let source: &[f32; 2 * BLOCK] = source.first_chunk().expect("a block of pairs");
+                    let rounded = source.map(|x| bfloat16(x) as u16);
+                    std::array::from_fn(|step| {
+                        f32::from_bits(u32::from(rounded[2 * step]) | u32::from(rounded[2 * step + 1]) << 16)
+                    })
+                } else {
+                    *source.first_chunk().expect("a block of elements")
+                };
+                let out = &mut out[start * width + i..][..(BLOCK - 1) * width + 1];
+                for (step, &value) in values.iter().enumerate() {
                     out[step * width] = value;
                 }
+            }
+        }
+        for step in blocks..whole {
+            for i in 0..count {
+                let source = &data[i * stride + step * per_step..];
+                out[step * width + i] = if PAIRS { pair(source[0], source[1]) } else { source[0] };
             }
         }
     } else {
