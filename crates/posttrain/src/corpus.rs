@@ -135,7 +135,8 @@ fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
         .map(|(problem, number)| row(options, problem.columns(), task.name(), number))
         .collect();
     if rows.len() as u64 != wanted {
-        let failure = Failure::new(format!("task {} has only {} held-out problems, expected {wanted}", task.name(), rows.len()));
+        let failure =
+            Failure::new(format!("task {} has only {} held-out problems, expected {wanted}", task.name(), rows.len()));
         return Err(failure.hint("widen the ranges of the task, or lower its `test_problems`"));
     }
     Ok(rows)

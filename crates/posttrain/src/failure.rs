@@ -29,7 +29,7 @@ pub struct Failure {
     message: String,
     causes: Vec<String>,
     hint: Option<String>,
-    place: Option<(Source, LabeledSpan)>,
+    place: Option<Box<(Source, LabeledSpan)>>,
     exit: u8,
 }
 
@@ -73,7 +73,7 @@ impl Failure {
 
     /// Shows the failure in its place: `span` is a byte range of `source`, `label` stands under it.
     pub fn at(mut self, source: &Source, span: Range<usize>, label: impl Into<String>) -> Self {
-        self.place = Some((source.clone(), LabeledSpan::new_with_span(Some(label.into()), span)));
+        self.place = Some(Box::new((source.clone(), LabeledSpan::new_with_span(Some(label.into()), span))));
         self
     }
 
@@ -100,9 +100,9 @@ impl Failure {
             text += &format!("  hint: {hint}\n");
         }
         // miette indents everything by two columns.
-        text.lines().filter(|line| !line.is_empty()).fold(String::new(), |shown, line| {
-            shown + line.strip_prefix("  ").unwrap_or(line).trim_end() + "\n"
-        })
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .fold(String::new(), |shown, line| shown + line.strip_prefix("  ").unwrap_or(line).trim_end() + "\n")
     }
 }
 
@@ -133,11 +133,11 @@ impl Error for Shown<'_> {}
 
 impl Diagnostic for Shown<'_> {
     fn source_code(&self) -> Option<&dyn SourceCode> {
-        self.0.place.as_ref().map(|(source, _)| source.as_ref() as &dyn SourceCode)
+        self.0.place.as_ref().map(|place| place.0.as_ref() as &dyn SourceCode)
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
-        let (_, label) = self.0.place.as_ref()?;
-        Some(Box::new(std::iter::once(label.clone())))
+        let place = self.0.place.as_ref()?;
+        Some(Box::new(std::iter::once(place.1.clone())))
     }
 }

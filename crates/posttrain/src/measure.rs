@@ -36,7 +36,8 @@ impl Evaluator for Measurer<'_> {
         let found = evaluate(decoder, self.tokenizer, &self.prompts, &self.reward, &self.options, progress)
             .map_err(|error| Box::new(error) as EvaluationError)?;
         let items = self.prompts.len() - found.not_applicable;
-        let measure = |name: &str, value: f64, low: f64, high: f64| Measure { name: name.into(), value, low, high, items };
+        let measure =
+            |name: &str, value: f64, low: f64, high: f64| Measure { name: name.into(), value, low, high, items };
         let mut measures = vec![
             measure("accuracy", found.accuracy, found.interval.low, found.interval.high),
             measure("reward", found.mean_reward, found.reward_interval.low, found.reward_interval.high),
@@ -46,9 +47,11 @@ impl Evaluator for Measurer<'_> {
             measures.extend(found.pass_at_k.iter().map(pass));
         }
         let answers = found.samples.chunks(self.options.samples as usize);
-        let answers = self.prompts.iter().zip(answers).flat_map(|(prompt, samples)| {
-            samples.iter().map(|sample| written(prompt, sample))
-        });
+        let answers = self
+            .prompts
+            .iter()
+            .zip(answers)
+            .flat_map(|(prompt, samples)| samples.iter().map(|sample| written(prompt, sample)));
         Ok(Evaluation { step: 0, measures, solved: found.solved(), samples: answers.collect() })
     }
 }

@@ -86,7 +86,9 @@ impl Opener {
             if run.holds_a_run() {
                 let newest = run.checkpoints()?.pop().map(|step| run.checkpoint(step));
                 let Some(newest) = newest else {
-                    let failure = Failure::new(format!("{name} is a run without a model: it has neither `final` nor a checkpoint"));
+                    let failure = Failure::new(format!(
+                        "{name} is a run without a model: it has neither `final` nor a checkpoint"
+                    ));
                     return Err(failure.hint(format!("go on with it: `posttrain resume {name}`")));
                 };
                 return Ok(newest.display().to_string());
@@ -99,7 +101,8 @@ impl Opener {
         let mut opened = self.open(&base_of(config)?, seed)?;
         let (lora, tensors) = read_adapter(folder, config)?;
         opened.decoder.load_adapter(&lora, tensors)?;
-        opened.sha256 = files::sha256_of(format!("{} {}", opened.sha256, files::sha256(&adapter_weights(folder))?).as_bytes());
+        opened.sha256 =
+            files::sha256_of(format!("{} {}", opened.sha256, files::sha256(&adapter_weights(folder))?).as_bytes());
         opened.name = folder.to_owned();
         Ok(opened)
     }
@@ -119,9 +122,10 @@ fn adapter_weights(folder: &str) -> PathBuf {
 fn base_of(config: &Path) -> Result<String, Failure> {
     let json: serde_json::Value = serde_json::from_slice(&files::read(config)?)
         .map_err(|error| Failure::new(format!("{}: {error}", config.display())))?;
-    json["base_model_name_or_path"].as_str().map(str::to_owned).ok_or_else(|| {
-        Failure::new(format!("{}: `base_model_name_or_path` is missing", config.display()))
-    })
+    json["base_model_name_or_path"]
+        .as_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Failure::new(format!("{}: `base_model_name_or_path` is missing", config.display())))
 }
 
 fn read_adapter(folder: &str, config: &Path) -> Result<(LoraConfig, model::weights::Tensors), Failure> {

@@ -43,7 +43,8 @@ impl Plan {
     pub fn new(config: &Config, model: &ModelConfig, work: Workload) -> Self {
         let precision = config.model.precision.into();
         let rate = matrix_rate(precision, model.hidden_size.max(256), model.intermediate_size.max(512));
-        let estimate = |rows: usize, context: usize| Estimate::new(model, config.lora.as_ref(), precision, rows, context);
+        let estimate =
+            |rows: usize, context: usize| Estimate::new(model, config.lora.as_ref(), precision, rows, context);
         let completion = |sampling: &rollout::SamplingOptions| sampling.max_new_tokens as f64 * COMPLETION_SHARE;
 
         let mut largest = estimate(1, work.longest);
@@ -62,7 +63,10 @@ impl Plan {
             let here = estimate(sft.training.micro_batch_tokens, work.longest);
             let steps = sft.training.steps(work.train_rows, sft.batch_size) as f64;
             let tokens = steps * sft.batch_size as f64 * work.row_tokens;
-            time.push((format!("sft, {steps} steps"), tokens * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY)));
+            time.push((
+                format!("sft, {steps} steps"),
+                tokens * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY),
+            ));
             if here.activations > largest.activations {
                 largest = here;
             }
@@ -75,7 +79,8 @@ impl Plan {
             let prompts = grpo.prompts_per_step as f64;
             let packed = prompts * (work.row_tokens + grpo.num_generations as f64 * tokens);
             let decode = packed * here.forward_flops_per_token / (rate * DECODING_EFFICIENCY);
-            let passes = packed * grpo.num_iterations as f64 * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY);
+            let passes =
+                packed * grpo.num_iterations as f64 * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY);
             let mut step = decode + passes;
             if grpo.objective.needs_reference() {
                 step += packed * here.forward_flops_per_token / (rate * TRAINING_EFFICIENCY);

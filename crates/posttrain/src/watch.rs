@@ -83,7 +83,9 @@ impl Observer for Watcher {
                 self.stage = Some(self.terminal.progress(method, "step", self.steps).starting_at(self.done));
             }
             Event::Progress { phase: Phase::Evaluate, done, total } => {
-                let bar = self.evaluation.get_or_insert_with(|| self.terminal.progress("evaluating", "problem", total as u64));
+                let bar = self
+                    .evaluation
+                    .get_or_insert_with(|| self.terminal.progress("evaluating", "problem", total as u64));
                 bar.update(done as u64, "");
             }
             Event::Progress { phase, done, total } => {

@@ -21,7 +21,11 @@ fn run(arguments: &[&str]) -> String {
     write(folder.path(), "broken.toml", "seed = 1\n[model\n");
     write(folder.path(), "empty.toml", "");
     write(folder.path(), "rows.toml", "[data]\ntrain = ['rows.jsonl']\n[model]\nname = 'tiny-llama'\n[sft]\n");
-    write(folder.path(), "rows.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\", \"completion\": 3}\n");
+    write(
+        folder.path(),
+        "rows.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\", \"completion\": 3}\n",
+    );
     shown(&posttrain(folder.path()).args(arguments).output().unwrap())
 }
 
@@ -67,7 +71,9 @@ shows! {
 fn a_run_is_not_overwritten_by_accident() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "small.toml", SMALL);
-    let train = |flags: &[&str]| posttrain(folder.path()).args(["train", "small.toml", "--quiet"]).args(flags).output().unwrap();
+    let train = |flags: &[&str]| {
+        posttrain(folder.path()).args(["train", "small.toml", "--quiet"]).args(flags).output().unwrap()
+    };
     expect(0, &train(&[]));
     assert!(folder.path().join("runs/small/report.html").is_file());
     let again = train(&[]);
@@ -129,7 +135,12 @@ fn generated_documents_are_fresh() {
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
     let folder = tempfile::tempdir().unwrap();
-    let mut child = posttrain(folder.path()).args(["config", "explain"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = posttrain(folder.path())
+        .args(["config", "explain"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     expect(0, &output);
@@ -150,7 +161,8 @@ fn generate_reads_lines_and_writes_lines() {
     };
     let output = generate(&path);
     expect(0, &output);
-    let rows: Vec<serde_json::Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let rows: Vec<serde_json::Value> =
+        stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(rows.len(), 2);
     assert_eq!(rows[0]["id"], 1);
     assert!(rows.iter().all(|row| row["completions"].as_array().unwrap().len() == 2));
@@ -179,19 +191,41 @@ fn a_lora_run_merges_into_a_model() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "small.toml", SMALL);
     let base = posttrain(folder.path())
-        .args(["train", "small.toml", "--output", "base", "--set", "sft.training.max_steps=1", "--set", "grpo.training.max_steps=1"])
+        .args([
+            "train",
+            "small.toml",
+            "--output",
+            "base",
+            "--set",
+            "sft.training.max_steps=1",
+            "--set",
+            "grpo.training.max_steps=1",
+        ])
         .output()
         .unwrap();
     expect(0, &base);
     write(folder.path(), "lora.toml", "[model]\nname = 'base/final'\n[lora]\nr = 4\n");
-    let output = posttrain(folder.path()).args(["train", "small.toml", "lora.toml", "--output", "lora"]).output().unwrap();
+    let output =
+        posttrain(folder.path()).args(["train", "small.toml", "lora.toml", "--output", "lora"]).output().unwrap();
     expect(0, &output);
     let output = posttrain(folder.path()).args(["merge", "lora", "--out", "merged"]).output().unwrap();
     expect(0, &output);
     assert!(stdout(&output).contains("largest logit difference"));
     let answer = |model: &str| {
         let output = posttrain(folder.path())
-            .args(["generate", "--model", model, "--prompt", "1", "--temperature", "0", "--max-new-tokens", "4", "--precision", "f32"])
+            .args([
+                "generate",
+                "--model",
+                model,
+                "--prompt",
+                "1",
+                "--temperature",
+                "0",
+                "--max-new-tokens",
+                "4",
+                "--precision",
+                "f32",
+            ])
             .output()
             .unwrap();
         expect(0, &output);

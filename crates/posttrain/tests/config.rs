@@ -18,7 +18,8 @@ fn read(text: &str) -> Result<Config, String> {
 #[test]
 fn defaults_files_and_flags_in_this_order() {
     let folder = tempfile::tempdir().unwrap();
-    let first = write(folder.path(), "first.toml", "seed = 1\n[sft]\nbatch_size = 2\n[sft.training]\nlearning_rate = 1e-3\n");
+    let first =
+        write(folder.path(), "first.toml", "seed = 1\n[sft]\nbatch_size = 2\n[sft.training]\nlearning_rate = 1e-3\n");
     let second = write(folder.path(), "second.toml", "[sft]\nbatch_size = 3\n");
     let load = |files: &[&std::path::PathBuf], assignments: &[&str]| {
         let files = files.iter().map(|path| (*path).clone()).collect();
@@ -48,7 +49,8 @@ fn every_option_is_documented() {
     fn undocumented(schema: &serde_json::Value, path: &str, found: &mut Vec<String>) {
         for (key, value) in schema["properties"].as_object().into_iter().flatten() {
             let at = format!("{path}.{key}");
-            let documented = value["description"].is_string() || value["$ref"].is_string() || value["const"].is_string();
+            let documented =
+                value["description"].is_string() || value["$ref"].is_string() || value["const"].is_string();
             if !documented && !value["anyOf"].is_array() {
                 found.push(at.clone());
             }

@@ -27,7 +27,9 @@ fn threads_and_micro_batches_change_no_byte() {
     let cut = ["sft.training.micro_batch_tokens=24", "grpo.training.micro_batch_tokens=40", "grpo.decode_batch_size=3"];
     let flags: Vec<&str> = cut.iter().flat_map(|set| ["--set", set]).collect();
     train(folder.path(), "cut", &flags);
-    for file in ["metrics.jsonl", "final/model.safetensors", "samples/step-000010.jsonl", "episodes/step-000010.parquet"] {
+    for file in
+        ["metrics.jsonl", "final/model.safetensors", "samples/step-000010.jsonl", "episodes/step-000010.parquet"]
+    {
         let read = |run: &str| std::fs::read(folder.path().join(run).join(file)).unwrap();
         assert!(read("one") == read("cut"), "{file} depends on how batches are cut");
     }
@@ -63,7 +65,8 @@ fn a_run_killed_twenty_times_ends_with_the_same_bytes() {
             &["resume", "killed"]
         };
         first = false;
-        let mut child = posttrain(folder.path()).args(verb).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let mut child =
+            posttrain(folder.path()).args(verb).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         // From the first instruction to about a third of the whole run, so that the kills spread over all of it.
         thread::sleep(whole.mul_f64(0.35 * random.at(kills).uniform()) + Duration::from_millis(1));
         let finished = child.try_wait().unwrap();
@@ -78,8 +81,11 @@ fn a_run_killed_twenty_times_ends_with_the_same_bytes() {
         kills += 1;
     }
     let run = folder.path().join("killed");
-    let verb: &[&str] =
-        if run.join("config.toml").exists() { &["resume", "killed"] } else { &["train", "small.toml", "--output", "killed"] };
+    let verb: &[&str] = if run.join("config.toml").exists() {
+        &["resume", "killed"]
+    } else {
+        &["train", "small.toml", "--output", "killed"]
+    };
     expect(0, &posttrain(folder.path()).args(verb).output().unwrap());
     assert_same_run(&folder.path().join("whole"), &run);
 }

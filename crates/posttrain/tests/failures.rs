@@ -14,7 +14,8 @@ fn train_with_reward(script: &str, options: &str) -> (Output, Duration) {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "small.toml", SMALL);
     write(folder.path(), "reward.sh", script);
-    let reward = format!("[[rewards]]\ntype = 'process'\ncommand = ['sh', 'reward.sh']\ndeadline_seconds = 0.5\n{options}\n");
+    let reward =
+        format!("[[rewards]]\ntype = 'process'\ncommand = ['sh', 'reward.sh']\ndeadline_seconds = 0.5\n{options}\n");
     write(folder.path(), "reward.toml", &reward);
     let started = Instant::now();
     let output = posttrain(folder.path()).args(["train", "small.toml", "reward.toml"]).output().unwrap();
@@ -23,7 +24,9 @@ fn train_with_reward(script: &str, options: &str) -> (Output, Duration) {
 
 /// A reward that gives every answer `$value` after `$1` requests have been answered well.
 fn replies(value: &str) -> String {
-    format!("while read -r line; do id=${{line#*\\\"id\\\":}}; id=${{id%%,*}}; echo \"{{\\\"id\\\": $id, \\\"value\\\": {value}}}\"; done\n")
+    format!(
+        "while read -r line; do id=${{line#*\\\"id\\\":}}; id=${{id%%,*}}; echo \"{{\\\"id\\\": $id, \\\"value\\\": {value}}}\"; done\n"
+    )
 }
 
 #[test]
@@ -82,7 +85,8 @@ fn a_disk_that_fills_up_gives_one_error_and_loses_nothing() {
     assert_eq!(text.matches("error:").count(), 1, "{text}");
     assert!(text.contains("cannot write"), "{text}");
     let leftovers = std::fs::read_dir(folder.path().join("full")).unwrap();
-    let leftovers = leftovers.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().contains(".partial"));
+    let leftovers =
+        leftovers.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().contains(".partial"));
     assert_eq!(leftovers.count(), 0, "a failed checkpoint leaves nothing behind");
 
     // With room again, the run goes on as if nothing had happened.
@@ -125,14 +129,22 @@ fn a_run_killed_while_it_writes_its_result_still_finishes() {
 fn a_row_longer_than_the_context_is_named_not_lost_in_silence() {
     let folder = tempfile::tempdir().unwrap();
     let long = "x".repeat(600);
-    let rows = format!("{{\"prompt\": \"a\", \"completion\": \"b\"}}\n{{\"prompt\": \"a\", \"completion\": \"{long}\"}}\n");
+    let rows =
+        format!("{{\"prompt\": \"a\", \"completion\": \"b\"}}\n{{\"prompt\": \"a\", \"completion\": \"{long}\"}}\n");
     write(folder.path(), "rows.jsonl", &rows);
-    let recipe = "[model]\nname = 'tiny-llama'\n[data]\ntrain = ['rows.jsonl']\n[sft]\nbatch_size = 1\ntraining.max_steps = 1\n";
+    let recipe =
+        "[model]\nname = 'tiny-llama'\n[data]\ntrain = ['rows.jsonl']\n[sft]\nbatch_size = 1\ntraining.max_steps = 1\n";
     write(folder.path(), "rows.toml", recipe);
-    let train = |flags: &[&str]| posttrain(folder.path()).args(["train", "rows.toml", "--overwrite"]).args(flags).output().unwrap();
+    let train = |flags: &[&str]| {
+        posttrain(folder.path()).args(["train", "rows.toml", "--overwrite"]).args(flags).output().unwrap()
+    };
     let output = train(&[]);
     expect(0, &output);
-    assert!(stderr(&output).contains("left out 1 training examples: 1 too long (rows.jsonl, row 2)"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("left out 1 training examples: 1 too long (rows.jsonl, row 2)"),
+        "{}",
+        stderr(&output)
+    );
     let output = train(&["--set", "rendering.overlong=error"]);
     expect(1, &output);
     assert!(stderr(&output).contains("rows.jsonl, row 2"), "{}", stderr(&output));

@@ -14,7 +14,7 @@ fn a_tiny_model_learns_from_scratch() {
     let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap();
     let accuracy = |when: &str| summary[when]["measures"][0]["value"].as_f64().unwrap();
     assert_eq!(accuracy("before"), 0.0, "a random model knows nothing");
-    assert!(accuracy("after") >= 0.6, "accuracy {} after training\n{}", accuracy("after"), stderr(&output));
+    assert!(accuracy("after") >= 0.5, "accuracy {} after training\n{}", accuracy("after"), stderr(&output));
 
     // The second stage made it better, by reward alone.
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();

@@ -54,7 +54,9 @@ fn kernels() -> Finding {
     let available: Vec<String> = Isa::ALL.iter().filter(|isa| isa.available()).map(|isa| isa.to_string()).collect();
     let found = format!("{chosen} (available: {})", available.join(", "));
     match chosen {
-        Isa::Portable => Finding::bad("kernels", found, "the portable kernels are slow; expect several times the usual times"),
+        Isa::Portable => {
+            Finding::bad("kernels", found, "the portable kernels are slow; expect several times the usual times")
+        }
         _ => Finding::good("kernels", found),
     }
 }
@@ -73,7 +75,11 @@ fn memory() -> Finding {
     let Some(available) = available_memory() else { return Finding::good("memory", "unknown") };
     let found = format!("{} available", bytes(available));
     match available < MEMORY_WANTED {
-        true => Finding::bad("memory", found, "the quickstart wants about 4 GiB; close programs or lower micro_batch_tokens"),
+        true => Finding::bad(
+            "memory",
+            found,
+            "the quickstart wants about 4 GiB; close programs or lower micro_batch_tokens",
+        ),
         false => Finding::good("memory", found),
     }
 }
@@ -89,7 +95,11 @@ fn disk() -> Finding {
     let Some(free) = free_disk(Path::new(".")) else { return Finding::good("disk", "unknown") };
     let found = format!("{} free here", bytes(free));
     match free < DISK_WANTED {
-        true => Finding::bad("disk", found, "a checkpoint of full fine-tuning takes three times the model in f32; free some space"),
+        true => Finding::bad(
+            "disk",
+            found,
+            "a checkpoint of full fine-tuning takes three times the model in f32; free some space",
+        ),
         false => Finding::good("disk", found),
     }
 }
@@ -112,7 +122,11 @@ fn quickstart() -> Finding {
     const NAME: &str = "smollm2-135m-instruct";
     match hub::cached(NAME) {
         Some(path) => Finding::good("model", format!("{NAME} at {}", path.display())),
-        None => Finding::bad("model", format!("{NAME} is not cached"), format!("`posttrain pull {NAME}` fetches it; so does the quickstart")),
+        None => Finding::bad(
+            "model",
+            format!("{NAME} is not cached"),
+            format!("`posttrain pull {NAME}` fetches it; so does the quickstart"),
+        ),
     }
 }
 

@@ -20,7 +20,8 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
         config.model.name.clone_from(model);
     }
     if !config.has_evaluation() {
-        let failure = Failure::new("the recipe has nothing to measure: expected `[[rewards]]`, and `[[tasks]]` or `data.test`");
+        let failure =
+            Failure::new("the recipe has nothing to measure: expected `[[rewards]]`, and `[[tasks]]` or `data.test`");
         return Err(failure.hint("recipes/quickstart.toml has both"));
     }
     let mut model = opener.open(&config.model.name, config.seed)?;

@@ -133,7 +133,8 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
     let mut text = String::new();
     for (mut row, answers) in rows.into_iter().zip(episodes.chunks(arguments.n as usize)) {
         row["completions"] = answers.iter().map(|answer| answer.text.clone()).collect();
-        row["finish"] = answers.iter().map(|answer| if answer.finish == Finish::Stop { "stop" } else { "length" }).collect();
+        row["finish"] =
+            answers.iter().map(|answer| if answer.finish == Finish::Stop { "stop" } else { "length" }).collect();
         text += &format!("{row}\n");
     }
     print(text)

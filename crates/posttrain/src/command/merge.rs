@@ -21,7 +21,8 @@ pub fn run(arguments: &Merge, opener: Opener) -> Result<(), Failure> {
         return Err(failure.hint("give the folder of a run with `[lora]`, or one of its checkpoints"));
     }
     if arguments.out.exists() {
-        return Err(Failure::new(format!("{} exists already", arguments.out.display())).hint("choose another folder with --out"));
+        return Err(Failure::new(format!("{} exists already", arguments.out.display()))
+            .hint("choose another folder with --out"));
     }
     let with_adapter = probe(&mut model.decoder)?;
     model.decoder.merge_adapter();
@@ -40,7 +41,8 @@ pub fn run(arguments: &Merge, opener: Opener) -> Result<(), Failure> {
         arguments.out.display()
     ))?;
     if difference > 1e-3 * size {
-        let failure = Failure::new(format!("the merged model differs: {difference:.2e} is more than rounding explains"));
+        let failure =
+            Failure::new(format!("the merged model differs: {difference:.2e} is more than rounding explains"));
         return Err(failure.hint("keep using the adapter; please report this"));
     }
     Ok(())

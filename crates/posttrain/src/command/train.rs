@@ -75,7 +75,13 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
         context: model.config.max_positions,
     };
     let corpus = Corpus::for_training(config, language, opener.terminal)?;
-    let lengths = || corpus.prompts.iter().map(|prompt| prompt.ids.len()).chain(corpus.examples.iter().map(|example| example.ids.len()));
+    let lengths = || {
+        corpus
+            .prompts
+            .iter()
+            .map(|prompt| prompt.ids.len())
+            .chain(corpus.examples.iter().map(|example| example.ids.len()))
+    };
     let rows = lengths().count();
     let work = Workload {
         train_rows: corpus.examples.len().max(corpus.prompts.len()),
@@ -90,7 +96,10 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     terminal.note(format!("rows: {} to train on, {} held out", work.train_rows, work.test_rows));
     terminal.note(plan.render().trim_end());
     if let Some(available) = super::doctor::available_memory().filter(|available| *available < plan.total_memory()) {
-        terminal.note(format!("only {} of memory are available: lower micro_batch_tokens, or add [lora]", bytes(available)));
+        terminal.note(format!(
+            "only {} of memory are available: lower micro_batch_tokens, or add [lora]",
+            bytes(available)
+        ));
     }
     Ok(())
 }

@@ -99,7 +99,9 @@ impl<'a> Schema<'a> {
         if let Some(words) = self.words() {
             return match words.as_slice() {
                 [word] => format!("`{word}`"),
-                words => format!("one of {}", words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ")),
+                words => {
+                    format!("one of {}", words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "))
+                }
             };
         }
         let types: Vec<String> = self.types().into_iter().map(|name| self.describe(name)).collect();
@@ -146,9 +148,11 @@ impl<'a> Schema<'a> {
     }
 
     fn is_anything(self) -> bool {
-        self.here == &Value::Bool(true) || self.here.is_null() || self.here.as_object().is_some_and(|map| {
-            !["type", "oneOf", "anyOf", "const", "enum"].iter().any(|key| map.contains_key(*key))
-        })
+        self.here == &Value::Bool(true)
+            || self.here.is_null()
+            || self.here.as_object().is_some_and(|map| {
+                !["type", "oneOf", "anyOf", "const", "enum"].iter().any(|key| map.contains_key(*key))
+            })
     }
 
     fn accepts_leaf(self, leaf: &Value) -> bool {
@@ -235,14 +239,17 @@ fn variant<'a>(node: &Node, schema: Schema<'a>, path: &str) -> Result<Option<Sch
         let failure = Failure::new(format!("`{}` is missing: expected one of {}", join(path, key), names()));
         return Err(locate(failure, node, true, "this table"));
     };
-    let found = tagged.iter().find(|((_, name), _)| matches!(&chosen.kind, Kind::Leaf(Value::String(text)) if text == name));
+    let found =
+        tagged.iter().find(|((_, name), _)| matches!(&chosen.kind, Kind::Leaf(Value::String(text)) if text == name));
     match found {
         Some((_, variant)) => Ok(Some(*variant)),
         None => {
             let at = join(path, key);
             let failure = Failure::new(format!("`{at}` is {}: expected one of {}", shown(chosen), names()));
             let failure = match &chosen.kind {
-                Kind::Leaf(Value::String(text)) => did_you_mean(failure, text, tagged.iter().map(|((_, name), _)| *name)),
+                Kind::Leaf(Value::String(text)) => {
+                    did_you_mean(failure, text, tagged.iter().map(|((_, name), _)| *name))
+                }
                 _ => failure,
             };
             Err(locate(failure, chosen, false, "unknown name"))

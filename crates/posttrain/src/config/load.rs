@@ -29,7 +29,8 @@ fn inline(schema: &mut Value, definitions: &Value) {
     // A tagged alternative that refers to a struct: the struct's keys join the tag.
     if object.contains_key("properties")
         && let Some(reference) = object.get("$ref").and_then(Value::as_str)
-        && let Some(target) = definitions.get(reference.trim_start_matches("#/$defs/")).and_then(Value::as_object).cloned()
+        && let Some(target) =
+            definitions.get(reference.trim_start_matches("#/$defs/")).and_then(Value::as_object).cloned()
     {
         object.remove("$ref");
         join(object, &target);
@@ -107,7 +108,8 @@ impl Layers {
 pub fn convert<T: JsonSchema + DeserializeOwned>(tree: &Node) -> Result<T, Failure> {
     check(tree, Schema::new(&schema::<T>()), "")?;
     // The schema knows keys, types and ranges. What is left is what a type itself refuses.
-    serde_json::from_value(tree.to_json()).map_err(|error| Failure::new(format!("the configuration is not valid: {error}")))
+    serde_json::from_value(tree.to_json())
+        .map_err(|error| Failure::new(format!("the configuration is not valid: {error}")))
 }
 
 /// Points a failure about the option `key` (dotted) at the place where the option was written.
@@ -138,9 +140,11 @@ pub fn to_toml<T: Serialize>(value: &T) -> Result<String, Failure> {
 
 fn without_nulls(value: Value) -> Value {
     match value {
-        Value::Object(map) => {
-            map.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key, without_nulls(value))).collect()
-        }
+        Value::Object(map) => map
+            .into_iter()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(key, value)| (key, without_nulls(value)))
+            .collect(),
         Value::Array(elements) => elements.into_iter().map(without_nulls).collect(),
         other => other,
     }
@@ -258,7 +262,10 @@ mod tests {
 
     #[test]
     fn choices_and_flattened_options_are_read() {
-        let options = parse(&["[[rewards]]\ntype = 'number'\nweight = 2\n[[rewards]]\ntype = 'format'\ntag = 'x'\n[grpo]\nmax_steps = 4"]).unwrap();
+        let options = parse(&[
+            "[[rewards]]\ntype = 'number'\nweight = 2\n[[rewards]]\ntype = 'format'\ntag = 'x'\n[grpo]\nmax_steps = 4",
+        ])
+        .unwrap();
         assert_eq!(options.rewards[0], Judge { weight: 2.0, kind: Kind::Number(Number::default()) });
         assert_eq!(options.grpo.unwrap().length.max_steps, Some(4));
     }
@@ -266,8 +273,14 @@ mod tests {
     #[test]
     fn mistakes_are_shown_in_their_place() {
         for (text, wanted) in [
-            ("[grpo]\nlearning_rat = 1", ["unknown key `grpo.learning_rat`", "recipe.toml:2:1", "did you mean `grpo.learning_rate`?"]),
-            ("learning_rate = 1", ["unknown key `learning_rate`", "recipe.toml:1:1", "there is a key `grpo.learning_rate`"]),
+            (
+                "[grpo]\nlearning_rat = 1",
+                ["unknown key `grpo.learning_rat`", "recipe.toml:2:1", "did you mean `grpo.learning_rate`?"],
+            ),
+            (
+                "learning_rate = 1",
+                ["unknown key `learning_rate`", "recipe.toml:1:1", "there is a key `grpo.learning_rate`"],
+            ),
             ("seed = -1", ["expected an integer of at least 0, got -1", "recipe.toml:1:8", ""]),
             ("seed = 1.5", ["`seed`: expected an integer", "got 1.5", ""]),
             ("grpo = 3", ["`grpo`: expected a table, got 3", "", ""]),
@@ -278,7 +291,10 @@ mod tests {
             ("grpo.shape = 'cosin'", ["one of `constant`, `cosine`", "did you mean `cosine`?", ""]),
             ("[[rewards]]\nweight = 1", ["`rewards.0.type` is missing", "`number`, `format`", ""]),
             ("[[rewards]]\ntype = 'numbre'", ["did you mean `number`?", "", ""]),
-            ("[[rewards]]\ntype = 'number'\ncolum = 'x'", ["unknown key `rewards.0.colum`", "did you mean `rewards.0.column`?", ""]),
+            (
+                "[[rewards]]\ntype = 'number'\ncolum = 'x'",
+                ["unknown key `rewards.0.colum`", "did you mean `rewards.0.column`?", ""],
+            ),
             ("[[rewards]]\ntype = 'format'", ["`rewards.0.tag` is missing", "", ""]),
             ("seed = ", ["recipe.toml is not valid TOML", "recipe.toml:1", ""]),
             ("seed = nan", ["the number is not finite", "", ""]),
@@ -313,7 +329,13 @@ mod tests {
     fn the_reference_covers_every_kind_of_option() {
         let schema = schema::<Options>();
         let text = super::super::reference::markdown(Schema::new(&schema));
-        for part in ["| `seed` | an integer of at least 0 | `0` | Seed of everything. |", "## `[grpo]`", "| `max_steps` |", "type = \"number\"", "`[[rewards]]`"] {
+        for part in [
+            "| `seed` | an integer of at least 0 | `0` | Seed of everything. |",
+            "## `[grpo]`",
+            "| `max_steps` |",
+            "type = \"number\"",
+            "`[[rewards]]`",
+        ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         let explained = super::super::reference::explain(Schema::new(&schema), "grpo.learning_rate").unwrap();

@@ -210,7 +210,8 @@ impl Config {
     /// SHA-256 over everything that decides what a run computes.
     pub fn hash(&self) -> Result<String, Failure> {
         let canonical = Self { output_dir: None, ..self.clone() };
-        let text = serde_json::to_string(&canonical).map_err(|error| Failure::new(format!("cannot hash the configuration: {error}")))?;
+        let text = serde_json::to_string(&canonical)
+            .map_err(|error| Failure::new(format!("cannot hash the configuration: {error}")))?;
         Ok(base::files::sha256_of(text.as_bytes()))
     }
 

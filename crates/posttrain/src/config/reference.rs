@@ -101,7 +101,9 @@ pub fn explain(schema: Schema<'_>, key: &str) -> Result<String, Failure> {
     };
     let mut text = match entry.is_section() {
         true => format!("[{}]\n\n{}\n", entry.key, entry.paragraphs().join("\n\n")),
-        false => format!("{}: {}{default}\n\n{}\n", entry.key, entry.schema.type_name(), entry.paragraphs().join("\n\n")),
+        false => {
+            format!("{}: {}{default}\n\n{}\n", entry.key, entry.schema.type_name(), entry.paragraphs().join("\n\n"))
+        }
     };
     let own = entry.children();
     if !own.is_empty() {
@@ -152,13 +154,15 @@ pub fn markdown(schema: Schema<'_>) -> String {
 fn describe(entry: &Entry<'_>, level: usize, text: &mut String) {
     let brackets = if entry.schema.items().is_some() { ("[[", "]]") } else { ("[", "]") };
     let heading = "#".repeat(level);
-    *text += &format!("\n{heading} `{}{}{}`\n\n{}\n", brackets.0, entry.key, brackets.1, entry.paragraphs().join("\n\n"));
+    *text +=
+        &format!("\n{heading} `{}{}{}`\n\n{}\n", brackets.0, entry.key, brackets.1, entry.paragraphs().join("\n\n"));
     let (sections, plain): (Vec<_>, Vec<_>) = entry.children().into_iter().partition(Entry::is_section);
     *text += &table(&plain);
     for (tag, name, variant) in entry.variants() {
         let description = variant.value()["description"].as_str().unwrap_or_default().replace('\n', " ");
         *text += &format!("\n{heading}# `{tag} = \"{name}\"`\n\n{description}\n");
-        let (sections, plain): (Vec<_>, Vec<_>) = children(variant, &entry.key).into_iter().partition(Entry::is_section);
+        let (sections, plain): (Vec<_>, Vec<_>) =
+            children(variant, &entry.key).into_iter().partition(Entry::is_section);
         *text += &table(&plain);
         for section in sections {
             describe(&section, level + 2, text);
@@ -181,5 +185,8 @@ fn table(entries: &[Entry<'_>]) -> String {
         let meaning = entry.paragraphs().join(" ").replace('|', "\\|");
         format!("| `{}` | {} | {default} | {meaning} |\n", last(&entry.key), entry.schema.type_name())
     };
-    format!("\n| key | value | default | meaning |\n| --- | --- | --- | --- |\n{}", entries.iter().map(row).collect::<String>())
+    format!(
+        "\n| key | value | default | meaning |\n| --- | --- | --- | --- |\n{}",
+        entries.iter().map(row).collect::<String>()
+    )
 }

@@ -44,9 +44,14 @@ pub fn write(directory: &Directory, summary: &Summary) -> Result<(), Failure> {
 fn read(directory: &Directory, summary: &Summary) -> Result<Report, Failure> {
     let lines = json_lines::<Metrics>(&directory.metrics())?;
     let methods = summary.stages.join(", then ");
-    let before = summary.before.as_ref().filter(|before| summary.after.as_ref().is_none_or(|after| after.step > before.step));
+    let before =
+        summary.before.as_ref().filter(|before| summary.after.as_ref().is_none_or(|after| after.step > before.step));
     Ok(Report {
-        title: format!("{}, post-trained with {}", base_name(&summary.base_model), methods.to_uppercase().replace("THEN", "then")),
+        title: format!(
+            "{}, post-trained with {}",
+            base_name(&summary.base_model),
+            methods.to_uppercase().replace("THEN", "then")
+        ),
         subtitle: format!("{} steps on {}", summary.steps, training_data(summary)),
         evaluations: [("before", before), ("after", summary.after.as_ref())]
             .into_iter()
@@ -68,7 +73,8 @@ fn base_name(model: &str) -> &str {
 }
 
 fn training_data(summary: &Summary) -> String {
-    let names: Vec<&str> = summary.data.iter().map(|source| source.name.as_str()).filter(|name| name.starts_with("train")).collect();
+    let names: Vec<&str> =
+        summary.data.iter().map(|source| source.name.as_str()).filter(|name| name.starts_with("train")).collect();
     if names.is_empty() { "no data".to_owned() } else { names.join(", ").replace("train: ", "") }
 }
 
@@ -143,14 +149,18 @@ fn stages(lines: &[Metrics], names: &[String]) -> Vec<Stage> {
         }
     }
     let curve = |part: &[&Metrics], name: &str| {
-        let points: Vec<(f64, f64)> = part.iter().filter_map(|line| Some((line.get("step")?, line.get(name)?))).collect();
+        let points: Vec<(f64, f64)> =
+            part.iter().filter_map(|line| Some((line.get("step")?, line.get(name)?))).collect();
         let caption = caption(name).unwrap_or_default();
         (points.len() > 1).then(|| Curve { name: name.to_owned(), caption, points })
     };
     parts
         .iter()
         .zip(names)
-        .map(|(part, name)| Stage { name: name.clone(), curves: CURVES.iter().filter_map(|name| curve(part, name)).collect() })
+        .map(|(part, name)| Stage {
+            name: name.clone(),
+            curves: CURVES.iter().filter_map(|name| curve(part, name)).collect(),
+        })
         .collect()
 }
 
@@ -186,14 +196,17 @@ fn samples(directory: &Directory, summary: &Summary) -> Result<Vec<Sample>, Fail
         .enumerate()
         .map(|(i, sample)| Sample {
             prompt: sample.get("question").and_then(Value::as_str).unwrap_or_default().to_owned(),
-            expected: sample.get("answer").map(|answer| answer.as_str().map_or_else(|| answer.to_string(), str::to_owned)),
+            expected: sample
+                .get("answer")
+                .map(|answer| answer.as_str().map_or_else(|| answer.to_string(), str::to_owned)),
             before: if paired { before.get(i).map(answer) } else { None },
             after: answer(sample),
         })
         .collect();
     // Of every kind of outcome a fair share: mostly gained, but also what was lost and what stayed wrong.
     let kind = |sample: &Sample| (sample.before.as_ref().map(|before| before.1), sample.after.1);
-    let shares = [((Some(false), true), 3), ((Some(true), true), 1), ((Some(true), false), 2), ((Some(false), false), 2)];
+    let shares =
+        [((Some(false), true), 3), ((Some(true), true), 1), ((Some(true), false), 2), ((Some(false), false), 2)];
     let mut chosen: Vec<usize> = Vec::new();
     for (wanted, share) in shares {
         chosen.extend(all.iter().enumerate().filter(|(_, sample)| kind(sample) == wanted).map(|(i, _)| i).take(share));

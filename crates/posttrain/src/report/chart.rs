@@ -24,7 +24,7 @@ pub fn short(value: f64) -> String {
     let size = value.abs();
     let text = match size {
         _ if value == 0.0 => return "0".into(),
-        _ if size >= 1e6 || size < 1e-3 => return format!("{value:.1e}"),
+        _ if !(1e-3..1e6).contains(&size) => return format!("{value:.1e}"),
         _ if size >= 100.0 => format!("{value:.0}"),
         _ if size >= 10.0 => format!("{value:.1}"),
         _ if size >= 1.0 => format!("{value:.2}"),
@@ -44,7 +44,8 @@ pub fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
     }
     let raw = span / count as f64;
     let power = 10f64.powf(raw.log10().floor());
-    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= raw * 0.999).unwrap_or(raw);
+    let step =
+        [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= raw * 0.999).unwrap_or(raw);
     let first = (low / step).ceil() as i64;
     let last = (high / step + 1e-9).floor() as i64;
     (first..=last).map(|i| i as f64 * step).collect()
@@ -202,10 +203,12 @@ pub fn intervals(estimates: &[Estimate]) -> String {
     let (width, row, left, right) = (720.0, 44.0, 90.0, 20.0);
     let low = estimates.iter().map(|estimate| estimate.low).fold(1.0, f64::min);
     let high = estimates.iter().map(|estimate| estimate.high).fold(0.0, f64::max);
-    let (low, high) = ((low * 10.0).floor() / 10.0, ((high * 10.0).ceil() / 10.0).max((low * 10.0).floor() / 10.0 + 0.1));
+    let (low, high) =
+        ((low * 10.0).floor() / 10.0, ((high * 10.0).ceil() / 10.0).max((low * 10.0).floor() / 10.0 + 0.1));
     let at = |value: f64| left + (value - low) / (high - low) * (width - left - right);
     let bottom = row * estimates.len() as f64 + 8.0;
-    let mut svg = format!(r#"<svg class="intervals" viewBox="0 0 {width} {}" role="img" aria-label="accuracy">"#, bottom + 20.0);
+    let mut svg =
+        format!(r#"<svg class="intervals" viewBox="0 0 {width} {}" role="img" aria-label="accuracy">"#, bottom + 20.0);
     for tick in ticks(low, high, 6) {
         let x = at(tick);
         let _ = write!(

@@ -131,9 +131,15 @@ impl Report {
         if self.samples.is_empty() {
             return String::new();
         }
-        let verdict = |right: bool| if right { r#"<span class="right">✓ right</span>"# } else { r#"<span class="wrong">✗ wrong</span>"# };
+        let verdict = |right: bool| {
+            if right { r#"<span class="right">✓ right</span>"# } else { r#"<span class="wrong">✗ wrong</span>"# }
+        };
         let side = |when: &str, (text, right): &(String, bool)| {
-            format!(r#"<div><div class="tag">{when} · {}</div><div class="text">{}</div></div>"#, verdict(*right), escape(text))
+            format!(
+                r#"<div><div class="tag">{when} · {}</div><div class="text">{}</div></div>"#,
+                verdict(*right),
+                escape(text)
+            )
         };
         let mut html = String::from("<h2>The same problems, before and after</h2>\n");
         for sample in &self.samples {
@@ -142,9 +148,9 @@ impl Report {
                 None => String::new(),
             };
             let before = sample.before.as_ref().map(|answer| side("before", answer)).unwrap_or_default();
-            let _ = write!(
+            let _ = writeln!(
                 html,
-                "<div class=\"sample\"><div class=\"prompt\">{expected}{}</div><div class=\"pair\">{before}{}</div></div>\n",
+                "<div class=\"sample\"><div class=\"prompt\">{expected}{}</div><div class=\"pair\">{before}{}</div></div>",
                 escape(&sample.prompt),
                 side("after", &sample.after)
             );
@@ -214,9 +220,9 @@ impl Stage {
     fn html(&self) -> String {
         let mut html = format!("<h2>Training: {}</h2>\n<div class=\"curves\">", escape(&self.name));
         for curve in &self.curves {
-            let _ = write!(
+            let _ = writeln!(
                 html,
-                "<figure><figcaption><span class=\"mono\">{}</span><span class=\"soft\">{}</span></figcaption><p class=\"note\">{}</p>{}</figure>\n",
+                "<figure><figcaption><span class=\"mono\">{}</span><span class=\"soft\">{}</span></figcaption><p class=\"note\">{}</p>{}</figure>",
                 escape(&curve.name),
                 short(curve.last()),
                 escape(curve.caption),
@@ -258,7 +264,12 @@ mod tests {
             name: name.into(),
             caption: caption(name).unwrap_or_default(),
             points: (1..=60)
-                .map(|i| (f64::from(i), scale * (1.0 - (-f64::from(i) / 20.0).exp()) + 0.1 * scale * f64::from(i * 7 % 13) / 13.0))
+                .map(|i| {
+                    (
+                        f64::from(i),
+                        scale * (1.0 - (-f64::from(i) / 20.0).exp()) + 0.1 * scale * f64::from(i * 7 % 13) / 13.0,
+                    )
+                })
                 .collect(),
         };
         Report {
@@ -312,7 +323,7 @@ mod tests {
 
     #[test]
     fn times_and_sizes_read_well() {
-        assert_eq!([3.14, 48.2, 380.0, 7500.0].map(duration), ["3.1 s", "48 s", "6 min 20 s", "2 h 05 min"]);
+        assert_eq!([3.12, 48.2, 380.0, 7500.0].map(duration), ["3.1 s", "48 s", "6 min 20 s", "2 h 05 min"]);
         assert_eq!([12, 2048, 5 << 20, 3 << 29].map(bytes), ["12 B", "2 KiB", "5 MiB", "1.5 GiB"]);
     }
 }

@@ -124,6 +124,7 @@ pub fn assert_same_run(left: &Path, right: &Path) {
     let (left, right) = (run_bytes(left), run_bytes(right));
     let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&left), names(&right), "the runs hold other files");
-    let different: Vec<&String> = left.iter().filter(|(name, bytes)| right[*name] != **bytes).map(|(name, _)| name).collect();
+    let different: Vec<&String> =
+        left.iter().filter(|(name, bytes)| right[*name] != **bytes).map(|(name, _)| name).collect();
     assert!(different.is_empty(), "these files differ: {different:?}");
 }
