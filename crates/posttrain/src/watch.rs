@@ -35,10 +35,9 @@ impl Watcher {
 }
 
 /// The metrics shown beside the bar: name in the logs, name on the screen.
-const SHOWN: [(&str, &str); 6] = [
+const SHOWN: [(&str, &str); 5] = [
     ("reward", "reward"),
     ("loss", "loss"),
-    ("mean_token_accuracy", "token accuracy"),
     ("kl", "kl"),
     ("entropy", "entropy"),
     ("completions/mean_length", "length"),

@@ -18,11 +18,10 @@ use crate::failure::Failure;
 const SAMPLES: usize = 8;
 
 /// The order of the curves on the page.
-const CURVES: [&str; 12] = [
+const CURVES: [&str; 11] = [
     "reward",
     "eval_accuracy",
     "loss",
-    "mean_token_accuracy",
     "completions/mean_length",
     "entropy",
     "kl",

@@ -61,7 +61,6 @@ pub fn caption(metric: &str) -> Option<&'static str> {
         "reward" => "mean reward of the sampled answers",
         "eval_accuracy" => "accuracy on held-out problems",
         "loss" => "the objective's value",
-        "mean_token_accuracy" => "share of tokens predicted right",
         "kl" => "divergence from the reference model",
         "entropy" => "uncertainty about the next token, nats",
         "completions/mean_length" => "tokens in a sampled answer",

@@ -1,0 +1,43 @@
+//! Invariant 11: dependencies point to lower layers, and `unsafe` lives in one crate.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+/// The crates, lowest first.
+const LAYERS: [&str; 10] =
+    ["base", "kernels", "model", "rollout", "objectives", "data", "envs", "eval", "train", "posttrain"];
+
+#[test]
+fn crates_depend_on_lower_layers_only() {
+    for (level, name) in LAYERS.iter().enumerate() {
+        let text = fs::read_to_string(common::root().join("crates").join(name).join("Cargo.toml")).unwrap();
+        let manifest: toml::Table = toml::from_str(&text).unwrap();
+        for dependency in manifest["dependencies"].as_table().unwrap().keys() {
+            if let Some(of) = LAYERS.iter().position(|layer| layer == dependency) {
+                assert!(of < level, "{name} must not depend on {dependency}");
+            }
+        }
+    }
+    assert_eq!(fs::read_dir(common::root().join("crates")).unwrap().count(), LAYERS.len(), "a crate without a layer");
+}
+
+#[test]
+fn only_kernels_is_unsafe() {
+    fn check(folder: &Path) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                check(&path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                assert!(!text.contains("unsafe {") && !text.contains("unsafe fn"), "{} is unsafe", path.display());
+            }
+        }
+    }
+    for name in LAYERS.iter().filter(|name| **name != "kernels") {
+        check(&common::root().join("crates").join(name).join("src"));
+    }
+}
