@@ -4,7 +4,7 @@ use crate::isa::{Isa, multiversion};
 use crate::math::{exp, ln, max, sum};
 
 /// What one row of logits says, at temperature `1 / inverse_temperature`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RowStats {
     /// The log-probability of the target.
     pub log_prob: f32,
@@ -12,6 +12,8 @@ pub struct RowStats {
     pub log_sum_exp: f32,
     /// The entropy of the row's distribution, in nats.
     pub entropy: f32,
+    /// Whether no token is more probable than the target.
+    pub most_probable: bool,
 }
 
 /// The statistics of the distribution `softmax(logits * inverse_temperature)`.
@@ -30,6 +32,7 @@ pub fn log_softmax_row(logits: &[f32], inverse_temperature: f32, target: usize) 
         log_prob: (logits[target] - largest) * inverse_temperature - log_total,
         log_sum_exp: largest * inverse_temperature + log_total,
         entropy: log_total - weighted / total,
+        most_probable: logits[target] == largest,
     }
 }
 

@@ -203,7 +203,7 @@ fn log_softmax_rows_and_their_gradient() {
         let logits: Vec<f32> = noise(n as u64, n).iter().map(|x| 6.0 * x).collect();
         let target = n / 3;
         let result = everywhere(|| {
-            let RowStats { log_prob, log_sum_exp, entropy } = kernels::log_softmax_row(&logits, t, target);
+            let RowStats { log_prob, log_sum_exp, entropy, .. } = kernels::log_softmax_row(&logits, t, target);
             vec![log_prob, log_sum_exp, entropy]
         });
         let (log_prob, entropy) = log_softmax(&wide(&logits), f64::from(t), target);
@@ -221,6 +221,13 @@ fn log_softmax_rows_and_their_gradient() {
         };
         check_gradient(value, &logits, &gradient);
     }
+}
+
+#[test]
+fn the_most_probable_targets_are_those_with_the_largest_logit() {
+    let logits = [0.5, -1.0, 2.0, 2.0, f32::NEG_INFINITY];
+    let found = [0, 1, 2, 3, 4].map(|target| kernels::log_softmax_row(&logits, 1.0, target).most_probable);
+    assert_eq!(found, [false, false, true, true, false]);
 }
 
 #[test]

@@ -8,21 +8,39 @@ use serde_json::{Map, Value, json};
 use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::lora::LoraConfig;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Tensors;
+use crate::weights::TensorView;
 use crate::weights::safetensors::{self, Dtype};
 
+/// The name of an adapter's weights in a folder.
+pub const ADAPTER: &str = "adapter_model.safetensors";
+
 /// Writes a whole model: weights, then the configuration and the tokenizer. Every file is whole or absent.
-pub fn model(
+pub fn model<'a, T: Into<TensorView<'a>>>(
     folder: &Path,
     config: &ModelConfig,
-    tensors: &Tensors,
+    tensors: impl IntoIterator<Item = (&'a String, T)>,
     dtype: Dtype,
     tokenizer: &Tokenizer,
     chat_template: Option<&ChatTemplate>,
 ) -> Result<()> {
     safetensors::write(&folder.join(safetensors::FILE), tensors, dtype)?;
     configuration(folder, config, dtype)?;
+    self::tokenizer(folder, tokenizer, chat_template)
+}
+
+/// Writes an adapter as PEFT does, for the model called `base_model`, with the tokenizer.
+pub fn adapter<'a, T: Into<TensorView<'a>>>(
+    folder: &Path,
+    config: &LoraConfig,
+    base_model: &str,
+    tensors: impl IntoIterator<Item = (&'a String, T)>,
+    tokenizer: &Tokenizer,
+    chat_template: Option<&ChatTemplate>,
+) -> Result<()> {
+    safetensors::write(&folder.join(ADAPTER), tensors, Dtype::F32)?;
+    files::write(&folder.join("adapter_config.json"), config.to_peft_json(base_model).as_bytes())?;
     self::tokenizer(folder, tokenizer, chat_template)
 }
 

@@ -7,7 +7,9 @@ use std::path::Path;
 
 use base::files::{self, FileError, Manifest};
 use model::decoder::Decoder;
-use model::weights::{Tensors, safetensors};
+use model::save;
+use model::weights::Tensors;
+use model::weights::safetensors::{self, Dtype};
 use serde::{Deserialize, Serialize};
 
 use crate::directory::{Directory, remove, write_folder};
@@ -66,7 +68,8 @@ pub fn save(
     let step = state.global_step;
     write_folder(&directory.checkpoint(step), |folder| {
         model(folder)?;
-        safetensors::write(&folder.join(OPTIMIZER), &optimizer.state(), safetensors::Dtype::F32)
+        let moments = optimizer.state();
+        safetensors::write(&folder.join(OPTIMIZER), moments.iter().map(|(name, view)| (name, *view)), Dtype::F32)
             .map_err(|source| Error::Model { step, source })?;
         let text = serde_json::to_string_pretty(state).map_err(|error| FileError::Io {
             action: "write",
@@ -105,7 +108,7 @@ pub fn load(directory: &Directory, step: u64, adapter: bool) -> Result<Restored>
     if state.global_step != step {
         return Err(mismatch(format!("{STATE} is of step {}", state.global_step)));
     }
-    let weights = if adapter { "adapter_model.safetensors" } else { "model.safetensors" };
+    let weights = if adapter { save::ADAPTER } else { safetensors::FILE };
     if !folder.join(weights).exists() {
         return Err(mismatch(format!("it has no {weights}")));
     }

@@ -1,8 +1,10 @@
 //! AdamW over the parameters of a decoder, with clipping by the global norm.
 
+use std::collections::BTreeMap;
+
 use kernels::{AdamW, AdamWStep};
 use model::decoder::{Decoder, Gradients, ParameterInfo};
-use model::weights::{Tensor, Tensors};
+use model::weights::{TensorView, Tensors};
 
 use crate::options::TrainingOptions;
 
@@ -64,13 +66,13 @@ impl Optimizer {
         }
     }
 
-    /// The moments as tensors, named as PyTorch's Adam names them: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`.
-    pub fn state(&self) -> Tensors {
-        let mut state = Tensors::new();
+    /// The moments where they lie, named as PyTorch's Adam names them: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`.
+    pub fn state(&self) -> BTreeMap<String, TensorView<'_>> {
+        let mut state = BTreeMap::new();
         for parameter in &self.parameters {
             for (kind, values) in [("exp_avg", &self.first), ("exp_avg_sq", &self.second)] {
-                let tensor = Tensor::new(parameter.shape.clone(), values[parameter.range.clone()].to_vec());
-                state.insert(format!("{kind}.{}", parameter.name), tensor);
+                let view = TensorView { shape: &parameter.shape, data: &values[parameter.range.clone()] };
+                state.insert(format!("{kind}.{}", parameter.name), view);
             }
         }
         state

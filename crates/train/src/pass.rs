@@ -97,7 +97,7 @@ impl Pass {
     }
 
     /// Values of targets, rearranged sequence by sequence.
-    pub fn by_sequence(&self, of_targets: &[f32]) -> Vec<f32> {
+    pub fn by_sequence<T: Copy>(&self, of_targets: &[T]) -> Vec<T> {
         self.places.iter().map(|&place| of_targets[place]).collect()
     }
 

@@ -263,7 +263,7 @@ impl<'a> Session<'a> {
         if self.state.stage_step == 0 {
             write_folder(&folder, |folder| {
                 let path = folder.join(safetensors::FILE);
-                safetensors::write(&path, &reference.tensors(), safetensors::Dtype::F32).map_err(model_error)
+                safetensors::write(&path, reference.views(), safetensors::Dtype::F32).map_err(model_error)
             })?;
         } else {
             files::Manifest::verify(&folder)?;

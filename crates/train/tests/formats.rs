@@ -3,7 +3,10 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{Setup, metrics};
+use model::weights::Tensors;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use posttrain_train as train;
@@ -150,6 +153,43 @@ fn episodes_hold_tokens_rewards_and_advantages() {
     }
 }
 
+/// The names of the files in a folder, in order.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn models_and_adapters_are_folders_that_other_tools_read() {
+    const TOKENIZER: [&str; 3] = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+    const MODEL: [&str; 3] = ["config.json", "generation_config.json", "model.safetensors"];
+    const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+    for (lora, model) in [(false, &MODEL[..]), (true, &ADAPTER)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        Setup { lora, grpo: None, evaluate: false, ..Setup::short() }.finish(&path);
+        for (folder, own) in [
+            ("final", &["README.md", "manifest.json"][..]),
+            ("checkpoint-3", &["manifest.json", "optimizer.safetensors", "trainer_state.json"]),
+        ] {
+            let mut expected = [&TOKENIZER, model, own].concat();
+            expected.sort_unstable();
+            assert_eq!(names(&path.join(folder)), expected, "{folder}, adapter {lora}");
+        }
+        let text = |name: &str| std::fs::read_to_string(path.join("final").join(name)).unwrap();
+        let special: serde_json::Value = serde_json::from_str(&text("special_tokens_map.json")).unwrap();
+        assert_eq!(special["eos_token"], "<|im_end|>");
+        if !lora {
+            let generation: serde_json::Value = serde_json::from_str(&text("generation_config.json")).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&text("config.json")).unwrap();
+            assert_eq!(generation["eos_token_id"], config["eos_token_id"]);
+            assert_eq!(config["torch_dtype"], "float32");
+        }
+    }
+}
+
 /// The update of Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2, in f64 from scratch.
 #[test]
 fn adamw_follows_its_formula() {
@@ -205,9 +245,10 @@ fn adamw_follows_its_formula() {
 
     // The state survives a file's round trip.
     let mut again = Optimizer::new(&options, &decoder);
-    again.restore(optimizer.state(), 5).unwrap();
+    let state: Tensors = optimizer.state().into_iter().map(|(name, view)| (name, view.into())).collect();
+    again.restore(state.clone(), 5).unwrap();
     assert_eq!(again.state(), optimizer.state());
-    let mut incomplete = optimizer.state();
+    let mut incomplete = state;
     incomplete.remove("exp_avg.model.norm.weight").unwrap();
     assert!(again.restore(incomplete, 5).unwrap_err().contains("exp_avg.model.norm.weight"));
 }

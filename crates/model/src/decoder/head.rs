@@ -30,6 +30,8 @@ pub struct LogProbs {
     pub log_prob: Vec<f32>,
     /// The entropy of the distribution each target was taken from, in nats; empty unless asked for.
     pub entropy: Vec<f32>,
+    /// Whether no token is more probable than the target, for each target.
+    pub most_probable: Vec<bool>,
 }
 
 /// Floats of logits held at a time (128 MiB); a chunk has as many rows as fit, within limits.
@@ -120,7 +122,7 @@ impl Head {
         want_entropy: bool,
         scratch: &mut HeadScratch,
     ) -> Result<LogProbs> {
-        let mut stats = vec![RowStats { log_prob: 0.0, log_sum_exp: 0.0, entropy: 0.0 }; targets.len()];
+        let mut stats = vec![RowStats::default(); targets.len()];
         let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
         let chunk = self.chunk_rows();
         for (slots, (targets_chunk, stats)) in
@@ -153,7 +155,7 @@ impl Head {
         scratch: &mut HeadScratch,
     ) -> Result<LogProbs> {
         let (d, vocabulary) = (self.hidden, self.vocabulary);
-        let mut all_stats = vec![RowStats { log_prob: 0.0, log_sum_exp: 0.0, entropy: 0.0 }; targets.len()];
+        let mut all_stats = vec![RowStats::default(); targets.len()];
         let slots = pair_slots(targets, tokens);
         for slots in slots.chunks(self.chunk_rows()) {
             self.chunk_logits(slots, targets, hidden, scratch);
@@ -229,5 +231,5 @@ fn collect(stats: &[RowStats], targets: &[Target], want_entropy: bool) -> Result
         return Err(found.into());
     }
     let entropy = if want_entropy { stats.iter().map(|stats| stats.entropy).collect() } else { Vec::new() };
-    Ok(LogProbs { log_prob, entropy })
+    Ok(LogProbs { log_prob, entropy, most_probable: stats.iter().map(|stats| stats.most_probable).collect() })
 }

@@ -28,7 +28,7 @@ use rayon::prelude::*;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, peft_key};
-use crate::weights::{Tensor, Tensors};
+use crate::weights::{TensorView, Tensors};
 use head::Head;
 use layer::{Layer, Pass};
 use linear::Products;
@@ -152,7 +152,12 @@ impl Decoder {
 
     /// A copy of the base weights under their Hugging Face names.
     pub fn tensors(&self) -> Tensors {
-        copy_tensors(&self.layout, &self.base)
+        copy(self.views())
+    }
+
+    /// The base weights where they lie, under their Hugging Face names.
+    pub fn views(&self) -> impl Iterator<Item = (&String, TensorView<'_>)> {
+        self.layout.views(&self.base)
     }
 
     // ---- Parameters ----
@@ -284,7 +289,12 @@ impl Decoder {
 
     /// A copy of the adapter's weights under PEFT's names; empty without an adapter.
     pub fn adapter_tensors(&self) -> Tensors {
-        self.adapter.as_ref().map(|adapter| copy_tensors(&adapter.layout, &adapter.values)).unwrap_or_default()
+        copy(self.adapter_views())
+    }
+
+    /// The adapter's weights where they lie, under PEFT's names; none without an adapter.
+    pub fn adapter_views(&self) -> impl Iterator<Item = (&String, TensorView<'_>)> {
+        self.adapter.iter().flat_map(|adapter| adapter.layout.views(&adapter.values))
     }
 
     /// The adapter's shape, if there is one.
@@ -520,7 +530,6 @@ fn fill(values: &mut [f32], value: impl Fn(u32) -> f32 + Sync) {
     });
 }
 
-fn copy_tensors(layout: &Layout, values: &[f32]) -> Tensors {
-    let copy = |entry: &ParameterInfo| Tensor::new(entry.shape.clone(), values[entry.range.clone()].to_vec());
-    layout.entries.iter().map(|entry| (entry.name.clone(), copy(entry))).collect()
+fn copy<'a>(views: impl Iterator<Item = (&'a String, TensorView<'a>)>) -> Tensors {
+    views.map(|(name, view)| (name.clone(), view.into())).collect()
 }

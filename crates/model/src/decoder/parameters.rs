@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::NonFinite;
+use crate::weights::TensorView;
 
 /// The embedding's name.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -47,6 +48,13 @@ impl Layout {
     /// The entry called `name`.
     pub fn get(&self, name: &str) -> Option<&ParameterInfo> {
         self.index.get(name).map(|&i| &self.entries[i])
+    }
+
+    /// Every tensor of the flat storage `values`, by name.
+    pub fn views<'a>(&'a self, values: &'a [f32]) -> impl Iterator<Item = (&'a String, TensorView<'a>)> {
+        self.entries
+            .iter()
+            .map(|entry| (&entry.name, TensorView { shape: &entry.shape, data: &values[entry.range.clone()] }))
     }
 }
 

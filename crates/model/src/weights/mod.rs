@@ -32,6 +32,27 @@ impl Tensor {
     }
 }
 
+/// A tensor whose data lie elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TensorView<'a> {
+    /// Sizes, outermost first.
+    pub shape: &'a [usize],
+    /// The product of `shape` elements.
+    pub data: &'a [f32],
+}
+
+impl<'a> From<&'a Tensor> for TensorView<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        Self { shape: &tensor.shape, data: &tensor.data }
+    }
+}
+
+impl From<TensorView<'_>> for Tensor {
+    fn from(view: TensorView<'_>) -> Self {
+        Self::new(view.shape.to_vec(), view.data.to_vec())
+    }
+}
+
 /// Tensors by Hugging Face name.
 pub type Tensors = BTreeMap<String, Tensor>;
 

@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype as FileDtype, Metadata, TensorInfo};
 use serde::Deserialize;
 
 use super::blob::Blob;
-use super::{Tensor, Tensors};
+use super::{Tensor, TensorView, Tensors};
 use crate::error::{Error, Result};
 
 /// The name of a model's weights in a folder when they are one file.
@@ -137,21 +137,28 @@ fn read_tensor(blob: &Blob, start: u64, name: &str, info: &TensorInfo) -> Result
     Ok(Tensor::new(info.shape.clone(), data))
 }
 
-/// Writes tensors to one file, in the order of their names. The file is whole or absent, and its bytes depend on
-/// nothing but the arguments.
-pub fn write(path: &Path, tensors: &Tensors, dtype: Dtype) -> Result<()> {
+/// Writes tensors (a [`Tensors`] or views of what lies elsewhere, which is not copied) to one file, in the order of their
+/// names. The file is whole or absent, and its bytes depend on nothing but the arguments.
+pub fn write<'a, T: Into<TensorView<'a>>>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'a String, T)>,
+    dtype: Dtype,
+) -> Result<()> {
+    let mut tensors: Vec<(&String, TensorView<'a>)> =
+        tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect();
+    tensors.sort_by_key(|(name, _)| *name);
     let mut infos = Vec::new();
     let mut end = 0;
-    for (name, tensor) in tensors {
+    for (name, tensor) in &tensors {
         let start = end;
         end += tensor.data.len() * dtype.bytes();
-        let info = TensorInfo { dtype: dtype.in_file(), shape: tensor.shape.clone(), data_offsets: (start, end) };
-        infos.push((name.clone(), info));
+        let info = TensorInfo { dtype: dtype.in_file(), shape: tensor.shape.to_vec(), data_offsets: (start, end) };
+        infos.push(((*name).clone(), info));
         if dtype == Dtype::F16
             && let Some(value) =
                 tensor.data.iter().find(|value| value.is_finite() && !f16::from_f32(**value).is_finite())
         {
-            return Err(Error::tensor(name, format!("{value} does not fit into float16; write bfloat16 or float32")));
+            return Err(Error::tensor(*name, format!("{value} does not fit into float16; write bfloat16 or float32")));
         }
     }
     // transformers refuses files without this entry.
@@ -164,7 +171,7 @@ pub fn write(path: &Path, tensors: &Tensors, dtype: Dtype) -> Result<()> {
     files::write_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        tensors.values().try_for_each(|tensor| write_data(file, &tensor.data, dtype))
+        tensors.iter().try_for_each(|(_, tensor)| write_data(file, tensor.data, dtype))
     })?;
     Ok(())
 }

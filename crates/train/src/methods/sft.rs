@@ -12,7 +12,9 @@
 //! 1. The mean is over the loss tokens of the step. TRL's was per micro-batch for long, which made the loss depend on the cut.
 //! 2. A batch that reaches the end of an epoch goes on with the next one instead of being smaller.
 //!
-//! Metrics: `loss` (the formula above), `entropy` (mean over the loss tokens, in nats), `grad_norm` (before clipping).
+//! Metrics, named as TRL names them:
+//! - `loss`: the formula above. `grad_norm`: the norm of its gradient before clipping.
+//! - `entropy`, `mean_token_accuracy`: see [`mod@objectives::sft`].
 
 use std::time::Instant;
 
@@ -135,7 +137,7 @@ impl Method for Sft {
                     log_probs: on_cpu(pass.by_sequence(&found.log_prob))?,
                     weights: Tensor::new(weights, &Device::Cpu)?,
                     entropy: Some(on_cpu(pass.by_sequence(&found.entropy))?),
-                    correct: None,
+                    correct: Some(pass.by_sequence(&found.most_probable)),
                 })
             })();
             let loss = batch.and_then(|batch| objectives::sft(&batch)).map_err(step.objective_error())?;

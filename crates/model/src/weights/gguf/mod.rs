@@ -197,10 +197,10 @@ fn place(tensors: &mut [TensorInfo], start: u64, alignment: u64, length: u64) ->
         let end = tensor.offset.checked_add(start).and_then(|offset| offset.checked_add(tensor.size as u64));
         if end.is_none_or(|end| end > length) {
             let reason = format!(
-                "its {} bytes at {} of the data end after the file ({length} bytes, data from {start})",
+                "the file ends early: {} bytes at {} of the data claimed, {length} bytes with the data from {start}",
                 tensor.size, tensor.offset
             );
-            return Err(Error::tensor(&tensor.name, reason));
+            return Err(Error::malformed(format!("tensor {}", tensor.name), reason));
         }
         tensor.offset += start;
     }
