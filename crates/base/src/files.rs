@@ -41,16 +41,29 @@ pub enum FileError {
 impl crate::Hint for FileError {
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("the disk is full; free some space and resume, nothing written before is lost".into())
-            }
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                Some("check the path; it is taken relative to the current folder".into())
-            }
-            Self::Io { .. } => None,
+            Self::Io { source, .. } => advice(source.kind()).map(str::to_owned),
             Self::Incomplete { .. } => Some("use an earlier checkpoint, or delete this one".into()),
         }
     }
+}
+
+/// What to do about an answer of the operating system.
+fn advice(kind: io::ErrorKind) -> Option<&'static str> {
+    use io::ErrorKind::{
+        AlreadyExists, FileTooLarge, InvalidData, IsADirectory, NotADirectory, NotFound, PermissionDenied,
+        QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+    };
+    Some(match kind {
+        StorageFull | QuotaExceeded | FileTooLarge => {
+            "the disk is full, or a limit is reached; make room and resume, nothing written before is lost"
+        }
+        NotFound => "check the path; it is taken relative to the current folder",
+        PermissionDenied | ReadOnlyFilesystem => "check who may read and write there, or choose another place",
+        AlreadyExists | NotADirectory => "a file is where a folder must be; move it, or choose another place",
+        IsADirectory => "this is a folder; name a file in it",
+        InvalidData => "the file is damaged, or not text in UTF-8",
+        _ => return None,
+    })
 }
 
 /// Attaches the action and the path to an I/O error.

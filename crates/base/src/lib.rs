@@ -3,9 +3,11 @@
 //! This crate knows nothing of models, data or training. Whatever two crates of the house both need and neither
 //! owns is a candidate for it; everything else belongs elsewhere.
 
+mod caught;
 pub mod files;
 pub mod hint;
 pub mod random;
 
+pub use caught::caught;
 pub use hint::Hint;
 pub use random::{Purpose, Random};

@@ -1,6 +1,6 @@
 //! What can be wrong with data, in the words of whoever has to fix it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use base::Hint;
 use base::files::FileError;
@@ -9,6 +9,9 @@ use crate::row::Source;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// The advice for files that do not hold what their format promises.
+pub(crate) const DAMAGED: &str = "the file may be damaged or cut short; fetch or write it again";
 
 /// What is wrong with the data.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +26,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What was expected and what is there.
+        reason: String,
+    },
+    /// A file that cannot be read to its end.
+    #[error("{}: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is there.
         reason: String,
     },
     /// A path or pattern that leads to no file.
@@ -49,6 +60,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// An [`Error::Damaged`].
+    pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Damaged { path: path.to_owned(), reason: reason.into() }
+    }
+
     /// An [`Error::Row`] about a whole row.
     pub(crate) fn row(at: &Source, reason: impl Into<String>) -> Self {
         Self::Row { at: at.clone(), column: None, reason: reason.into(), hint: None }
@@ -76,7 +92,8 @@ impl Hint for Error {
             Self::NoFiles { .. } => Some(
                 "give a .jsonl, .json or .parquet file, a folder of them, or a pattern such as \"data/*.jsonl\"".into(),
             ),
-            Self::Empty(_) => None,
+            Self::Damaged { .. } => Some(DAMAGED.into()),
+            Self::Empty(_) => Some("check the files, and what was left out of them and why".into()),
             Self::Row { hint, .. } => hint.clone(),
         }
     }

@@ -89,9 +89,16 @@ impl Error {
 
     /// The same error with the file it came from in front of its place, for readers that work on bytes alone.
     pub fn in_file(self, path: &Path) -> Self {
+        let file_name = path.file_name().and_then(|name| name.to_str());
         let path = path.display();
         match self {
-            Self::Malformed { place, reason } => Self::Malformed { place: format!("{path}: {place}"), reason },
+            Self::Malformed { place, reason } => {
+                // Readers that know the file's name by heart begin with it.
+                let place = file_name.and_then(|name| place.strip_prefix(name)).unwrap_or(&place);
+                let separator = if place.is_empty() || place.starts_with(':') { "" } else { ": " };
+                Self::Malformed { place: format!("{path}{separator}{place}"), reason }
+            }
+            Self::Tensor { name, reason } => Self::Tensor { name: format!("{name} of {path}"), reason },
             Self::Unsupported { what, hint } => Self::Unsupported { what: format!("{path}: {what}"), hint },
             other => other,
         }
@@ -107,7 +114,7 @@ impl Hint for Error {
             Self::Tensor { .. } => Some("the weights and config.json must come from the same model".into()),
             Self::UnknownModel { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
             Self::UnknownModel { .. } => Some("`posttrain models` lists the named models".into()),
-            Self::NonFinite(_) => Some("lower the learning rate, clip gradients, or train in f32".into()),
+            Self::NonFinite(_) => Some("in training: lower the learning rate, clip gradients, or train in f32; otherwise the weights are damaged".into()),
             Self::Text(_) | Self::Invalid(_) => None,
         }
     }

@@ -76,7 +76,7 @@ fn from_folder(folder: &Path) -> Result<Loaded> {
     let mut config = ModelConfig::from_json_bytes(&files::read(&path)?).map_err(|error| error.in_file(&path))?;
     generation_tokens(&folder.join("generation_config.json"), &mut config)?;
     let mut tensors = safetensors::read(folder)?;
-    weights::check(&config, &mut tensors)?;
+    weights::check(&config, &mut tensors).map_err(|error| error.in_file(folder))?;
     let tokenizer = Tokenizer::from_folder(folder)?;
     let chat_template = ChatTemplate::from_folder(folder, &tokenizer)?;
     Loaded::new(config, Some(tensors), tokenizer, chat_template, folder_sha256(folder)?)

@@ -144,9 +144,9 @@ fn headers_that_lie_are_refused_before_anything_is_allocated() {
     let cases = [
         (one_tensor(&[1 << 62], 0, 0, 32), "overflows"),
         (one_tensor(&[1 << 40, 1 << 40], 0, 0, 32), "overflows"),
-        (one_tensor(&[1 << 40], 0, 0, 32), "end after the file"),
-        (one_tensor(&[8], 0, 32, 32), "end after the file"),
-        (one_tensor(&[8], 0, u64::MAX - 31, 32), "end after the file"),
+        (one_tensor(&[1 << 40], 0, 0, 32), "the file ends early"),
+        (one_tensor(&[8], 0, 32, 32), "the file ends early"),
+        (one_tensor(&[8], 0, u64::MAX - 31, 32), "the file ends early"),
         (one_tensor(&[4], 0, 8, 32), "alignment"),
         (one_tensor(&[0], 0, 0, 32), "whole blocks"),
         (one_tensor(&[8], 2, 0, 32), "whole blocks"),

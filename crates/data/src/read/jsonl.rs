@@ -31,8 +31,8 @@ pub fn parse_json(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
         return parse(bytes, path);
     }
     let file: Arc<Path> = path.into();
-    let items: Vec<Value> = serde_json::from_slice(bytes)
-        .map_err(|error| Error::Format { path: path.to_owned(), reason: format!("not valid JSON: {error}") })?;
+    let items: Vec<Value> =
+        serde_json::from_slice(bytes).map_err(|error| Error::damaged(path, format!("not valid JSON: {error}")))?;
     (1..).zip(items).map(|(number, value)| row(Source { file: file.clone(), row: number }, value)).collect()
 }
 

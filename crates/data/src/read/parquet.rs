@@ -1,34 +1,34 @@
 //! Parquet files, row by row.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
 use base::files::io_error;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::{Number, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{DAMAGED, Error, Result};
 use crate::row::{Row, Source};
 
 /// Reads all rows of a file.
 pub fn read(path: &Path) -> Result<Vec<Row>> {
     let file = File::open(path).map_err(io_error("open", path))?;
     // The library panics on some damaged files.
-    catch_unwind(AssertUnwindSafe(|| read_rows(file, path)))
-        .unwrap_or_else(|_| Err(Error::Format { path: path.to_owned(), reason: "a damaged Parquet file".into() }))
+    base::caught(|| read_rows(file, path))
+        .unwrap_or_else(|panic| Err(Error::damaged(path, format!("not a Parquet file that can be read: {panic}"))))
 }
 
 fn read_rows(file: File, path: &Path) -> Result<Vec<Row>> {
     let name: Arc<Path> = path.into();
-    let malformed = |error| Error::Format { path: path.to_owned(), reason: format!("not a Parquet file: {error}") };
+    let malformed = |error| Error::damaged(path, format!("not a Parquet file that can be read: {}", said(&error)));
     let reader = SerializedFileReader::new(file).map_err(malformed)?;
     let mut rows = Vec::new();
     for (number, row) in (1..).zip(reader.get_row_iter(None).map_err(malformed)?) {
         let source = Source { file: name.clone(), row: number };
-        let row = row.map_err(|error| Error::row(&source, error.to_string()))?;
+        let row = row.map_err(|error| Error::row(&source, said(&error)).with_hint(DAMAGED))?;
         let columns = row
             .get_column_iter()
             .map(|(column, field)| match value(field) {
@@ -39,6 +39,17 @@ fn read_rows(file: File, path: &Path) -> Result<Vec<Row>> {
         rows.push(Row { source, columns });
     }
     Ok(rows)
+}
+
+/// The beginning of the library's message, which may quote whole pages.
+fn said(error: &ParquetError) -> String {
+    const SHOWN: usize = 120;
+    let text = error.to_string();
+    let text = text.strip_prefix("Parquet error: ").unwrap_or(&text);
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 /// The JSON value of a field, or why it has none.

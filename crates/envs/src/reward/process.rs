@@ -282,9 +282,20 @@ fn read_line(stdout: &mut impl BufRead) -> Event {
     }
 }
 
+/// The text with control characters spelled out: what a command says must not steer a terminal.
+fn printable(text: &str) -> String {
+    text.chars().fold(String::new(), |mut shown, character| {
+        match character.is_control() {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+        shown
+    })
+}
+
 /// Reads one reply to the request `id`.
 fn read_reply(line: &[u8], id: u64) -> Result<Option<Score>, Failure> {
-    let shown = || shorten(String::from_utf8_lossy(line).trim());
+    let shown = || shorten(&printable(String::from_utf8_lossy(line).trim()));
     let refuse = |what: &str| Failure::error(format!("replied with {what}: {}", shown()));
     let Ok(Value::Object(reply)) = serde_json::from_slice(line) else {
         return Err(refuse("something other than a JSON object"));

@@ -11,7 +11,6 @@ pub(crate) mod load;
 mod stream;
 
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 
@@ -275,10 +274,7 @@ fn byte_character(byte: u8) -> char {
 
 /// Runs code of the `tokenizers` crate, which panics on some damaged vocabularies.
 fn guard<T>(run: impl FnOnce() -> T) -> std::result::Result<T, String> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        format!("inconsistent vocabulary ({})", text.unwrap_or("no reason given"))
-    })
+    base::caught(run).map_err(|panic| format!("inconsistent vocabulary ({panic})"))
 }
 
 /// The beginning of a text, quoted, for messages.
