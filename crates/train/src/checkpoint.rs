@@ -5,23 +5,24 @@
 
 use std::path::Path;
 
-use base::files::{self, FileError, Manifest};
+use base::files::{self, FileError, Manifest, io_error};
 use model::decoder::Decoder;
 use model::save;
 use model::weights::Tensors;
 use model::weights::safetensors::{self, Dtype};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::directory::{Directory, remove, write_folder};
 use crate::error::{Error, Result};
 use crate::evaluation::Evaluation;
-use crate::metrics::Metrics;
 use crate::optimizer::Optimizer;
+use crate::run::{DataSource, Provenance};
 
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// How far a run has come. The first four fields are named as the Hugging Face trainer names them.
+/// How far a run has come. The first three fields are named as the Hugging Face trainer names them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Passes over the data of the current stage.
@@ -30,8 +31,6 @@ pub struct State {
     pub global_step: u64,
     /// Steps of all stages.
     pub max_steps: u64,
-    /// Every line of `metrics.jsonl`.
-    pub log_history: Vec<Metrics>,
     /// The current stage, from 0.
     pub stage: usize,
     /// Steps done in the current stage.
@@ -42,10 +41,56 @@ pub struct State {
     pub num_tokens: u64,
     /// The evaluations so far.
     pub evaluations: Vec<Evaluation>,
+    /// What the run is made from.
+    pub origin: Origin,
     /// Length of `metrics.jsonl` in bytes.
     pub metrics_bytes: u64,
     /// Length of the TensorBoard file in bytes.
     pub events_bytes: u64,
+}
+
+/// What a run is made from. Where it differs, going on would give neither this run nor the other.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    /// SHA-256 of the resolved configuration.
+    pub config_sha256: String,
+    /// SHA-256 of the base model.
+    pub base_model_sha256: Option<String>,
+    /// The data.
+    pub data: Vec<DataSource>,
+}
+
+impl Origin {
+    /// The origin of a run.
+    pub fn of(provenance: &Provenance) -> Self {
+        Self {
+            config_sha256: files::sha256_of(provenance.config.as_bytes()),
+            base_model_sha256: provenance.base_model_sha256.clone(),
+            data: provenance.data.clone(),
+        }
+    }
+
+    /// Compares with what there is now.
+    ///
+    /// # Errors
+    /// In words, what differs.
+    pub fn check(&self, provenance: &Provenance) -> Result<(), String> {
+        let now = Self::of(provenance);
+        if self.config_sha256 != now.config_sha256 {
+            return Err("the configuration is another than the run was started with".into());
+        }
+        if self.base_model_sha256 != now.base_model_sha256 {
+            return Err(format!("{} holds another model than the run was started with", provenance.base_model));
+        }
+        let changed = now.data.iter().zip(&self.data).find(|(now, then)| now != then);
+        match changed {
+            Some((now, _)) => Err(format!("the rows of {} are others than the run was started with", now.name)),
+            None if now.data.len() != self.data.len() => {
+                Err("the data are others than the run was started with".into())
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// A checkpoint read back.
@@ -71,14 +116,23 @@ pub fn save(
         let moments = optimizer.state();
         safetensors::write(&folder.join(OPTIMIZER), moments.iter().map(|(name, view)| (name, *view)), Dtype::F32)
             .map_err(|source| Error::Model { step, source })?;
-        let text = serde_json::to_string_pretty(state).map_err(|error| FileError::Io {
-            action: "write",
-            path: folder.join(STATE),
-            source: error.into(),
-        })?;
-        files::write(&folder.join(STATE), format!("{text}\n").as_bytes())?;
+        let metrics = files::read_to_string(&directory.metrics())?;
+        let text = state_text(state, &metrics).map_err(|error| io_error("write", &folder.join(STATE))(error.into()))?;
+        files::write(&folder.join(STATE), text.as_bytes())?;
         Ok(())
     })
+}
+
+/// The state with every line of `metrics.jsonl` as its `log_history`, where the tools that plot runs look for it.
+fn state_text(state: &State, metrics: &str) -> serde_json::Result<String> {
+    #[derive(Serialize)]
+    struct TrainerState<'a> {
+        #[serde(flatten)]
+        state: &'a State,
+        log_history: Vec<&'a RawValue>,
+    }
+    let log_history = metrics.lines().map(serde_json::from_str).collect::<serde_json::Result<_>>()?;
+    Ok(serde_json::to_string_pretty(&TrainerState { state, log_history })? + "\n")
 }
 
 /// The newest checkpoint that is complete, with those passed over because they are not, and why.

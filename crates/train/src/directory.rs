@@ -8,6 +8,7 @@
 //! episodes/step-N.parquet     what was sampled in a step, with rewards and advantages
 //! samples/step-N.jsonl        what the evaluation after N steps saw
 //! checkpoint-N/               model, optimiser and trainer_state.json after N steps, sealed by a manifest
+//! reference-N/                the weights a later stage started from, while it lasts
 //! final/                      the trained model in Hugging Face layout, or the adapter in PEFT's
 //! README.md                   the model card
 //! summary.json                the result in one file; written last
@@ -17,11 +18,13 @@
 //! newest checkpoint knows when a run is resumed. Everything except `timing.jsonl` and the `timing` part of `summary.json`
 //! is the same, byte for byte, however often the run was killed.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use base::files::{self, FileError, Manifest, io_error};
 
+use crate::error::{Error, Result};
 use crate::tensorboard;
 
 /// The layout of a run directory.
@@ -101,6 +104,40 @@ impl Directory {
         self.config().exists() || self.metrics().exists()
     }
 
+    /// Keeps other processes from writing here until the file that is returned is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when another process does. Where the file system knows no locks, nobody is kept out.
+    pub fn lock(&self) -> Result<File> {
+        let folder = File::open(&self.root).map_err(io_error("open", &self.root))?;
+        match folder.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(Error::Busy { folder: self.root.clone() }),
+            Err(TryLockError::Error(error)) if error.kind() != io::ErrorKind::Unsupported => {
+                Err(io_error("lock", &self.root)(error).into())
+            }
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(folder),
+        }
+    }
+
+    /// An entry that is in the way of a new run: one that bears a name of the list above.
+    pub fn occupied(&self) -> Result<Option<PathBuf>, FileError> {
+        Ok(list(&self.root)?.into_iter().find(|path| is_ours(path) && !is_partial(path)))
+    }
+
+    /// Removes a run, and the files named in `also`. What no run writes stays.
+    ///
+    /// # Errors
+    /// A run that is going on, or a file that cannot be removed.
+    pub fn clear(&self, also: &[&str]) -> Result<()> {
+        let _lock = self.lock()?;
+        for path in list(&self.root)? {
+            if is_ours(&path) || also.iter().any(|name| path.ends_with(name)) {
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The steps with a checkpoint folder, complete or not, in ascending order.
     pub fn checkpoints(&self) -> Result<Vec<u64>, FileError> {
         let mut steps: Vec<u64> = numbered(&self.root, "checkpoint-", "")?.into_iter().map(|(step, _)| step).collect();
@@ -111,8 +148,7 @@ impl Directory {
     /// Removes what a killed process left half-made, and everything written after `step` steps except the logs.
     pub fn cut(&self, step: u64) -> Result<(), FileError> {
         for path in list(&self.root)? {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with('.') && name.ends_with(".partial") {
+            if is_partial(&path) {
                 remove(&path)?;
             }
         }
@@ -138,6 +174,30 @@ impl Directory {
         }
         Ok(())
     }
+}
+
+/// Whether a run writes something of this name into its directory.
+fn is_ours(path: &Path) -> bool {
+    const NAMES: [&str; 9] = [
+        "config.toml",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "runs",
+        "episodes",
+        "samples",
+        "final",
+        "README.md",
+        "summary.json",
+    ];
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let numbered = |prefix| name.strip_prefix(prefix).is_some_and(|number| number.parse::<u64>().is_ok());
+    NAMES.contains(&&*name) || numbered("checkpoint-") || numbered("reference-") || is_partial(path)
+}
+
+/// Whether a killed process left this half-made.
+fn is_partial(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with('.') && name.ends_with(".partial")
 }
 
 /// Builds a folder aside with `fill`, seals it with a manifest and renames it to `path`: it is complete or absent.
@@ -174,7 +234,7 @@ pub fn remove(path: &Path) -> Result<(), FileError> {
         fs::remove_file(path)
     };
     match attempt {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.map_err(io_error("remove", path)),
     }
 }
@@ -220,6 +280,27 @@ mod tests {
         assert!(directory.samples(0).exists() && directory.samples(2).exists() && !directory.samples(3).exists());
         assert!(!directory.episodes(3).exists() && !directory.summary().exists());
         assert!(!folder.path().join(".checkpoint-4.partial").exists());
+    }
+
+    #[test]
+    fn clearing_takes_nothing_that_no_run_wrote() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = Directory::new(folder.path());
+        files::write(&folder.path().join("thesis.tex"), b"x").unwrap();
+        assert_eq!(directory.occupied().unwrap(), None);
+        files::write(&directory.config(), b"x").unwrap();
+        files::write(&folder.path().join("report.html"), b"x").unwrap();
+        fs::create_dir(directory.checkpoint(3)).unwrap();
+        fs::create_dir(folder.path().join("checkpoint-best")).unwrap();
+        assert!(directory.occupied().unwrap().is_some());
+
+        let lock = directory.lock().unwrap();
+        assert!(matches!(directory.clear(&[]), Err(Error::Busy { .. })));
+        drop(lock);
+        directory.clear(&["report.html"]).unwrap();
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["checkpoint-best", "thesis.tex"]);
     }
 
     #[test]

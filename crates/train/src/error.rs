@@ -83,6 +83,18 @@ pub enum Error {
         /// The run directory.
         folder: PathBuf,
     },
+    /// Another process is writing to the run directory.
+    #[error("another process is writing to {folder}")]
+    Busy {
+        /// The run directory.
+        folder: PathBuf,
+    },
+    /// A new run was asked for in a folder that has something of the names a run writes.
+    #[error("{found} is in the way of a new run, and no run wrote it")]
+    Occupied {
+        /// The file or folder.
+        found: PathBuf,
+    },
     /// A checkpoint that is complete but does not belong to this run.
     #[error("{folder} does not fit this run: {reason}")]
     Mismatch {
@@ -121,7 +133,9 @@ impl Hint for Error {
             Self::Exists { folder } => {
                 Some(format!("go on with it: `posttrain resume {}`; or choose another directory", folder.display()))
             }
-            Self::Mismatch { .. } => Some("resume with the configuration the run was started with".into()),
+            Self::Busy { .. } => Some("wait for it, stop it, or choose another directory".into()),
+            Self::Occupied { .. } => Some("choose another directory, or move it away".into()),
+            Self::Mismatch { .. } => Some("put back what the run was started with, or start another run".into()),
             Self::Parquet { .. } => None,
         }
     }

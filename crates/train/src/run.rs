@@ -10,6 +10,7 @@
 //! A checkpoint holds the lengths of the logs at its time. Resuming cuts them back to these lengths, removes the other
 //! files that are newer, and goes on; since a step is a function of what the checkpoint holds, the files come out the same.
 
+use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -23,7 +24,7 @@ use model::weights::safetensors;
 
 use crate::artefact;
 use crate::card;
-use crate::checkpoint::{self, Restored, State};
+use crate::checkpoint::{self, Origin, Restored, State};
 use crate::directory::{Directory, write_folder};
 use crate::error::{Error, Result};
 use crate::evaluation::Evaluator;
@@ -106,14 +107,19 @@ pub enum Outcome {
 }
 
 impl Run<'_> {
-    /// Starts a new run in an empty directory.
+    /// Starts a new run in a directory without one.
     ///
     /// # Errors
     /// A directory that holds a run already, and everything that can go wrong in training.
     pub fn start(self) -> Result<Outcome> {
         let directory = Directory::new(self.directory);
+        fs::create_dir_all(self.directory).map_err(io_error("create folder", self.directory))?;
+        let _lock = directory.lock()?;
         if directory.holds_a_run() {
             return Err(Error::Exists { folder: self.directory.to_owned() });
+        }
+        if let Some(found) = directory.occupied()? {
+            return Err(Error::Occupied { found });
         }
         files::write(&directory.config(), self.provenance.config.as_bytes())?;
         Session::open(self, directory, None)?.run()
@@ -126,6 +132,7 @@ impl Run<'_> {
     /// Checkpoints none of which is complete, a checkpoint of another run, and everything that can go wrong in training.
     pub fn resume(self) -> Result<Outcome> {
         let directory = Directory::new(self.directory);
+        let _lock = directory.lock()?;
         if let Some(summary) = Summary::read(&directory.summary())? {
             return Ok(Outcome::Finished(Box::new(summary)));
         }
@@ -135,6 +142,10 @@ impl Run<'_> {
         }
         let adapter = self.decoder.adapter_config().is_some();
         let restored = step.map(|step| checkpoint::load(&directory, step, adapter)).transpose()?;
+        if let Some(restored) = &restored {
+            let folder = directory.checkpoint(restored.state.global_step);
+            (restored.state.origin.check(&self.provenance)).map_err(|reason| Error::Mismatch { folder, reason })?;
+        }
         files::write(&directory.config(), self.provenance.config.as_bytes())?;
         Session::open(self, directory, restored)?.run()
     }
@@ -166,7 +177,7 @@ impl<'a> Session<'a> {
         let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
         let state = match &restored {
             Some(restored) => restored.state.clone(),
-            None => State { max_steps: steps.iter().sum(), ..State::default() },
+            None => State { max_steps: steps.iter().sum(), origin: Origin::of(&run.provenance), ..State::default() },
         };
         let fits = state.max_steps == steps.iter().sum::<u64>()
             && state.stage_step <= steps.get(state.stage).copied().unwrap_or(0)
@@ -369,7 +380,6 @@ impl<'a> Session<'a> {
     fn record(&mut self, metrics: &Metrics) -> Result<()> {
         self.metrics.append(metrics.to_line().as_bytes())?;
         self.events.append(&tensorboard::scalars(self.state.global_step, metrics))?;
-        self.state.log_history.push(metrics.clone());
         Ok(())
     }
 
@@ -454,7 +464,8 @@ impl<'a> Session<'a> {
         self.metrics.sync()?;
         self.events.sync()?;
         self.timing.sync()?;
-        let summary = Summary::new(&self.run, &methods, &self.state, &read_timing(&self.directory)?);
+        let summary =
+            Summary::new(&self.run, &methods, &self.state, last_step(&self.directory)?, &read_timing(&self.directory)?);
         summary.write(&self.directory.summary())?;
         let folder = self.directory.final_model();
         self.run.observer.observe(Event::Saved { step: self.state.global_step, folder: &folder });
@@ -469,6 +480,13 @@ fn every(period: u64, step: u64) -> bool {
 
 fn stage_steps(method: &dyn Method) -> u64 {
     method.training().steps(method.rows(), method.rows_per_step())
+}
+
+/// The metrics of the last step of training.
+fn last_step(directory: &Directory) -> Result<Metrics, FileError> {
+    let text = files::read_to_string(&directory.metrics())?;
+    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str(line).ok());
+    Ok(lines.find(|metrics: &Metrics| metrics.get("learning_rate").is_some()).unwrap_or_default())
 }
 
 fn read_timing(directory: &Directory) -> Result<Vec<StepTiming>, FileError> {

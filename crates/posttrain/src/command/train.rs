@@ -1,9 +1,7 @@
 //! `posttrain train` and `posttrain resume`: measure, train, measure again, write it all down.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use base::files::io_error;
 use envs::Weighted;
 use train::directory::Directory;
 use train::methods::grpo::Grpo;
@@ -41,7 +39,7 @@ pub fn train(arguments: &cli::Train, opener: Opener) -> Result<(), Failure> {
     let output = output_folder(arguments, &config);
     let directory = Directory::new(&output);
     if arguments.overwrite && directory.holds_a_run() {
-        fs::remove_dir_all(&output).map_err(io_error("remove", &output))?;
+        directory.clear(&assemble::FILES)?;
     }
     run(config, &output, Begin::Fresh, opener)
 }

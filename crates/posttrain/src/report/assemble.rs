@@ -32,11 +32,15 @@ const CURVES: [&str; 11] = [
     "learning_rate",
 ];
 
-/// Writes `report.html` and `result.svg` into the directory of a finished run.
+/// The files of a run directory that are not the training loop's.
+pub const FILES: [&str; 2] = ["report.html", "result.svg"];
+
+/// Writes [`FILES`] into the directory of a finished run.
 pub fn write(directory: &Directory, summary: &Summary) -> Result<(), Failure> {
     let report = read(directory, summary)?;
-    files::write(&directory.root().join("report.html"), report.html().as_bytes())?;
-    files::write(&directory.root().join("result.svg"), report.picture().as_bytes())?;
+    let [page, picture] = FILES.map(|name| directory.root().join(name));
+    files::write(&page, report.html().as_bytes())?;
+    files::write(&picture, report.picture().as_bytes())?;
     Ok(())
 }
 
