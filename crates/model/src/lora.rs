@@ -52,7 +52,7 @@ impl TargetModule {
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
     /// Rank of the update: the width between A and B.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 16_384))]
     pub r: usize,
     /// Strength: the update is scaled by `alpha / r` (by `alpha / sqrt(r)` with `use_rslora`).
     pub alpha: f64,
@@ -78,10 +78,10 @@ impl LoraConfig {
     /// Checks that the numbers describe an adapter.
     ///
     /// # Errors
-    /// A rank of zero, a strength that is not finite, or no target.
+    /// A rank of zero or beyond any use, a strength that is not finite, or no target.
     pub fn validate(&self) -> Result<()> {
-        if self.r == 0 {
-            return Err(Error::malformed("lora.r", "expected at least 1, found 0"));
+        if !(1..=16_384).contains(&self.r) {
+            return Err(Error::malformed("lora.r", format!("expected 1 to 16384, found {}", self.r)));
         }
         if !self.alpha.is_finite() {
             return Err(Error::malformed("lora.alpha", format!("expected a finite number, found {}", self.alpha)));

@@ -23,7 +23,7 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Threads to compute with; results do not depend on it [default: one per core]
-    #[arg(long, global = true, value_name = "N", help_heading = "Global options", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, global = true, value_name = "N", help_heading = "Global options", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Print results only: no progress, no notes
     #[arg(long, short, global = true, help_heading = "Global options")]
@@ -155,7 +155,7 @@ pub struct Generate {
     #[arg(long)]
     pub raw: bool,
     /// Answers for each prompt
-    #[arg(long, short, value_name = "N", default_value_t = 1)]
+    #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub n: u32,
     /// How to sample.
     #[command(flatten)]

@@ -47,14 +47,14 @@ impl Corpus {
         let mut corpus = Self::for_evaluation(config, language, terminal)?;
         let rows = train_rows(config, &mut corpus.sources)?;
         let samples = data::sample::parse(rows)?;
-        let renderer = language.renderer(&config.rendering);
         if config.sft.is_some() {
-            let rendered = renderer.examples(&samples)?;
+            let rendered = language.renderer(&config.rendering).examples(&samples)?;
             note_drops(&rendered.drops, "training examples", terminal);
             corpus.examples = rendered.items;
         }
-        if config.grpo.is_some() {
-            let rendered = renderer.prompts(&samples)?;
+        if let Some(grpo) = &config.grpo {
+            let language = language.with_room("grpo.sampling", grpo.sampling.max_new_tokens)?;
+            let rendered = language.renderer(&config.rendering).prompts(&samples)?;
             note_drops(&rendered.drops, "prompts", terminal);
             corpus.prompts = rendered.items;
         }
@@ -78,6 +78,7 @@ impl Corpus {
             corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
             rows.extend(read);
         }
+        let language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
         let rendered = language.renderer(&config.rendering).prompts(&data::sample::parse(rows)?)?;
         note_drops(&rendered.drops, "held-out problems", terminal);
         corpus.test = rendered.items;
@@ -86,6 +87,20 @@ impl Corpus {
 }
 
 impl<'a> Language<'a> {
+    /// For prompts that `table` answers with up to `max_new_tokens` tokens: what is left of the context for them.
+    fn with_room(self, table: &str, max_new_tokens: usize) -> Result<Self, Failure> {
+        match self.context.checked_sub(max_new_tokens) {
+            None | Some(0) => {
+                let failure = Failure::new(format!(
+                    "`{table}.max_new_tokens`: {max_new_tokens} tokens leave no room for a prompt in the model's context of {}",
+                    self.context
+                ));
+                Err(failure.hint(format!("lower it: `--set {table}.max_new_tokens={}`", self.context / 2)))
+            }
+            Some(context) => Ok(Self { context, ..self }),
+        }
+    }
+
     fn renderer(self, options: &'a RenderOptions) -> Renderer<'a> {
         Renderer::new(self.tokenizer, self.template, self.context, options)
     }

@@ -62,7 +62,7 @@ impl Opener {
     pub fn shape(&self, name: &str) -> Result<source::Loaded, Failure> {
         let path = self.resolve(name)?;
         match adapter_config(&path) {
-            Some(adapter) => self.shape(&base_of(&adapter)?),
+            Some(adapter) => self.shape(&self.base_of(&adapter)?),
             None => Ok(source::load(&path, &mut |_| {})?),
         }
     }
@@ -97,8 +97,18 @@ impl Opener {
         Ok(name.to_owned())
     }
 
+    /// The base model of an adapter, by the name its configuration gives.
+    fn base_of(&self, config: &Path) -> Result<String, Failure> {
+        let base = named_base(config)?;
+        if adapter_config(&self.resolve(&base)?).is_some() {
+            let failure = Failure::new(format!("{}: the base model {base} is a LoRA adapter itself", config.display()));
+            return Err(failure.hint("merge that adapter into its base first: `posttrain merge`"));
+        }
+        Ok(base)
+    }
+
     fn open_adapter(&self, folder: &str, config: &Path, seed: u64) -> Result<Opened, Failure> {
-        let mut opened = self.open(&base_of(config)?, seed)?;
+        let mut opened = self.open(&self.base_of(config)?, seed)?;
         let (lora, tensors) = read_adapter(folder, config)?;
         opened.decoder.load_adapter(&lora, tensors)?;
         opened.sha256 =
@@ -118,8 +128,7 @@ fn adapter_weights(folder: &str) -> PathBuf {
     Path::new(folder).join("adapter_model.safetensors")
 }
 
-/// The base model an adapter was trained on, by the name its configuration gives.
-fn base_of(config: &Path) -> Result<String, Failure> {
+fn named_base(config: &Path) -> Result<String, Failure> {
     let json: serde_json::Value = serde_json::from_slice(&files::read(config)?)
         .map_err(|error| Failure::new(format!("{}: {error}", config.display())))?;
     json["base_model_name_or_path"]

@@ -114,7 +114,7 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
         if line.trim().is_empty() {
             continue;
         }
-        let row: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
+        let row: Value = serde_json::from_str(&line).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
         let ids = match (&row["messages"], &row["prompt"]) {
             (Value::Array(_), _) => encode(&model, &messages(&row["messages"]).map_err(wrong)?)?,
             (_, Value::Array(_)) => encode(&model, &messages(&row["prompt"]).map_err(wrong)?)?,

@@ -65,13 +65,13 @@ use crate::timing::Phase;
 #[serde(default, deny_unknown_fields)]
 pub struct GrpoOptions {
     /// Prompts of one step. The step samples this many groups of `num_generations` completions.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65_536))]
     pub prompts_per_step: usize,
     /// Completions sampled for each prompt: the group whose mean reward is the baseline.
-    #[schemars(range(min = 2))]
+    #[schemars(range(min = 2, max = 65_536))]
     pub num_generations: usize,
     /// Optimisation passes over the episodes of a step.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_024))]
     pub num_iterations: usize,
     /// Optimiser updates of one pass: the step's groups are cut into this many minibatches.
     #[schemars(range(min = 1))]
@@ -108,9 +108,12 @@ impl Default for GrpoOptions {
 impl GrpoOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
-        check("prompts_per_step", self.prompts_per_step, self.prompts_per_step > 0, "at least 1")?;
-        check("num_generations", self.num_generations, self.num_generations > 1, "at least 2: one has no baseline")?;
-        check("num_iterations", self.num_iterations, self.num_iterations > 0, "at least 1")?;
+        check("prompts_per_step", self.prompts_per_step, (1..=65_536).contains(&self.prompts_per_step), "1 to 65536")?;
+        let group = (2..=65_536).contains(&self.num_generations);
+        check("num_generations", self.num_generations, group, "2 (one has no baseline) to 65536")?;
+        let completions = self.prompts_per_step * self.num_generations;
+        check("prompts_per_step", completions, completions <= 1 << 20, "at most 1048576 completions in a step")?;
+        check("num_iterations", self.num_iterations, (1..=1024).contains(&self.num_iterations), "1 to 1024")?;
         let cut = (1..=self.prompts_per_step).contains(&self.num_minibatches);
         check("num_minibatches", self.num_minibatches, cut, "between 1 and prompts_per_step")?;
         check("decode_batch_size", self.decode_batch_size, self.decode_batch_size > 0, "at least 1")?;

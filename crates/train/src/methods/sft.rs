@@ -38,7 +38,7 @@ use crate::timing::Phase;
 #[serde(default, deny_unknown_fields)]
 pub struct SftOptions {
     /// Examples of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
     /// How long the stage lasts and how the weights move.
     pub training: TrainingOptions,
@@ -53,7 +53,7 @@ impl Default for SftOptions {
 impl SftOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
-        check("batch_size", self.batch_size, self.batch_size > 0, "at least 1")?;
+        check("batch_size", self.batch_size, (1..=1 << 20).contains(&self.batch_size), "1 to 1048576")?;
         self.training.validate().map_err(|error| error.within("training"))
     }
 }
