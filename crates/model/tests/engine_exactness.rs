@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use engine::*;
 use kernels::Precision;
-use posttrain_model::decoder::{DecodeRow, Decoder, PackedTokens, SequenceCache, Workspace};
+use posttrain_model::decoder::{DecodeRow, Decoder, PackedTokens, SequenceCache, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
@@ -26,6 +26,29 @@ fn each_decoder(mut check: impl FnMut(&str, &Decoder)) {
             }
         }
     }
+}
+
+#[test]
+fn the_most_probable_token_of_a_row_is_known() {
+    each_decoder(|name, decoder| {
+        let (ids, vocabulary) = (ids(30, 7), decoder.config().vocab_size);
+        let mut tokens = PackedTokens::new();
+        tokens.push(&ids, None).unwrap();
+        let mut workspace = Workspace::new();
+        decoder.forward(&tokens, &mut workspace, false).unwrap();
+        let mut logits = vec![0.0; ids.len() * vocabulary];
+        decoder.logits(&workspace.hidden()[..ids.len() * decoder.config().hidden_size], &mut logits).unwrap();
+        let mut targets = Vec::new();
+        let mut expected = Vec::new();
+        for (row, logits) in logits.chunks(vocabulary).enumerate() {
+            let best = (0..vocabulary).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+            let other = (best + 1 + row) % vocabulary;
+            targets.extend([best, other].map(|token| Target { row, token: token as u32 }));
+            expected.extend([true, logits[other] == logits[best]]);
+        }
+        let found = decoder.log_probs(&mut workspace, &targets, 1.0, false).unwrap();
+        assert_eq!(found.most_probable, expected, "{name}");
+    });
 }
 
 /// Sequences as groups: a prompt and its continuations.

@@ -83,12 +83,10 @@ impl Timing {
 }
 
 impl Summary {
-    pub(crate) fn new(run: &Run<'_>, stages: &[&str], state: &State, laps: &[StepTiming]) -> Self {
+    pub(crate) fn new(run: &Run<'_>, stages: &[&str], state: &State, last_step: Metrics, laps: &[StepTiming]) -> Self {
         let before = state.evaluations.first().filter(|evaluation| evaluation.step == 0);
         let after = state.evaluations.last();
         let change = before.zip(after).and_then(|(before, after)| after.compare(before, run.seed));
-        let steps = state.log_history.iter().rev();
-        let mut last_steps = steps.filter(|metrics| metrics.get("learning_rate").is_some());
         Self {
             program: run.provenance.program.clone(),
             command: run.provenance.command.clone(),
@@ -104,7 +102,7 @@ impl Summary {
             before: before.cloned(),
             after: after.cloned(),
             change,
-            last_step: last_steps.next().cloned().unwrap_or_default(),
+            last_step,
             timing: Timing::of(laps),
         }
     }
