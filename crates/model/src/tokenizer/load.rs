@@ -176,7 +176,7 @@ fn never_prepend(rules: &mut Value) -> bool {
                 never_prepend(value) || changed
             }
         }),
-        Value::Array(items) => items.iter_mut().fold(false, |changed, item| never_prepend(item) || changed),
+        Value::Array(items) => items.iter_mut().fold(false, |changed, item| changed | never_prepend(item)),
         _ => false,
     }
 }
