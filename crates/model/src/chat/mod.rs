@@ -53,7 +53,7 @@ impl ChatTemplate {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment
             .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|error| Error::Text(format!("the chat template cannot be read: {}", describe(&error))))?;
+            .map_err(|error| Error::malformed("the chat template cannot be read", describe(&error)))?;
         let variables = [("bos_token", bos), ("eos_token", eos)]
             .map(|(name, token)| (name.to_owned(), minijinja::Value::from(token)))
             .into();
@@ -76,7 +76,8 @@ impl ChatTemplate {
     pub fn from_folder(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<Self>> {
         let path = folder.join("chat_template.jinja");
         if path.is_file() {
-            return Self::for_tokenizer(&base::files::read_to_string(&path)?, tokenizer).map(Some);
+            let template = Self::for_tokenizer(&base::files::read_to_string(&path)?, tokenizer);
+            return template.map(Some).map_err(|error| error.in_file(&path));
         }
         let path = folder.join(CONFIG);
         let Some(config) = read_object(&path)? else { return Ok(None) };
