@@ -1,4 +1,4 @@
-//! Metrics against closed forms and values computed elsewhere; `reference/metrics.py` prints the constants.
+//! Metrics against closed forms and values computed elsewhere; `tests/reference/metrics.py` prints the constants.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use posttrain_eval::interval::{Interval, bootstrap_mean, quantile, wilson};

@@ -1,4 +1,4 @@
-//! The objectives against TRL: values and gradients that `reference/trl_losses.py` obtained from it.
+//! The objectives against TRL: values and gradients that `tests/reference/trl_losses.py` obtained from it.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{Device, Var};
@@ -7,7 +7,7 @@ use posttrain_objectives as objectives;
 use serde_json::Value;
 
 fn reference() -> Value {
-    serde_json::from_str(include_str!("reference/trl_losses.json")).unwrap()
+    serde_json::from_str(include_str!("../../../tests/reference/trl_losses.json")).unwrap()
 }
 
 fn numbers(value: &Value) -> Vec<f64> {

@@ -62,7 +62,7 @@ fn assert_draws_from(logits: &[f32], options: &SamplingOptions, probabilities: &
 
 #[test]
 fn filters_agree_with_hugging_face() {
-    let reference: Value = serde_json::from_str(include_str!("reference/hf_filters.json")).unwrap();
+    let reference: Value = serde_json::from_str(include_str!("../../../tests/reference/hf_filters.json")).unwrap();
     for case in reference["cases"].as_array().unwrap() {
         let numbers =
             |key: &str| -> Vec<f64> { case[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect() };

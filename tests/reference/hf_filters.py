@@ -1,6 +1,6 @@
 """Reference values for the sampling filters, computed by transformers 5.23.0 on fixed logits.
 
-    pip install transformers==5.23.0 torch && python hf_filters.py > hf_filters.json
+    pip install transformers==5.23.0 torch && python tests/reference/hf_filters.py > tests/reference/hf_filters.json
 
 Each case runs transformers' own logits warpers in the order of its `generate`: temperature, top-k, top-p, min-p.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Prints the constants of ../metrics.rs from independent definitions, in exact fractions where there are any.
+"""Prints the constants of crates/eval/tests/metrics.rs from independent definitions, in exact fractions where there are any.
 
-Run: python3 crates/eval/tests/reference/metrics.py
+Run: python tests/reference/metrics.py
 """
 
 from fractions import Fraction

@@ -1,6 +1,6 @@
 """Reference values for the objectives, computed by TRL 1.16.0 on fixed tensors.
 
-    pip install trl==1.16.0 && python trl_losses.py > trl_losses.json
+    pip install trl==1.16.0 && python tests/reference/trl_losses.py > tests/reference/trl_losses.json
 
 `grpo` calls TRL's own `GRPOTrainer._compute_loss` with a stand-in for the trainer that hands it the log-probs; the
 gradients are torch's. TRL computes advantages inside its generation step, where they cannot be called on their own;
