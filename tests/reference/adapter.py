@@ -54,7 +54,7 @@ def write():
 
 
 def check(base, adapter):
-    saved = load_file(Path(adapter) / "adapter_model.safetensors")
+    saved = {k: v.float() for k, v in load_file(Path(adapter) / "adapter_model.safetensors").items()}
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     loaded = peft.get_peft_model_state_dict(model)
