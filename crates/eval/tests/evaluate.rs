@@ -73,7 +73,7 @@ impl Reward for FirstToken {
         let judge = |answer: &Answer| {
             // Each completion must come with its own prompt's row.
             assert_eq!(answer.columns["text"], answer.prompt_text);
-            Some(Score::verdict(if answer.completion_ids[0] % 2 == 0 { Status::Ok } else { Status::Wrong }))
+            Some(Score::verdict(if answer.completion_ids[0].is_multiple_of(2) { Status::Ok } else { Status::Wrong }))
         };
         Ok(answers.iter().map(judge).collect())
     }

@@ -76,8 +76,11 @@ fn llama3_scaling_is_recognised_from_its_divisors() {
     assert!(with(&divisors).unwrap_err().to_string().contains("rope_freqs.weight"));
 }
 
+/// Values by name, in the order of the file.
+type Named<T> = Vec<(String, T)>;
+
 /// Metadata and tensors of a tiny model, to be spoilt.
-fn parts() -> (ModelConfig, Vec<(String, Value)>, Vec<(String, Tensor)>) {
+fn parts() -> (ModelConfig, Named<Value>, Named<Tensor>) {
     let config = ModelConfig::tiny(Family::Llama, 100);
     let tensors = files::converted(&config, &files::weights(&config));
     (config.clone(), files::metadata(&config), tensors)

@@ -308,8 +308,7 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("checkpoint-1");
         write_folder(&path, |folder| files::write(&folder.join("a"), b"1")).unwrap();
-        let full =
-            || FileError::Io { action: "write", path: "b".into(), source: std::io::ErrorKind::StorageFull.into() };
+        let full = || FileError::Io { action: "write", path: "b".into(), source: io::ErrorKind::StorageFull.into() };
         let failed = write_folder(&path, |folder| {
             files::write(&folder.join("a"), b"2")?;
             Err(full())

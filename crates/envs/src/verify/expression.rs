@@ -138,9 +138,9 @@ impl Parser<'_, '_> {
         loop {
             self.budget.spend(1)?;
             if self.take(&["+"]) {
-                value = fits(value.add(self.product()?))?;
+                value = fits(value.plus(self.product()?))?;
             } else if self.take(&["-", "\u{2212}"]) {
-                value = fits(value.subtract(self.product()?))?;
+                value = fits(value.minus(self.product()?))?;
             } else {
                 return Ok(value);
             }
@@ -152,7 +152,7 @@ impl Parser<'_, '_> {
         loop {
             self.budget.spend(1)?;
             if self.take(&["*", "×", "·", r"\times", r"\cdot"]) {
-                value = fits(value.multiply(self.signed()?))?;
+                value = fits(value.times(self.signed()?))?;
             } else if self.take(&["/", "÷", r"\div"]) {
                 value = divide(value, self.signed()?)?;
             } else {
@@ -225,7 +225,7 @@ fn fits(value: Option<Rational>) -> Result<Rational, ExpressionError> {
 }
 
 fn divide(value: Rational, by: Rational) -> Result<Rational, ExpressionError> {
-    if by == Rational::from(0) { Err(ExpressionError::DivisionByZero) } else { fits(value.divide(by)) }
+    if by == Rational::from(0) { Err(ExpressionError::DivisionByZero) } else { fits(value.over(by)) }
 }
 
 /// See [`ExpressionOptions`].

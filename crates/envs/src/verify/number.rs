@@ -226,13 +226,13 @@ impl<'a> Numbers<'a> {
         if self.byte(end) == Some(b'/') && self.is_digit(end + 1) {
             let denominator_end = self.whole_part(end + 1);
             let denominator = digits_value(&self.text[end + 1..denominator_end]);
-            value = value.and_then(|value| value.divide(Rational::new(denominator?, 1)?));
+            value = value.and_then(|value| value.over(Rational::new(denominator?, 1)?));
             end = denominator_end;
         }
         let spaces = self.text[end..].len() - self.text[end..].trim_start_matches(' ').len();
         if self.percent && self.byte(end + spaces) == Some(b'%') {
             end += spaces + 1;
-            value = value.and_then(|value| value.divide(Rational::from(100)));
+            value = value.and_then(|value| value.over(Rational::from(100)));
         }
         let (start, negative) = self.sign(first);
         Found { start, end, value: if negative { value.map(Rational::negate) } else { value } }
@@ -267,7 +267,7 @@ impl<'a> Numbers<'a> {
         }
         let value = value.and_then(|value| {
             let value = Rational::new(value, 1)?;
-            if value == Rational::from(0) { Some(value) } else { value.multiply(Rational::from(10).power(exponent)?) }
+            if value == Rational::from(0) { Some(value) } else { value.times(Rational::from(10).power(exponent)?) }
         });
         (end, value)
     }

@@ -34,19 +34,19 @@ impl Rational {
     }
 
     /// `self + other`.
-    pub fn add(self, other: Self) -> Option<Self> {
+    pub fn plus(self, other: Self) -> Option<Self> {
         let left = self.numerator.checked_mul(other.denominator)?;
         let right = other.numerator.checked_mul(self.denominator)?;
         Self::new(left.checked_add(right)?, self.denominator.checked_mul(other.denominator)?)
     }
 
     /// `self - other`.
-    pub fn subtract(self, other: Self) -> Option<Self> {
-        self.add(other.negate())
+    pub fn minus(self, other: Self) -> Option<Self> {
+        self.plus(other.negate())
     }
 
     /// `self · other`.
-    pub fn multiply(self, other: Self) -> Option<Self> {
+    pub fn times(self, other: Self) -> Option<Self> {
         // Reducing crosswise first keeps the products as small as the result.
         let a = Self::new(self.numerator, other.denominator)?;
         let b = Self::new(other.numerator, self.denominator)?;
@@ -54,8 +54,8 @@ impl Rational {
     }
 
     /// `self / other`.
-    pub fn divide(self, other: Self) -> Option<Self> {
-        self.multiply(Self::new(other.denominator, other.numerator)?)
+    pub fn over(self, other: Self) -> Option<Self> {
+        self.times(Self::new(other.denominator, other.numerator)?)
     }
 
     /// `-self`.
@@ -66,16 +66,16 @@ impl Rational {
 
     /// `self` to an integer power, by repeated squaring: at most 128 multiplications whatever the exponent.
     pub fn power(self, exponent: i128) -> Option<Self> {
-        let mut base = if exponent < 0 { Self::from(1).divide(self)? } else { self };
+        let mut base = if exponent < 0 { Self::from(1).over(self)? } else { self };
         let mut left = exponent.unsigned_abs();
         let mut result = Self::from(1);
         while left > 0 {
             if left & 1 == 1 {
-                result = result.multiply(base)?;
+                result = result.times(base)?;
             }
             left >>= 1;
             if left > 0 {
-                base = base.multiply(base)?;
+                base = base.times(base)?;
             }
         }
         Some(result)
@@ -122,10 +122,10 @@ mod tests {
         assert_eq!(ratio(-6, -4), ratio(3, 2));
         assert_eq!(ratio(6, -4), ratio(-3, 2));
         assert_eq!(ratio(0, -7), Rational::from(0));
-        assert_eq!(ratio(1, 3).add(ratio(1, 6)), Some(ratio(1, 2)));
-        assert_eq!(ratio(1, 3).subtract(ratio(1, 2)), Some(ratio(-1, 6)));
-        assert_eq!(ratio(2, 3).multiply(ratio(9, 4)), Some(ratio(3, 2)));
-        assert_eq!(ratio(2, 3).divide(ratio(-4, 3)), Some(ratio(-1, 2)));
+        assert_eq!(ratio(1, 3).plus(ratio(1, 6)), Some(ratio(1, 2)));
+        assert_eq!(ratio(1, 3).minus(ratio(1, 2)), Some(ratio(-1, 6)));
+        assert_eq!(ratio(2, 3).times(ratio(9, 4)), Some(ratio(3, 2)));
+        assert_eq!(ratio(2, 3).over(ratio(-4, 3)), Some(ratio(-1, 2)));
         assert_eq!(ratio(2, 3).power(-3), Some(ratio(27, 8)));
         assert_eq!(ratio(-1, 1).power(i128::MAX), Some(ratio(-1, 1)));
         assert_eq!(ratio(0, 1).power(0), Some(ratio(1, 1)));
@@ -134,10 +134,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_none() {
         let largest = ratio(i128::MAX, 1);
-        assert_eq!(largest.add(Rational::from(1)), None);
-        assert_eq!(largest.multiply(Rational::from(2)), None);
+        assert_eq!(largest.plus(Rational::from(1)), None);
+        assert_eq!(largest.times(Rational::from(2)), None);
         assert_eq!(Rational::from(9).power(387_420_489), None);
-        assert_eq!(Rational::from(1).divide(Rational::from(0)), None);
+        assert_eq!(Rational::from(1).over(Rational::from(0)), None);
         assert_eq!(Rational::from(0).power(-1), None);
         assert_eq!(Rational::new(i128::MIN, 1), None);
         assert_eq!(Rational::new(1, i128::MIN), None);
