@@ -1,6 +1,6 @@
 //! Files that are whole or absent.
 //!
-//! [`write`] puts the bytes aside, syncs them, renames them into place and syncs the folder, so that a kill at any
+//! [`write()`] puts the bytes aside, syncs them, renames them into place and syncs the folder, so that a kill at any
 //! instruction leaves either the old file or the new one. A [`Manifest`] written last makes a folder of files complete:
 //! it lists the size and SHA-256 of each, and [`Manifest::verify`] refuses the folder when anything is missing or differs.
 
@@ -87,7 +87,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// Like [`write`], for content that is produced piece by piece.
+/// Like [`write()`], for content that is produced piece by piece.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>) -> Result<(), FileError> {
     let folder = parent(path);
     fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;

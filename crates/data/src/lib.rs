@@ -1,6 +1,6 @@
 //! Rows from files, rendered to tokens and masks.
 //!
-//! The way of the data: [`read`] turns files into [`Row`]s, [`sample`] recognises what a row means ([`Sample`]), and
+//! The way of the data: [`read()`] turns files into [`Row`]s, [`sample`] recognises what a row means ([`Sample`]), and
 //! [`render`] turns samples into what methods train on: [`Example`]s, [`Prompt`]s, preference pairs and steps. Every
 //! one of them knows the file and row it came from, and so does every error.
 //!

@@ -6,8 +6,8 @@
 //! calls it owns the log-probabilities and takes the gradient with respect to them from there.
 //!
 //! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`clip`] bounds the policy ratio, [`kl`]
-//! measures the distance to a reference, [`aggregation`] decides how much each token counts. A method ([`grpo`],
-//! [`sft`]) is one file that names its parts, its formula and its paper. Three rules hold for every method:
+//! measures the distance to a reference, [`aggregation`] decides how much each token counts. A method ([`grpo()`],
+//! [`sft()`]) is one file that names its parts, its formula and its paper. Three rules hold for every method:
 //!
 //! 1. Denominators are global. They are inside the weights, so splitting a batch changes neither loss nor gradient.
 //! 2. The arithmetic is f64 whatever the precision of the inputs; it costs nothing beside the model.
