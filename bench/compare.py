@@ -39,7 +39,7 @@ def machine():
             model = line.split(":", 1)[1].strip()
             break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "system": platform.platform()}
+    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def summary(runs):
