@@ -52,6 +52,7 @@ shows! {
     explained_typo: ["config", "explain", "grpo.num_generation"];
     unknown_key: ["train", "small.toml", "typo.toml"];
     unknown_key_in_a_flag: ["train", "small.toml", "--set", "sft.training.learning_rat=1"];
+    unknown_key_of_a_table_further_in: ["train", "small.toml", "--set", "grpo.learning_rat=1"];
     wrong_type: ["train", "small.toml", "type.toml"];
     out_of_range: ["train", "small.toml", "--set", "grpo.num_generations=1"];
     options_that_exclude_each_other: ["train", "small.toml", "--set", "sft.training.warmup_steps=3", "--set", "sft.training.warmup_ratio=0.1"];

@@ -45,6 +45,11 @@ impl<'a> Schema<'a> {
         Self { here, ..self }.resolved()
     }
 
+    /// The schema of the whole document.
+    fn top(self) -> Self {
+        Self::new(self.root)
+    }
+
     /// The raw schema.
     pub fn value(self) -> &'a Value {
         self.here
@@ -271,24 +276,28 @@ fn unknown(node: &Node, schema: Schema<'_>, path: &str, key: &str) -> Failure {
     let failure = Failure::new(format!("unknown key `{}`", join(path, key)));
     let failure = match base::hint::nearest(key, keys.iter().copied()) {
         Some(near) => failure.hint(format!("did you mean `{}`?", join(path, near))),
-        None => match elsewhere(Schema { root: schema.root, here: schema.root }, key, "", 0) {
-            Some(place) => failure.hint(format!("there is a key `{place}`")),
+        // Perhaps a key of a table inside this one, or of another section.
+        None => match elsewhere(schema, key, path).or_else(|| elsewhere(schema.top(), key, "")) {
+            Some(place) => failure.hint(format!("did you mean `{place}`?")),
             None => failure.hint(format!("the keys here are {}", keys.join(", "))),
         },
     };
     locate(failure, node, true, "unknown")
 }
 
-/// A key of this very name in another section.
-fn elsewhere(schema: Schema<'_>, key: &str, path: &str, depth: usize) -> Option<String> {
-    let properties = schema.properties()?;
-    if depth > 4 {
-        return None;
+/// The key closest to `key` in the tables inside the one at `path`.
+fn elsewhere(schema: Schema<'_>, key: &str, path: &str) -> Option<String> {
+    fn gather(schema: Schema<'_>, path: &str, depth: usize, found: &mut Vec<(String, String)>) {
+        for (name, value) in schema.properties().into_iter().flatten().filter(|_| depth < 5) {
+            let place = join(path, name);
+            gather(schema.at(value), &place, depth + 1, found);
+            found.push((name.clone(), place));
+        }
     }
-    if properties.contains_key(key) && !path.is_empty() {
-        return Some(join(path, key));
-    }
-    properties.iter().find_map(|(name, value)| elsewhere(schema.at(value), key, &join(path, name), depth + 1))
+    let mut found = Vec::new();
+    gather(schema, path, 0, &mut found);
+    let near = base::hint::nearest(key, found.iter().map(|(name, _)| name.as_str()))?;
+    found.iter().find(|(name, _)| name == near).map(|(_, place)| place.clone())
 }
 
 fn did_you_mean<'a>(failure: Failure, text: &str, names: impl IntoIterator<Item = &'a str>) -> Failure {
