@@ -1,24 +1,11 @@
 //! Attention against a naive f64 one, its gradient against finite differences, and the equalities that sampling and
 //! training rely on.
 
+mod common;
+
+use common::{bits, noise};
 use kernels::{AttentionShape, DecodeQuery, Isa, KvBlock, Segment, attention, attention_backward, attention_decode};
 use posttrain_kernels as kernels;
-
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
-}
-
-fn bits(x: &[f32]) -> Vec<u32> {
-    x.iter().map(|x| x.to_bits()).collect()
-}
 
 fn available() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.available())

@@ -1,23 +1,10 @@
 //! The row kernels against f64 references and finite differences, on every instruction set.
 
+mod common;
+
+use common::{bits, noise};
 use kernels::{Activation, AdamW, AdamWStep, HeadRange, Isa, RopeTable, RowStats};
 use posttrain_kernels as kernels;
-
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
-}
-
-fn bits(x: &[f32]) -> Vec<u32> {
-    x.iter().map(|x| x.to_bits()).collect()
-}
 
 fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
