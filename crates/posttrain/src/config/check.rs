@@ -278,15 +278,16 @@ fn unknown(node: &Node, schema: Schema<'_>, path: &str, key: &str) -> Failure {
         Some(near) => failure.hint(format!("did you mean `{}`?", join(path, near))),
         // Perhaps a key of a table inside this one, or of another section.
         None => match elsewhere(schema, key, path).or_else(|| elsewhere(schema.top(), key, "")) {
-            Some(place) => failure.hint(format!("did you mean `{place}`?")),
+            Some((name, place)) if name == key => failure.hint(format!("there is a key `{place}`")),
+            Some((_, place)) => failure.hint(format!("did you mean `{place}`?")),
             None => failure.hint(format!("the keys here are {}", keys.join(", "))),
         },
     };
     locate(failure, node, true, "unknown")
 }
 
-/// The key closest to `key` in the tables inside the one at `path`.
-fn elsewhere(schema: Schema<'_>, key: &str, path: &str) -> Option<String> {
+/// The name and the place of the key closest to `key` in the tables inside the one at `path`.
+fn elsewhere(schema: Schema<'_>, key: &str, path: &str) -> Option<(String, String)> {
     fn gather(schema: Schema<'_>, path: &str, depth: usize, found: &mut Vec<(String, String)>) {
         for (name, value) in schema.properties().into_iter().flatten().filter(|_| depth < 5) {
             let place = join(path, name);
@@ -296,8 +297,8 @@ fn elsewhere(schema: Schema<'_>, key: &str, path: &str) -> Option<String> {
     }
     let mut found = Vec::new();
     gather(schema, path, 0, &mut found);
-    let near = base::hint::nearest(key, found.iter().map(|(name, _)| name.as_str()))?;
-    found.iter().find(|(name, _)| name == near).map(|(_, place)| place.clone())
+    let near = base::hint::nearest(key, found.iter().map(|(name, _)| name.as_str()))?.to_owned();
+    found.into_iter().find(|(name, _)| *name == near)
 }
 
 fn did_you_mean<'a>(failure: Failure, text: &str, names: impl IntoIterator<Item = &'a str>) -> Failure {
