@@ -7,7 +7,7 @@ mod weighted;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::score::{Answer, Score};
+use crate::score::{Answer, Score, Status};
 use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
 pub use length::LengthOptions;
 pub use process::ProcessOptions;
@@ -177,10 +177,35 @@ impl RewardKind {
     }
 }
 
+/// Scores every answer by its verdict against the gold value that `parse` reads from its row's column.
+///
+/// A row whose column is missing or can't be read is an error that says which row, and that `kind` was expected.
+pub(crate) fn against_gold<T>(
+    reward: &str,
+    column: &str,
+    kind: &'static str,
+    answers: &[Answer<'_>],
+    parse: impl Fn(&str) -> Option<T>,
+    verify: impl Fn(&str, T) -> Status,
+) -> Result<Vec<Option<Score>>, RewardError> {
+    let score = |(row, answer): (usize, &Answer<'_>)| {
+        let text = expected(reward, row, answer, column)?;
+        let gold = parse(&text).ok_or_else(|| RewardError::BadColumn {
+            reward: reward.into(),
+            row,
+            column: column.into(),
+            found: shorten(&format!("{text:?}")),
+            expected: kind,
+        })?;
+        Ok(Some(Score::verdict(verify(answer.completion, gold))))
+    };
+    answers.iter().enumerate().map(score).collect()
+}
+
 /// The expected answer of a row: column `column` of `answer`, as text.
 ///
 /// Text and numbers are taken as they are; everything else is refused.
-pub(crate) fn expected<'a>(
+fn expected<'a>(
     reward: &str,
     row: usize,
     answer: &Answer<'a>,
@@ -202,7 +227,7 @@ pub(crate) fn expected<'a>(
 }
 
 /// At most 80 characters of `text`, for messages.
-pub(crate) fn shorten(text: &str) -> String {
+fn shorten(text: &str) -> String {
     match text.char_indices().nth(80) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::number::leading_decimal;
 use super::{Budget, Exhausted, Place, Rational};
-use crate::reward::{Reward, RewardError, expected};
+use crate::reward::{Reward, RewardError, against_gold};
 use crate::score::{Answer, Score, Status};
 
 /// Deepest nesting of parentheses, signs and powers that is read.
@@ -271,22 +271,14 @@ impl Reward for ExpressionReward {
     }
 
     fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError> {
-        let column = &self.options.column;
-        answers
-            .iter()
-            .enumerate()
-            .map(|(row, answer)| {
-                let text = expected(&self.name, row, answer, column)?;
-                let gold =
-                    evaluate(&text, &mut Budget::new(self.options.steps)).map_err(|_| RewardError::BadColumn {
-                        reward: self.name.clone(),
-                        row,
-                        column: column.clone(),
-                        found: crate::reward::shorten(&format!("{text:?}")),
-                        expected: "an arithmetic expression",
-                    })?;
-                Ok(Some(Score::verdict(self.verify(answer.completion, gold))))
-            })
-            .collect()
+        let verify = |completion: &str, gold| self.verify(completion, gold);
+        against_gold(
+            &self.name,
+            &self.options.column,
+            "an arithmetic expression",
+            answers,
+            |text| evaluate(text, &mut Budget::new(self.options.steps)).ok(),
+            verify,
+        )
     }
 }

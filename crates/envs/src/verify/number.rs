@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Budget, Place, Rational};
-use crate::reward::{Reward, RewardError, expected};
+use crate::reward::{Reward, RewardError, against_gold};
 use crate::score::{Answer, Score, Status};
 
 /// Options of the `number` reward: 1 when the last number of the answer equals the expected one.
@@ -117,22 +117,8 @@ impl Reward for NumberReward {
     }
 
     fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError> {
-        let column = &self.options.column;
-        answers
-            .iter()
-            .enumerate()
-            .map(|(row, answer)| {
-                let text = expected(&self.name, row, answer, column)?;
-                let gold = parse(&text).ok_or_else(|| RewardError::BadColumn {
-                    reward: self.name.clone(),
-                    row,
-                    column: column.clone(),
-                    found: crate::reward::shorten(&format!("{text:?}")),
-                    expected: "a number",
-                })?;
-                Ok(Some(Score::verdict(self.verify(answer.completion, gold))))
-            })
-            .collect()
+        let verify = |completion: &str, gold| self.verify(completion, gold);
+        against_gold(&self.name, &self.options.column, "a number", answers, parse, verify)
     }
 }
 
