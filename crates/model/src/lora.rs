@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::save::ADAPTER_CONFIG;
 
 /// The projections of a layer that can carry an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -117,9 +118,8 @@ impl LoraConfig {
     /// # Errors
     /// Text that is no such file, and every option of PEFT that would change the result and is not done here.
     pub fn from_peft_json(text: &str) -> Result<Self> {
-        const FILE: &str = "adapter_config.json";
         let json: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_str(text).map_err(|error| Error::malformed(FILE, error))?;
+            serde_json::from_str(text).map_err(|error| Error::malformed(ADAPTER_CONFIG, error))?;
         let is_off = |value: &serde_json::Value| match value {
             serde_json::Value::Null => true,
             serde_json::Value::Bool(on) => !on,
@@ -129,7 +129,10 @@ impl LoraConfig {
             serde_json::Value::Number(_) => false,
         };
         if let Some(kind) = json.get("peft_type").and_then(|kind| kind.as_str()).filter(|kind| *kind != "LORA") {
-            return Err(Error::unsupported(format!("{FILE}: peft_type {kind}"), "only LORA adapters can be read"));
+            return Err(Error::unsupported(
+                format!("{ADAPTER_CONFIG}: peft_type {kind}"),
+                "only LORA adapters can be read",
+            ));
         }
         for option in [
             "use_dora",
@@ -141,18 +144,21 @@ impl LoraConfig {
             "layers_to_transform",
         ] {
             if json.get(option).is_some_and(|value| !is_off(value)) {
-                return Err(Error::unsupported(format!("{FILE}: {option}"), "plain LoRA adapters can be read"));
+                return Err(Error::unsupported(
+                    format!("{ADAPTER_CONFIG}: {option}"),
+                    "plain LoRA adapters can be read",
+                ));
             }
         }
         let number = |key: &str| {
             json.get(key)
                 .and_then(serde_json::Value::as_f64)
-                .ok_or_else(|| Error::malformed(FILE, format!("{key} is no number")))
+                .ok_or_else(|| Error::malformed(ADAPTER_CONFIG, format!("{key} is no number")))
         };
         let modules = json.get("target_modules").cloned().unwrap_or_default();
         let mut target_modules: Vec<TargetModule> = serde_json::from_value(modules).map_err(|error| {
             Error::unsupported(
-                format!("{FILE}: target_modules ({error})"),
+                format!("{ADAPTER_CONFIG}: target_modules ({error})"),
                 "name any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
             )
         })?;

@@ -13,6 +13,9 @@ use crate::tokenizer::Tokenizer;
 use crate::weights::TensorView;
 use crate::weights::safetensors::{self, Dtype};
 
+/// The name of an adapter's configuration in a folder.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+
 /// The name of an adapter's weights in a folder.
 pub const ADAPTER: &str = "adapter_model.safetensors";
 
@@ -40,7 +43,7 @@ pub fn adapter<'a, T: Into<TensorView<'a>>>(
     chat_template: Option<&ChatTemplate>,
 ) -> Result<()> {
     safetensors::write(&folder.join(ADAPTER), tensors, Dtype::F32)?;
-    files::write(&folder.join("adapter_config.json"), config.to_peft_json(base_model).as_bytes())?;
+    files::write(&folder.join(ADAPTER_CONFIG), config.to_peft_json(base_model).as_bytes())?;
     self::tokenizer(folder, tokenizer, chat_template)
 }
 

@@ -9,6 +9,7 @@ use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::hub::{self, Origin, Progress};
+use crate::save;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Tensors, gguf, safetensors};
 
@@ -69,7 +70,7 @@ fn from_gguf(path: &Path, sha256: String) -> Result<Loaded> {
 
 fn from_folder(folder: &Path) -> Result<Loaded> {
     let path = folder.join("config.json");
-    if !path.is_file() && folder.join("adapter_config.json").is_file() {
+    if !path.is_file() && folder.join(save::ADAPTER_CONFIG).is_file() {
         let hint = "load the base model it was trained on, with the adapter beside it; or merge the two first";
         return Err(Error::unsupported(format!("{}: a LoRA adapter as a model", folder.display()), hint));
     }

@@ -7,7 +7,7 @@ use model::chat::ChatTemplate;
 use model::lora::LoraConfig;
 use model::tokenizer::Tokenizer;
 use model::weights::safetensors;
-use model::{Decoder, hub, source};
+use model::{Decoder, hub, save, source};
 use train::directory::Directory;
 
 use crate::command::models::fetch;
@@ -120,12 +120,12 @@ impl Opener {
 
 /// The `adapter_config.json` of a folder with an adapter.
 fn adapter_config(folder: &str) -> Option<PathBuf> {
-    let path = Path::new(folder).join("adapter_config.json");
+    let path = Path::new(folder).join(save::ADAPTER_CONFIG);
     path.is_file().then_some(path)
 }
 
 fn adapter_weights(folder: &str) -> PathBuf {
-    Path::new(folder).join("adapter_model.safetensors")
+    Path::new(folder).join(save::ADAPTER)
 }
 
 fn named_base(config: &Path) -> Result<String, Failure> {

@@ -6,7 +6,7 @@ use model::{Decoder, save};
 
 use crate::cli::Merge;
 use crate::failure::Failure;
-use crate::opened::Opener;
+use crate::opened::{Opened, Opener};
 use crate::terminal::print;
 
 /// Logits of so many tokens are compared.
@@ -27,8 +27,8 @@ pub fn run(arguments: &Merge, opener: Opener) -> Result<(), Failure> {
     let with_adapter = probe(&mut model.decoder)?;
     model.decoder.merge_adapter();
     train::directory::write_folder::<Failure>(&arguments.out, |folder| {
-        let tensors = model.decoder.tensors();
-        save::model(folder, model.decoder.config(), &tensors, Dtype::F32, &model.tokenizer, model.template.as_ref())?;
+        let Opened { decoder, tokenizer, template, .. } = &model;
+        save::model(folder, decoder.config(), decoder.views(), Dtype::F32, tokenizer, template.as_ref())?;
         Ok(())
     })?;
     // What counts is what a reader of the written files will compute.
