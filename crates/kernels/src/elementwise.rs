@@ -1,9 +1,9 @@
 //! Sums, scales, biases and checks over whole slices.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::isa::{Isa, multiversion};
-use crate::parallel::{SharedMut, each};
+use crate::parallel::{SharedMut, each, each_chunk};
 
 /// Elements of one task.
 const CHUNK: usize = 1 << 15;
@@ -12,7 +12,7 @@ const CHUNK: usize = 1 << 15;
 pub fn add(y: &mut [f32], x: &[f32]) {
     assert_eq!(y.len(), x.len(), "add: lengths differ");
     let isa = Isa::current();
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| add_chunk(isa, y, x));
+    each_chunk(y, CHUNK, |start, y| add_chunk(isa, y, &x[start..][..y.len()]));
 }
 
 multiversion! {
@@ -26,7 +26,7 @@ multiversion! {
 /// `x *= factor`.
 pub fn scale(x: &mut [f32], factor: f32) {
     let isa = Isa::current();
-    x.par_chunks_mut(CHUNK).for_each(|x| scale_chunk(isa, x, factor));
+    each_chunk(x, CHUNK, |_, x| scale_chunk(isa, x, factor));
 }
 
 multiversion! {
@@ -61,10 +61,13 @@ pub fn bias_backward(d_rows: &[f32], d_bias: &mut [f32]) {
     );
     let isa = Isa::current();
     let columns = width.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(16);
-    d_bias.par_chunks_mut(columns).enumerate().for_each(|(task, d_bias)| {
+    let shared = SharedMut::new(d_bias);
+    each(width.div_ceil(columns), d_rows.len(), |task| {
+        let (first, count) = (task * columns, columns.min(width - task * columns));
+        // SAFETY: these columns belong to this call alone.
+        let d_bias = unsafe { shared.slice(first, count) };
         for row in d_rows.chunks_exact(width) {
-            let first = task * columns;
-            add_chunk(isa, d_bias, &row[first..first + d_bias.len()]);
+            add_chunk(isa, d_bias, &row[first..][..count]);
         }
     });
 }
@@ -72,7 +75,14 @@ pub fn bias_backward(d_rows: &[f32], d_bias: &mut [f32]) {
 /// The sum of squares of `x`, in f64 and in an order that depends on its length alone.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
     let isa = Isa::current();
-    let parts: Vec<f64> = x.par_chunks(CHUNK).map(|x| sum_of_squares_chunk(isa, x)).collect();
+    let mut parts = vec![0.0; x.len().div_ceil(CHUNK)];
+    let shared = SharedMut::new(&mut parts);
+    each(x.len().div_ceil(CHUNK), x.len(), |task| {
+        let start = task * CHUNK;
+        // SAFETY: part `task` belongs to this call alone.
+        let part = unsafe { shared.slice(task, 1) };
+        part[0] = sum_of_squares_chunk(isa, &x[start..x.len().min(start + CHUNK)]);
+    });
     parts.iter().sum()
 }
 
@@ -95,9 +105,14 @@ multiversion! {
 /// The index of the first element of `x` that is infinite or NaN.
 pub fn finite(x: &[f32]) -> Option<usize> {
     let isa = Isa::current();
-    let chunk = x.par_chunks(CHUNK).position_first(|x| !all_finite_chunk(isa, x))?;
-    let start = chunk * CHUNK;
-    x[start..].iter().position(|x| !x.is_finite()).map(|offset| start + offset)
+    let spoilt = AtomicBool::new(false);
+    each(x.len().div_ceil(CHUNK), x.len(), |task| {
+        let start = task * CHUNK;
+        if !all_finite_chunk(isa, &x[start..x.len().min(start + CHUNK)]) {
+            spoilt.store(true, Ordering::Relaxed);
+        }
+    });
+    if spoilt.into_inner() { x.iter().position(|x| !x.is_finite()) } else { None }
 }
 
 multiversion! {

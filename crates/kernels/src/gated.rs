@@ -1,10 +1,8 @@
 //! The gated activation of the decoder's MLP: `activation(gate) * up` (Shazeer, "GLU Variants Improve Transformer", 2020).
 
-use rayon::prelude::*;
-
 use crate::isa::{Isa, multiversion};
 use crate::math::sigmoid;
-use crate::parallel::rows_per_task;
+use crate::parallel::{each_chunk, rows_per_task};
 
 /// The function applied to the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +45,8 @@ pub fn gated(activation: Activation, gate_up: &[f32], width: usize, out: &mut [f
     assert!(out.len().is_multiple_of(width), "gated: {} is no number of rows of {width}", out.len());
     let isa = Isa::current();
     let rows = rows_per_task(out.len() / width, width);
-    gate_up.par_chunks(2 * rows * width).zip(out.par_chunks_mut(rows * width)).for_each(|(gate_up, out)| {
+    each_chunk(out, rows * width, |start, out| {
+        let gate_up = &gate_up[2 * start..][..2 * out.len()];
         match activation {
             Activation::Silu => silu_rows(isa, gate_up, width, out),
             Activation::GeluTanh => gelu_rows(isa, gate_up, width, out),
@@ -86,7 +85,8 @@ pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize,
     assert!(d_out.len().is_multiple_of(width), "gated_backward: {} is no number of rows of {width}", d_out.len());
     let isa = Isa::current();
     let rows = rows_per_task(d_out.len() / width, width);
-    gate_up.par_chunks_mut(2 * rows * width).zip(d_out.par_chunks(rows * width)).for_each(|(gate_up, d_out)| {
+    each_chunk(gate_up, 2 * rows * width, |start, gate_up| {
+        let d_out = &d_out[start / 2..][..gate_up.len() / 2];
         match activation {
             Activation::Silu => silu_rows_backward(isa, gate_up, width, d_out),
             Activation::GeluTanh => gelu_rows_backward(isa, gate_up, width, d_out),

@@ -1,7 +1,7 @@
 //! Rows of logits: the log-probability of a target, the entropy, and their gradients.
 
 use crate::isa::{Isa, multiversion};
-use crate::math::{exp, ln, max, sum};
+use crate::math::{exp, ln, max, sum, two_sums};
 
 /// What one row of logits says, at temperature `1 / inverse_temperature`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,32 +40,49 @@ multiversion! {
     /// The largest logit, the sum of `e^s` and the sum of `s e^s`, where `s` is the scaled distance to the largest.
     fn log_softmax_sums(logits: &[f32], inverse_temperature: f32) -> (f32, f32, f32) {
         let largest = max(logits);
-        let total = sum(logits.len(), |i| exp((logits[i] - largest) * inverse_temperature));
-        let weighted = sum(logits.len(), |i| {
-            let scaled = (logits[i] - largest) * inverse_temperature;
+        let (total, weighted) = two_sums(logits, |logit| {
+            let scaled = (logit - largest) * inverse_temperature;
             let weight = exp(scaled);
-            if weight == 0.0 { 0.0 } else { weight * scaled }
+            // Infinitely far below: 0 times that is no number.
+            (weight, if weight == 0.0 { 0.0 } else { weight * scaled })
         });
         (largest, total, weighted)
     }
 }
 
+/// What turns a logit of a row into a log-probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Normalizer {
+    largest: f32,
+    log_total: f32,
+    inverse_temperature: f32,
+}
+
+impl Normalizer {
+    /// The log-probability of a token with this logit: bit for bit that of [`log_softmax_row`].
+    pub fn log_prob(self, logit: f32) -> f32 {
+        (logit - self.largest) * self.inverse_temperature - self.log_total
+    }
+}
+
 /// The unnormalised probabilities `e^((logits - max) * inverse_temperature)` of a row: between 0 and 1, and 1 for the
-/// largest logit. They are the terms that [`log_softmax_row`] sums.
+/// largest logit. They are the terms that [`log_softmax_row`] sums, so that the normaliser comes with them.
 ///
 /// # Panics
 /// If `weights` is not as long as `logits`.
-pub fn softmax_weights(logits: &[f32], inverse_temperature: f32, weights: &mut [f32]) {
+pub fn softmax_weights(logits: &[f32], inverse_temperature: f32, weights: &mut [f32]) -> Normalizer {
     assert_eq!(weights.len(), logits.len(), "one weight for each logit");
-    softmax_weights_row(Isa::current(), logits, inverse_temperature, weights);
+    let (largest, total) = softmax_weights_row(Isa::current(), logits, inverse_temperature, weights);
+    Normalizer { largest, log_total: ln(total), inverse_temperature }
 }
 
 multiversion! {
-    fn softmax_weights_row(logits: &[f32], inverse_temperature: f32, weights: &mut [f32]) {
+    fn softmax_weights_row(logits: &[f32], inverse_temperature: f32, weights: &mut [f32]) -> (f32, f32) {
         let largest = max(logits);
         for (weight, &logit) in weights.iter_mut().zip(logits) {
             *weight = exp((logit - largest) * inverse_temperature);
         }
+        (largest, sum(weights.len(), |i| weights[i]))
     }
 }
 

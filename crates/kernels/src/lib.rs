@@ -34,9 +34,10 @@ mod simd;
 
 pub use adamw::{AdamW, AdamWStep};
 pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, attention_backward, attention_decode};
+pub use buffer::zeros;
 pub use elementwise::{add, add_bias, bias_backward, finite, scale, sum_of_squares};
 pub use gated::{Activation, gated, gated_backward};
-pub use head::{RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};
+pub use head::{Normalizer, RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};
 pub use isa::Isa;
 pub use math::{exp, ln};
 pub use matrix::{Matrix, MatrixMut, PackedMatrix, Precision, matmul};

@@ -68,13 +68,17 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 /// Lanes of a row reduction: element `i` goes to lane `i % LANES`, the lanes are then added pairwise.
 pub(crate) const LANES: usize = 32;
 
-/// The sum of `term(i)` for `i` in `0..n`, in an order that depends on `n` alone.
+/// The sum of `term(i)` for `i` in `0..n`, in an order that depends on `n` alone. Slices that `term` reads should be cut to `n`
+/// elements: then the compiler sees that no index leaves them.
 #[inline(always)]
 pub(crate) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let whole = n - n % LANES;
     let mut start = 0;
     while start < whole {
+        // SAFETY: `start` and `whole` are multiples of the lanes, and `whole` is at most `n`. The compiler does not find this by
+        // itself, and would check every index.
+        unsafe { std::hint::assert_unchecked(start + LANES <= n) };
         for (lane, sum) in lanes.iter_mut().enumerate() {
             *sum += term(start + lane);
         }
@@ -83,6 +87,32 @@ pub(crate) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     for (lane, sum) in lanes.iter_mut().enumerate().take(n - whole) {
         *sum += term(whole + lane);
     }
+    fold(lanes)
+}
+
+/// The two sums of `terms(x)` over the elements `x` of a row, each with the bits that [`sum`] gives it.
+#[inline(always)]
+pub(crate) fn two_sums(row: &[f32], terms: impl Fn(f32) -> (f32, f32)) -> (f32, f32) {
+    let (mut first, mut second) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            let terms = terms(chunk[lane]);
+            first[lane] += terms.0;
+            second[lane] += terms.1;
+        }
+    }
+    for (lane, &x) in rest.iter().enumerate() {
+        let terms = terms(x);
+        first[lane] += terms.0;
+        second[lane] += terms.1;
+    }
+    (fold(first), fold(second))
+}
+
+/// The sum of the lanes, pairwise.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {

@@ -3,11 +3,9 @@
 //! `y = x * inverse_rms * (offset + weight)` with `inverse_rms = 1 / sqrt(mean(x^2) + epsilon)` (Zhang and Sennrich,
 //! "Root Mean Square Layer Normalization", 2019). The offset is 0, or 1 for Gemma, which stores `weight - 1`.
 
-use rayon::prelude::*;
-
 use crate::isa::{Isa, multiversion};
 use crate::math::sum;
-use crate::parallel::{SharedMut, each, rows_per_task};
+use crate::parallel::{SharedMut, each, each_chunk, rows_per_task};
 use crate::rope::HeadRange;
 
 /// Normalises each row of `x` (rows of the weight's length) into `y` and leaves each row's `inverse_rms`.
@@ -20,10 +18,12 @@ pub fn rms_norm(x: &[f32], weight: &[f32], weight_offset: f32, epsilon: f32, y: 
     }
     let isa = Isa::current();
     let rows = rows_per_task(inverse_rms.len(), width);
-    x.par_chunks(rows * width)
-        .zip(y.par_chunks_mut(rows * width))
-        .zip(inverse_rms.par_chunks_mut(rows))
-        .for_each(|((x, y), inverse_rms)| norm_rows(isa, x, weight, weight_offset, epsilon, y, inverse_rms));
+    let shared = SharedMut::new(inverse_rms);
+    each_chunk(y, rows * width, |start, y| {
+        // SAFETY: a chunk of `y` is whole rows, and their entries belong to this call alone.
+        let inverse_rms = unsafe { shared.slice(start / width, y.len() / width) };
+        norm_rows(isa, &x[start..][..y.len()], weight, weight_offset, epsilon, y, inverse_rms);
+    });
 }
 
 multiversion! {
@@ -61,24 +61,22 @@ pub fn rms_norm_backward(
     }
     let isa = Isa::current();
     let rows = rows_per_task(inverse_rms.len(), width);
-    x.par_chunks(rows * width)
-        .zip(dy.par_chunks(rows * width))
-        .zip(dx.par_chunks_mut(rows * width).zip(inverse_rms.par_chunks(rows)))
-        .for_each(|((x, dy), (dx, inverse_rms))| {
-            norm_rows_backward(isa, x, weight, weight_offset, inverse_rms, dy, dx)
-        });
+    each_chunk(dx, rows * width, |start, dx| {
+        let (x, dy) = (&x[start..][..dx.len()], &dy[start..][..dx.len()]);
+        let inverse_rms = &inverse_rms[start / width..][..dx.len() / width];
+        norm_rows_backward(isa, x, weight, weight_offset, inverse_rms, dy, dx);
+    });
     if let Some(dweight) = dweight {
         assert_eq!(dweight.len(), width, "rms_norm_backward: the weight's gradient differs in length");
-        let columns = weight_columns(width);
-        dweight.par_chunks_mut(columns).enumerate().for_each(|(task, dweight)| {
-            weight_gradient(isa, x, dy, inverse_rms, width, task * columns, dweight);
+        let columns = width.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16);
+        let shared = SharedMut::new(dweight);
+        each(width.div_ceil(columns), x.len(), |task| {
+            let first = task * columns;
+            // SAFETY: these columns belong to this call alone.
+            let dweight = unsafe { shared.slice(first, columns.min(width - first)) };
+            weight_gradient(isa, x, dy, inverse_rms, width, first, dweight);
         });
     }
-}
-
-/// Columns of a weight's gradient for one task.
-fn weight_columns(width: usize) -> usize {
-    width.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16)
 }
 
 multiversion! {

@@ -24,6 +24,9 @@ pub(crate) trait Simd {
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Each element of `a` and `b` is a pair of bfloat16 (the first in the low half): `c` plus both products.
     unsafe fn multiply_add_pairs(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// Asks for the cache line at `from` to come into the second-level cache; any address will do.
+    #[inline(always)]
+    fn prefetch(_from: *const f32) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -67,6 +70,11 @@ mod x86 {
             unsafe fn splat(from: *const f32) -> __m512 {
                 // SAFETY: as above.
                 unsafe { _mm512_set1_ps(*from) }
+            }
+            #[inline(always)]
+            fn prefetch(from: *const f32) {
+                // SAFETY: a hint reads nothing that the program sees, and every processor with AVX2 has it.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
             }
             #[inline(always)]
             unsafe fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -127,6 +135,11 @@ mod x86 {
         unsafe fn splat(from: *const f32) -> __m256 {
             // SAFETY: as above.
             unsafe { _mm256_set1_ps(*from) }
+        }
+        #[inline(always)]
+        fn prefetch(from: *const f32) {
+            // SAFETY: a hint reads nothing that the program sees, and every processor with AVX2 has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 {

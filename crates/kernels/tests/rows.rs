@@ -196,6 +196,9 @@ fn log_softmax_rows_and_their_gradient() {
         let (log_prob, entropy) = log_softmax(&wide(&logits), f64::from(t), target);
         assert!((f64::from(result[0]) - log_prob).abs() < 1e-5, "{} and {log_prob}", result[0]);
         assert!((f64::from(result[2]) - entropy).abs() < 1e-5, "{} and {entropy}", result[2]);
+        let mut weights = vec![0.0; n];
+        let normalizer = kernels::softmax_weights(&logits, t, &mut weights);
+        assert_eq!(normalizer.log_prob(logits[target]).to_bits(), result[0].to_bits());
         let gradient = everywhere(|| {
             let mut row = logits.clone();
             let stats = kernels::log_softmax_row(&row, t, target);

@@ -166,6 +166,7 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
     const NEW: usize = 128;
     let mut workspace = Workspace::new();
     let mut logits = vec![0.0; SEQUENCES * VOCABULARY];
+    let mut weights = logits.clone();
     let mut rates = Vec::new();
     for step in 0..=repeats {
         let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| random_ids(step * SEQUENCES + i, PROMPT)).collect();
@@ -183,7 +184,7 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
         let hidden: Vec<f32> = prefills.iter().flat_map(|prefill| prefill.hidden.iter().copied()).collect();
         decoder.logits(&hidden, &mut logits)?;
         for position in 0..NEW {
-            let ids = sample(&logits, position as u32);
+            let ids = sample(&logits, &mut weights, position as u32);
             if position + 1 == NEW {
                 break;
             }
@@ -199,18 +200,25 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
 }
 
 /// Draws one token from each row of logits by inverting the distribution function.
-fn sample(logits: &[f32], position: u32) -> Vec<u32> {
-    let draw = |(row, logits): (usize, &[f32])| {
-        let log_sum_exp = kernels::log_softmax_row(logits, 1.0, 0).log_sum_exp;
-        let mut rest = Random::new(3, Purpose::Sampling).sample(row as u32).at(position).uniform() as f32;
-        let last = logits.len() - 1;
-        let place = logits.iter().position(|logit| {
-            rest -= kernels::exp(logit - log_sum_exp);
+fn sample(logits: &[f32], weights: &mut [f32], position: u32) -> Vec<u32> {
+    let draw = |(row, (logits, weights)): (usize, (&[f32], &mut [f32]))| {
+        kernels::softmax_weights(logits, 1.0, weights);
+        let blocks: Vec<f32> = weights.chunks(64).map(|block| block.iter().sum()).collect();
+        let uniform = Random::new(3, Purpose::Sampling).sample(row as u32).at(position).uniform() as f32;
+        let mut rest = uniform * blocks.iter().sum::<f32>();
+        let mut crosses = |mass: &f32| {
+            rest -= mass;
+            rest < 0.0
+        };
+        let block = blocks.iter().position(&mut crosses).unwrap_or(blocks.len() - 1);
+        rest += blocks[block];
+        let place = weights[64 * block..].iter().position(|mass| {
+            rest -= mass;
             rest < 0.0
         });
-        place.unwrap_or(last) as u32
+        (64 * block + place.unwrap_or(0)) as u32
     };
-    logits.par_chunks(VOCABULARY).enumerate().map(draw).collect()
+    logits.par_chunks(VOCABULARY).zip(weights.par_chunks_mut(VOCABULARY)).enumerate().map(draw).collect()
 }
 
 /// The process's largest resident size so far, where the system tells.

@@ -13,7 +13,7 @@ use model::tokenizer::Tokenizer;
 use rayon::prelude::*;
 
 use crate::queue::Queue;
-use crate::sampling::{NoChoice, Scratch};
+use crate::sampling::{Choice, NoChoice, Scratch};
 use crate::slot::{Slot, Token};
 use crate::{Episode, Error, Request, Result, SamplingOptions};
 
@@ -294,12 +294,11 @@ impl Generator<'_> {
         }
         let draw = self.random.prompt(slot.request.prompt_id).sample(slot.request.sample).at(position as u32);
         let choice = sampler.choose(logits, options, draw.uniform())?;
-        let log_prob_in = |row: &[f32]| log_softmax_row(row, inverse_temperature, choice.token as usize).log_prob;
-        let log_prob = log_prob_in(if changed { original } else { logits });
-        let filtered_log_prob = choice.filtered_log_prob.unwrap_or_else(|| match changed {
-            true => log_prob_in(logits),
-            false => log_prob,
-        });
-        Ok(Token { id: choice.token, sampled: true, log_prob, filtered_log_prob, top })
+        let Choice { token: id, filtered_log_prob, .. } = choice;
+        let log_prob = match changed {
+            true => log_softmax_row(original, inverse_temperature, id as usize).log_prob,
+            false => choice.log_prob,
+        };
+        Ok(Token { id, sampled: true, log_prob, filtered_log_prob, top })
     }
 }

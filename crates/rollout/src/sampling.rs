@@ -23,8 +23,10 @@ use crate::SamplingOptions;
 pub struct Choice {
     /// The token.
     pub token: u32,
+    /// Its log-probability under the distribution before the filters.
+    pub log_prob: f32,
     /// Its log-probability under the distribution that was drawn from, renormalised over the kept tokens.
-    pub filtered_log_prob: Option<f32>,
+    pub filtered_log_prob: f32,
 }
 
 /// Why nothing could be chosen.
@@ -48,15 +50,18 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// Chooses a token from a row of logits; `uniform`, from 0 up to 1, decides a draw.
     ///
     /// # Errors
     /// Logits that are not numbers, or that allow no token.
     pub fn choose(&mut self, logits: &[f32], options: &SamplingOptions, uniform: f64) -> Result<Choice, NoChoice> {
         if options.is_greedy() {
-            return Ok(Choice { token: argmax(logits)?, filtered_log_prob: Some(0.0) });
+            let token = argmax(logits)?;
+            let log_prob = log_softmax_row(logits, 1.0, token as usize).log_prob;
+            return Ok(Choice { token, log_prob, filtered_log_prob: 0.0 });
         }
         self.weights.resize(logits.len(), 0.0);
-        softmax_weights(logits, 1.0 / options.log_prob_temperature(), &mut self.weights);
+        let normalizer = softmax_weights(logits, 1.0 / options.log_prob_temperature(), &mut self.weights);
         let total = sum_of_blocks(&self.weights);
         if total.is_nan() {
             return Err(NoChoice::of(logits));
@@ -64,7 +69,9 @@ impl Scratch {
 
         let top_k = (1..logits.len()).contains(&options.top_k);
         if !top_k && options.top_p == 1.0 && options.min_p == 0.0 {
-            return Ok(Choice { token: draw_from_blocks(&self.weights, uniform * total), filtered_log_prob: None });
+            let token = draw_from_blocks(&self.weights, uniform * total);
+            let log_prob = normalizer.log_prob(logits[token as usize]);
+            return Ok(Choice { token, log_prob, filtered_log_prob: log_prob });
         }
 
         // Each filter keeps a beginning of the tokens in falling order, so that their order matters only in one respect:
@@ -90,8 +97,9 @@ impl Scratch {
 
         let total = self.mass();
         let token = self.draw(uniform * total);
-        let log_prob = (f64::from(self.weights[token as usize]) / total).ln();
-        Ok(Choice { token, filtered_log_prob: Some(log_prob as f32) })
+        let log_prob = normalizer.log_prob(logits[token as usize]);
+        let filtered_log_prob = (f64::from(self.weights[token as usize]) / total).ln() as f32;
+        Ok(Choice { token, log_prob, filtered_log_prob })
     }
 
     /// The `count` most probable tokens and their log-probs under the whole distribution, falling; lower ids first among

@@ -44,6 +44,31 @@ pub(crate) struct Product {
     pub accumulate: bool,
 }
 
+/// f32 in a cache line.
+const LINE: usize = 16;
+
+/// What a tile asks for while it computes: `lines` cache lines a step, from `from` on.
+///
+/// Few rows leave the processor waiting for the right operand, which comes from memory: it has no time to come in between
+/// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const f32,
+    lines: usize,
+}
+
+impl Ahead {
+    fn of(product: &Product, panel: usize, row: usize, height: usize) -> Self {
+        let next = product.b.wrapping_add((panel + 1) * product.panel_stride);
+        let lines = PANEL / LINE;
+        match row / height {
+            0 if product.rows <= height => Self { from: next, lines },
+            tile if tile < lines => Self { from: next.wrapping_add(tile * product.steps * LINE), lines: 1 },
+            _ => Self { from: next, lines: 0 },
+        }
+    }
+}
+
 /// The tile height for a left operand of `rows` packed rows: all tiles but the last alike, and none nearly empty.
 pub(crate) fn tile_height(isa: Isa, rows: usize) -> usize {
     let most = match isa {
@@ -124,6 +149,7 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
     for (panel, column) in (0..p.columns).step_by(PANEL).enumerate() {
         for row in (0..p.rows).step_by(height) {
             let rows = height.min(p.rows - row);
+            let ahead = Ahead::of(&p, panel, row, height);
             // SAFETY: see `multiply`.
             unsafe {
                 let (a, a_stride) = match p.left {
@@ -142,6 +168,7 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
                         a_stride,
                         b,
                         p.step_stride,
+                        ahead,
                         c,
                         p.c_stride,
                         p.accumulate,
@@ -163,6 +190,7 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
                         a_stride,
                         b,
                         p.step_stride,
+                        ahead,
                         target,
                         PANEL,
                         p.accumulate,
@@ -186,6 +214,7 @@ unsafe fn slabs<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(
     a_stride: usize,
     b: *const f32,
     b_stride: usize,
+    ahead: Ahead,
     c: *mut f32,
     c_stride: usize,
     accumulate: bool,
@@ -199,7 +228,7 @@ unsafe fn slabs<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(
                         // SAFETY: see `multiply`.
                         unsafe {
                             tile::<S, $count, PAIRS, BY_ROWS>(
-                                steps, a, a_stride, b.add(column), b_stride, c.add(column), c_stride, accumulate,
+                                steps, a, a_stride, b.add(column), b_stride, ahead, c.add(column), c_stride, accumulate,
                             );
                         }
                         column += 2 * S::LANES;
@@ -220,6 +249,7 @@ unsafe fn tile<S: Simd, const ROWS: usize, const PAIRS: bool, const BY_ROWS: boo
     a_stride: usize,
     b: *const f32,
     b_stride: usize,
+    ahead: Ahead,
     c: *mut f32,
     c_stride: usize,
     accumulate: bool,
@@ -234,6 +264,9 @@ unsafe fn tile<S: Simd, const ROWS: usize, const PAIRS: bool, const BY_ROWS: boo
         }
         for step in 0..steps {
             let right = [S::load(b.add(step * b_stride)), S::load(b.add(step * b_stride + S::LANES))];
+            for line in 0..ahead.lines {
+                S::prefetch(ahead.from.wrapping_add((step * ahead.lines + line) * LINE));
+            }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let left = S::splat(if BY_ROWS { a.add(i * a_stride + step) } else { a.add(step * a_stride + i) });
                 for (sum, &right) in sums.iter_mut().zip(&right) {

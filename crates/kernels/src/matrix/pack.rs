@@ -117,6 +117,8 @@ multiversion! {
     fn interleave_bf16(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
         if width == PANEL && vectors.count == PANEL {
             interleave::<true>(Vectors { count: PANEL, ..vectors }, PANEL, out);
+        } else if width == 1 && vectors.count == 1 {
+            interleave::<true>(Vectors { count: 1, ..vectors }, 1, out);
         } else {
             interleave::<true>(vectors, width, out);
         }

@@ -151,17 +151,17 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// A product of few rows: the left operand is packed once (or read where it lies), tasks take runs of panels.
+    /// A product of few rows: the left operand is read where it lies, or rounded once; tasks take runs of panels.
     fn few_rows(&self, columns: usize, work: usize, threads: usize) {
         let (a, isa) = (self.a, self.isa);
-        let height = tile_height(isa, a.rows);
         let in_place = self.precision == Precision::F32 && a.col_stride == 1;
         with_scratch([if in_place { 0 } else { a.rows * self.steps }], |[scratch]| {
             let (left, data): (Left, &[f32]) = if in_place {
                 (Left::Rows { stride: a.row_stride }, a.data)
             } else {
-                pack_tiles(isa, self.precision, a, height, scratch);
-                (Left::Tiles { height }, scratch)
+                // A tile of one row is that row.
+                pack_tiles(isa, self.precision, a, 1, scratch);
+                (Left::Rows { stride: self.steps }, scratch)
             };
             let panels = columns.div_ceil(PANEL);
             let run = panels.div_ceil(4 * threads).min(64);
