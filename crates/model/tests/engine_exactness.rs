@@ -74,14 +74,17 @@ fn pack(groups: &[(Vec<u32>, Vec<Vec<u32>>)]) -> PackedTokens {
 
 /// Accumulated gradients over the given micro-batches, with upstream gradients that depend on the token alone.
 fn gradient_bits(decoder: &Decoder, batches: &[PackedTokens]) -> Vec<u32> {
+    gradient_bits_in(&mut Workspace::new(), decoder, batches)
+}
+
+fn gradient_bits_in(workspace: &mut Workspace, decoder: &Decoder, batches: &[PackedTokens]) -> Vec<u32> {
     let mut gradients = decoder.gradients();
-    let mut workspace = Workspace::new();
     for tokens in batches {
         let targets = targets(tokens);
         let d_log_prob: Vec<f32> = targets.iter().map(|target| (target.token as f32 * 0.37).sin()).collect();
         let d_entropy: Vec<f32> = targets.iter().map(|target| 0.1 * (target.token as f32 * 0.71).cos()).collect();
-        decoder.forward(tokens, &mut workspace, true).unwrap();
-        decoder.backward(tokens, &mut workspace, &targets, 0.9, &d_log_prob, Some(&d_entropy), &mut gradients).unwrap();
+        decoder.forward(tokens, workspace, true).unwrap();
+        decoder.backward(tokens, workspace, &targets, 0.9, &d_log_prob, Some(&d_entropy), &mut gradients).unwrap();
     }
     gradients.finish();
     bits(gradients.flat())
@@ -96,6 +99,23 @@ fn micro_batches_give_the_same_gradient_bytes() {
         let uneven = [pack(&groups[..3]), pack(&groups[3..])];
         assert!(whole == gradient_bits(decoder, &single), "{name}: one group at a time");
         assert!(whole == gradient_bits(decoder, &uneven), "{name}: three groups and one");
+    });
+}
+
+#[test]
+fn activation_checkpointing_gives_the_same_gradient_bytes() {
+    let groups = groups();
+    let batches = [pack(&groups[..3]), pack(&groups[3..])];
+    each_decoder(|name, decoder| {
+        let mut workspace = Workspace::new();
+        let kept = gradient_bits_in(&mut workspace, decoder, &batches);
+        let size = workspace.bytes();
+        workspace.set_checkpointing(true);
+        assert!(kept == gradient_bits_in(&mut workspace, decoder, &batches), "{name}");
+        assert!(workspace.bytes() < size, "{name}: {} bytes, {size} without", workspace.bytes());
+        workspace.set_checkpointing(false);
+        assert!(kept == gradient_bits_in(&mut workspace, decoder, &batches), "{name}: switched off again");
+        assert_eq!(workspace.bytes(), size, "{name}");
     });
 }
 

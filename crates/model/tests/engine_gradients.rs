@@ -6,9 +6,9 @@ mod engine;
 use base::{Purpose, Random};
 use engine::*;
 use kernels::Precision;
-use posttrain_model::Error;
-use posttrain_model::decoder::{Decoder, Estimate, Gradients, Workspace};
+use posttrain_model::decoder::{Decoder, Estimate, Gradients, PackedTokens, Workspace};
 use posttrain_model::lora::LoraConfig;
+use posttrain_model::{Error, ModelConfig};
 
 /// The loss `Σ d_log_prob · log_prob + d_entropy · entropy` over [`batch`].
 fn loss(decoder: &mut Decoder, precision: Precision, d_log_prob: &[f32], d_entropy: &[f32]) -> f64 {
@@ -97,15 +97,22 @@ fn bf16_gradients_point_where_f32_gradients_do() {
 fn the_first_value_that_is_no_number_is_named() {
     let (_, config) = configs().swap_remove(0);
     let tokens = batch();
-    let mut workspace = Workspace::new();
+    for checkpointing in [false, true] {
+        let mut workspace = Workspace::new();
+        workspace.set_checkpointing(checkpointing);
+        names_the_first_bad_value(&config, &tokens, &mut workspace);
+    }
+}
+
+fn names_the_first_bad_value(config: &ModelConfig, tokens: &PackedTokens, workspace: &mut Workspace) {
     let poisoned = |tensor: &str| {
-        let mut decoder = decoder(&config, 43);
+        let mut decoder = decoder(config, 43);
         let index = decoder.parameters().iter().position(|parameter| parameter.name == tensor).unwrap();
         decoder.parameter_mut(index)[0] = f32::NAN;
         decoder.prepare(Precision::F32);
         decoder
     };
-    let mut name = |tensor| match poisoned(tensor).forward(&tokens, &mut workspace, true) {
+    let mut name = |tensor| match poisoned(tensor).forward(tokens, workspace, true) {
         Err(Error::NonFinite(found)) => found,
         other => panic!("{other:?}"),
     };
@@ -117,19 +124,20 @@ fn the_first_value_that_is_no_number_is_named() {
     assert_eq!(name("model.norm.weight").tensor, "final hidden state");
 
     // Backward: a gradient that overflows.
-    let mut decoder = decoder(&config, 43);
+    let mut decoder = decoder(config, 43);
     decoder.prepare(Precision::F32);
-    decoder.forward(&tokens, &mut workspace, true).unwrap();
-    let targets = targets(&tokens);
+    decoder.forward(tokens, workspace, true).unwrap();
+    let targets = targets(tokens);
     let mut gradients = decoder.gradients();
     let huge = vec![f32::MAX; targets.len()];
-    let result = decoder.backward(&tokens, &mut workspace, &targets, 1.0, &huge, None, &mut gradients);
+    let result = decoder.backward(tokens, workspace, &targets, 1.0, &huge, None, &mut gradients);
     let Err(Error::NonFinite(found)) = result else { panic!("{result:?}") };
     assert!(found.tensor.starts_with("gradient"), "{found}");
     assert!(gradients.non_finite().is_some());
 }
 
-/// What a run is said to need is what it takes, to within a tenth, and a second step takes no more.
+/// What a run is said to need is what it takes, to within a tenth, and a second step takes no more; checkpointing, which
+/// keeps one layer's activations instead of each layer's, takes what it is said to take.
 #[test]
 fn estimates_are_near_the_truth() {
     let near = |what: &str, estimate: usize, truth: usize| {
@@ -139,6 +147,7 @@ fn estimates_are_near_the_truth() {
     for adapter in [None, Some(&lora)] {
         let mut config = wide();
         config.vocab_size = 2000;
+        config.layers = vec![config.layers[0]; 6];
         let mut decoder = Decoder::random(config.clone(), 1).unwrap();
         adapter.map_or(Ok(()), |lora| decoder.attach_lora(lora, 1)).unwrap();
         decoder.prepare(Precision::F32);
@@ -146,17 +155,20 @@ fn estimates_are_near_the_truth() {
         let targets = targets(&tokens);
         let ones = vec![1.0; targets.len()];
         let mut gradients = decoder.gradients();
-        let mut workspace = Workspace::new();
-        let mut step = || {
-            decoder.forward(&tokens, &mut workspace, true).unwrap();
-            decoder.backward(&tokens, &mut workspace, &targets, 1.0, &ones, None, &mut gradients).unwrap();
-            gradients.finish();
-            workspace.bytes()
-        };
-        let first = step();
-        assert_eq!(step(), first, "the workspace does not grow");
         let estimate = Estimate::new(&config, adapter, Precision::F32, tokens.rows(), 100);
-        near("activations", estimate.activations, first);
+        let mut workspace = Workspace::new();
+        for (checkpointing, expected) in [(false, estimate.activations), (true, estimate.checkpointed_activations)] {
+            workspace.set_checkpointing(checkpointing);
+            let mut step = || {
+                decoder.forward(&tokens, &mut workspace, true).unwrap();
+                decoder.backward(&tokens, &mut workspace, &targets, 1.0, &ones, None, &mut gradients).unwrap();
+                gradients.finish();
+                workspace.bytes()
+            };
+            let first = step();
+            assert_eq!(step(), first, "the workspace does not grow");
+            near("activations", expected, first);
+        }
         near("gradients", estimate.gradients, gradients.bytes());
         near("packed weights", estimate.packed, decoder.packed_bytes());
     }
@@ -175,13 +187,13 @@ fn misuse_is_an_error() {
     assert!(message(decoder.forward(&tokens, &mut workspace, true)).contains("not prepared"));
     decoder.prepare(Precision::F32);
 
-    let mut wrong = posttrain_model::decoder::PackedTokens::new();
+    let mut wrong = PackedTokens::new();
     assert!(message(decoder.forward(&wrong, &mut workspace, true)).contains("empty"));
     assert!(message(wrong.push(&[], None).map(drop)).contains("empty"));
     assert!(message(wrong.push(&[1], Some(0)).map(drop)).contains("cannot continue"));
     wrong.push(&[VOCABULARY as u32], None).unwrap();
     assert!(message(decoder.forward(&wrong, &mut workspace, true)).contains("vocabulary"));
-    let mut long = posttrain_model::decoder::PackedTokens::new();
+    let mut long = PackedTokens::new();
     long.push(&vec![1; config.max_positions + 1], None).unwrap();
     assert!(message(decoder.forward(&long, &mut workspace, true)).contains("context"));
 

@@ -13,18 +13,22 @@ pub struct Estimate {
     pub weights: usize,
     /// Their packed copies.
     pub packed: usize,
-    /// Gradients of the trainable parameters.
+    /// Number of trained parameters.
+    pub trained: usize,
+    /// Their gradients.
     pub gradients: usize,
-    /// AdamW's two moments.
-    pub optimizer: usize,
     /// The workspace of a forward that keeps its activations, and of its backward.
     pub activations: usize,
+    /// The same with activation checkpointing, see [`Workspace::set_checkpointing`](super::Workspace::set_checkpointing).
+    pub checkpointed_activations: usize,
     /// Keys and values of one token of one sequence, in generation.
     pub cache_per_token: usize,
     /// Operations of one token's forward, attention at the given context included.
     pub forward_flops_per_token: f64,
     /// Operations of one token's forward and backward.
     pub training_flops_per_token: f64,
+    /// Operations that activation checkpointing adds to these.
+    pub checkpointing_flops_per_token: f64,
 }
 
 impl Estimate {
@@ -46,16 +50,17 @@ impl Estimate {
         let trained = adapter.unwrap_or(base);
         let low_rank = lora.map_or(0, |lora| lora.r * lora.target_modules.len());
 
-        let mut kept = 2 * d + (q + 2 * kv) + q + config.heads + 2 * mlp + low_rank;
+        let mut kept = d + (q + 2 * kv) + q + config.heads + 2 * mlp + low_rank;
         if config.qk_norm {
             kept += q + kv + config.heads + config.kv_heads;
         }
         if config.sandwich_norms {
             kept += 2 * d;
         }
-        let shared = 4 * d + (q + 2 * kv) + q + 2 * mlp + 2 * d;
-        let logits = chunk_rows(config.vocab_size).min(rows) * config.vocab_size;
-        let activations = 4 * (rows * (layers * kept + shared) + logits);
+        let stream = (layers + 1) * d;
+        let shared = 5 * d + (q + 2 * kv) + q + 2 * mlp + if config.sandwich_norms { d } else { 0 };
+        let logits = chunk_rows(config.vocab_size).min(rows) * (config.vocab_size + 2 * d);
+        let activations = |slots: usize| 4 * (rows * (stream + slots * kept + shared) + logits);
 
         let packed_bytes = match precision {
             Precision::F32 => 4,
@@ -74,17 +79,14 @@ impl Estimate {
             weights: 4 * (base + adapter.unwrap_or(0)),
             packed: packed_bytes * (products + head),
             gradients: 4 * trained,
-            optimizer: 8 * trained,
-            activations,
+            trained,
+            activations: activations(layers),
+            checkpointed_activations: activations(1),
             cache_per_token: 8 * layers * kv,
             forward_flops_per_token: forward,
             training_flops_per_token: training,
+            checkpointing_flops_per_token: 2.0 * (products - layers * mlp * d) as f64 + attention + update,
         }
-    }
-
-    /// Bytes of a training run in total.
-    pub fn training_bytes(&self) -> usize {
-        self.weights + self.packed + self.gradients + self.optimizer + self.activations
     }
 }
 

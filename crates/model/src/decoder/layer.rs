@@ -154,10 +154,9 @@ impl Layer {
         kernels::rms_norm_backward(x, values, self.norm_offset, inverse_rms, dy, dx, d_weight);
     }
 
-    /// Turns the layer's input into attention's operand: `kept.qkv` from `residual`.
-    pub fn forward_qkv(&self, pass: Pass<'_>, residual: &[f32], kept: &mut Activations, scratch: &mut Scratch) {
-        kept.input.copy_from_slice(residual);
-        self.norm(pass, &self.attention_norm, residual, &mut scratch.normed, &mut scratch.inverse_rms);
+    /// Turns the layer's input into attention's operand, `kept.qkv`.
+    pub fn forward_qkv(&self, pass: Pass<'_>, input: &[f32], kept: &mut Activations, scratch: &mut Scratch) {
+        self.norm(pass, &self.attention_norm, input, &mut scratch.normed, &mut scratch.inverse_rms);
         self.qkv.forward(pass.products, &scratch.normed, &mut kept.qkv, &mut kept.low_rank[0], false);
         if let Some(norms) = &self.head_norms {
             let (q, k) = self.head_ranges();
@@ -169,41 +168,82 @@ impl Layer {
         kernels::rope(&mut kept.qkv, self.rotated(), pass.positions, pass.table, false);
     }
 
-    /// Continues from `kept.attention` to the layer's output in `residual`.
-    pub fn forward_rest(&self, pass: Pass<'_>, residual: &mut [f32], kept: &mut Activations, scratch: &mut Scratch) {
-        let low_rank = &mut kept.low_rank;
-        match &self.post_attention_norm {
-            None => self.output.forward(pass.products, &kept.attention, residual, &mut low_rank[1], true),
-            Some(weight) => {
-                let output = &mut kept.attention_output;
-                self.output.forward(pass.products, &kept.attention, output, &mut low_rank[1], false);
-                self.norm(pass, weight, output, &mut scratch.branch, &mut scratch.inverse_rms);
-                kernels::add(residual, &scratch.branch);
-            }
-        }
-        kept.middle.copy_from_slice(residual);
-        self.norm(pass, &self.mlp_norm, residual, &mut scratch.normed, &mut scratch.inverse_rms);
-        self.gate_up.forward(pass.products, &scratch.normed, &mut kept.gate_up, &mut low_rank[2], false);
+    /// Attention over packed sequences: `kept.attention` from `kept.qkv`.
+    pub fn attend(&self, segments: &[Segment], kept: &mut Activations) {
+        kernels::attention(self.shape, segments, &kept.qkv, &mut kept.attention, &mut kept.log_sum_exp);
+    }
+
+    /// Continues from `kept.attention` to the layer's `output`, through `kept.middle` and `kept.gate_up`.
+    pub fn forward_rest(
+        &self,
+        pass: Pass<'_>,
+        input: &[f32],
+        output: &mut [f32],
+        kept: &mut Activations,
+        scratch: &mut Scratch,
+    ) {
+        self.forward_middle(pass, input, kept, scratch);
         kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
+        output.copy_from_slice(&kept.middle);
+        let low_rank = &mut kept.low_rank[3];
         match &self.post_mlp_norm {
-            None => self.down.forward(pass.products, &scratch.gated, residual, &mut low_rank[3], true),
+            None => self.down.forward(pass.products, &scratch.gated, output, low_rank, true),
             Some(weight) => {
-                let output = &mut kept.mlp_output;
-                self.down.forward(pass.products, &scratch.gated, output, &mut low_rank[3], false);
-                self.norm(pass, weight, output, &mut scratch.branch, &mut scratch.inverse_rms);
-                kernels::add(residual, &scratch.branch);
+                self.down.forward(pass.products, &scratch.gated, &mut kept.mlp_output, low_rank, false);
+                self.norm(pass, weight, &kept.mlp_output, &mut scratch.branch, &mut scratch.inverse_rms);
+                kernels::add(output, &scratch.branch);
             }
         }
     }
 
+    /// From `kept.attention` to the input of the activation, `kept.gate_up`.
+    fn forward_middle(&self, pass: Pass<'_>, input: &[f32], kept: &mut Activations, scratch: &mut Scratch) {
+        let Activations { attention, attention_output, middle, gate_up, low_rank, .. } = kept;
+        middle.copy_from_slice(input);
+        match &self.post_attention_norm {
+            None => self.output.forward(pass.products, attention, middle, &mut low_rank[1], true),
+            Some(weight) => {
+                self.output.forward(pass.products, attention, attention_output, &mut low_rank[1], false);
+                self.norm(pass, weight, attention_output, &mut scratch.branch, &mut scratch.inverse_rms);
+                kernels::add(middle, &scratch.branch);
+            }
+        }
+        self.norm(pass, &self.mlp_norm, middle, &mut scratch.normed, &mut scratch.inverse_rms);
+        self.gate_up.forward(pass.products, &scratch.normed, gate_up, &mut low_rank[2], false);
+    }
+
+    /// Computes the activations again from the layer's input, with the bits of the first time. The layer's output is at
+    /// hand, as the next layer's input, so its last product is left out where nothing else needs it.
+    pub fn recompute(
+        &self,
+        pass: Pass<'_>,
+        segments: &[Segment],
+        input: &[f32],
+        kept: &mut Activations,
+        scratch: &mut Scratch,
+    ) {
+        self.forward_qkv(pass, input, kept, scratch);
+        self.attend(segments, kept);
+        self.forward_middle(pass, input, kept, scratch);
+        let low_rank = &mut kept.low_rank[3];
+        if self.post_mlp_norm.is_some() {
+            kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
+            self.down.forward(pass.products, &scratch.gated, &mut kept.mlp_output, low_rank, false);
+        } else if !low_rank.is_empty() {
+            kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
+            self.down.forward_low_rank(pass.products, &scratch.gated, low_rank);
+        }
+    }
+
     /// The gradient of the whole layer: `d_residual` goes in as the gradient of its output and comes out as that of its
-    /// input. `kept.gate_up` is used up. Without `input_gradient` the last step, which only a lower layer or the embedding
+    /// `input`. `kept.gate_up` is used up. Without `input_gradient` the last step, which only a lower layer or the embedding
     /// would read, is left out.
     #[allow(clippy::too_many_arguments, reason = "one pass over everything the layer kept")]
     pub fn backward(
         &self,
         pass: Pass<'_>,
         segments: &[Segment],
+        input: &[f32],
         d_residual: &mut [f32],
         kept: &mut Activations,
         scratch: &mut Scratch,
@@ -271,19 +311,19 @@ impl Layer {
                 kernels::head_norm_backward(range, input, inverse_rms, weight, self.norm_offset, d_qkv, d_weight);
             }
         }
-        self.norm(pass, &self.attention_norm, &kept.input, normed, inverse_rms);
+        self.norm(pass, &self.attention_norm, input, normed, inverse_rms);
         let d_input = input_gradient.then_some(&mut d_normed[..]);
         self.qkv.backward(products, normed, d_qkv, d_input, &low_rank[0], d_low_rank, gradients);
         if input_gradient {
-            self.norm_backward(pass, &self.attention_norm, &kept.input, inverse_rms, d_normed, d_residual, gradients);
+            self.norm_backward(pass, &self.attention_norm, input, inverse_rms, d_normed, d_residual, gradients);
         }
     }
 
     /// Names the first tensor of the layer's forward that holds a non-finite value, given that its output does.
-    pub fn blame(&self, kept: &Activations, output: &[f32]) -> Option<NonFinite> {
+    pub fn blame(&self, input: &[f32], kept: &Activations, output: &[f32]) -> Option<NonFinite> {
         let d = self.output.outputs;
         let find = |name, rows, width| NonFinite::find(Some(self.index), name, rows, width);
-        find("layer input", &kept.input, d)
+        find("layer input", input, d)
             .or_else(|| find("queries, keys and values", &kept.qkv, self.qkv.outputs))
             .or_else(|| find("attention output", &kept.attention, self.output.inputs))
             .or_else(|| find("residual stream after attention", &kept.middle, d))

@@ -125,16 +125,14 @@ impl Linear {
     /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, or `y +=` without a bias. `low_rank` receives `scale · x Aᵀ`.
     pub fn forward(&self, products: Products<'_>, x: &[f32], y: &mut [f32], low_rank: &mut [f32], accumulate: bool) {
         let rows = x.len() / self.inputs;
-        let x = Matrix::new(x, rows, self.inputs);
-        prepared(&self.packed).matmul(x, MatrixMut::new(y, rows, self.outputs), accumulate);
+        let y_rows = MatrixMut::new(y, rows, self.outputs);
+        prepared(&self.packed).matmul(Matrix::new(x, rows, self.inputs), y_rows, accumulate);
         if let Some(bias) = &self.bias {
             kernels::add_bias(y, &products.base[bias.clone()]);
         }
         if let (Some(adapter), true) = (&self.adapter, products.adapter.is_some()) {
+            self.forward_low_rank(products, x, low_rank);
             let width = adapter.width();
-            let low_rank = &mut low_rank[..rows * width];
-            prepared(&adapter.packed_a).matmul(x, MatrixMut::new(low_rank, rows, width), false);
-            kernels::scale(low_rank, adapter.scale);
             for (index, part) in adapter.parts.iter().enumerate() {
                 let low_rank =
                     Matrix::new(&low_rank[index * adapter.rank..], rows, adapter.rank).with_row_stride(width);
@@ -142,6 +140,17 @@ impl Linear {
                     .with_row_stride(self.outputs);
                 prepared(&part.packed_b).matmul(low_rank, y, true);
             }
+        }
+    }
+
+    /// The part of [`Linear::forward`] that its gradient needs: `low_rank` receives `scale · x Aᵀ`.
+    pub fn forward_low_rank(&self, products: Products<'_>, x: &[f32], low_rank: &mut [f32]) {
+        if let (Some(adapter), true) = (&self.adapter, products.adapter.is_some()) {
+            let rows = x.len() / self.inputs;
+            let low_rank = &mut low_rank[..rows * adapter.width()];
+            let product = MatrixMut::new(low_rank, rows, adapter.width());
+            prepared(&adapter.packed_a).matmul(Matrix::new(x, rows, self.inputs), product, false);
+            kernels::scale(low_rank, adapter.scale);
         }
     }
 

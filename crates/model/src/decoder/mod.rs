@@ -33,7 +33,7 @@ use head::Head;
 use layer::{Layer, Pass};
 use linear::Products;
 use parameters::{EMBEDDING, Layout};
-use workspace::Activations;
+use workspace::{Activations, Kept};
 
 pub use decode::{DecodeRow, KvCache, Prefill, SequenceCache};
 pub use estimate::Estimate;
@@ -347,9 +347,7 @@ impl Decoder {
     pub fn forward(&self, tokens: &PackedTokens, workspace: &mut Workspace, keep: bool) -> Result<()> {
         tokens.check(self.config.vocab_size, self.config.max_positions)?;
         workspace.positions = tokens.positions();
-        self.run(tokens.ids(), workspace, keep, |layer, kept| {
-            kernels::attention(layer.shape, tokens.segments(), &kept.qkv, &mut kept.attention, &mut kept.log_sum_exp);
-        })
+        self.run(tokens.ids(), workspace, keep, |layer, kept| layer.attend(tokens.segments(), kept))
     }
 
     /// The stack over rows at `workspace.positions`; `attend` turns a layer's queries, keys and values into its attention.
@@ -366,32 +364,33 @@ impl Decoder {
         }
         let d = self.config.hidden_size;
         workspace.fit(&self.config, ids.len(), self.low_rank(), keep);
-        let Workspace { positions, residual, layers: kept_layers, scratch, .. } = workspace;
+        let keeps = workspace.kept;
+        let Workspace { positions, stream, layers: kept_layers, scratch, .. } = workspace;
         let embedding = &self.base[self.embedding.clone()];
-        for (row, &id) in residual.chunks_exact_mut(d).zip(ids) {
+        for (row, &id) in stream[0].chunks_exact_mut(d).zip(ids) {
             row.copy_from_slice(&embedding[id as usize * d..][..d]);
         }
         if self.config.embedding_scale != 1.0 {
-            kernels::scale(residual, self.config.embedding_scale);
+            kernels::scale(&mut stream[0], self.config.embedding_scale);
         }
         for layer in &self.layers {
-            let kept = &mut kept_layers[if keep { layer.index } else { 0 }];
+            let around = [keeps.input(layer.index), keeps.input(layer.index + 1)];
+            let [input, output] = stream.get_disjoint_mut(around).expect("a layer's input and output are two entries");
+            let kept = &mut kept_layers[keeps.activations(layer.index)];
             let pass = Pass { products: self.products(precision), positions, table: &self.tables[layer.rope] };
-            layer.forward_qkv(pass, residual, kept, scratch);
+            layer.forward_qkv(pass, input, kept, scratch);
             attend(layer, kept);
-            layer.forward_rest(pass, residual, kept, scratch);
-            if kernels::finite(residual).is_some()
-                && let Some(found) = layer.blame(kept, residual)
+            layer.forward_rest(pass, input, output, kept, scratch);
+            if kernels::finite(output).is_some()
+                && let Some(found) = layer.blame(input, kept, output)
             {
                 return Err(found.into());
             }
         }
         let norm = &self.base[self.final_norm.clone()];
         let (offset, eps) = (self.config.norm_weight_offset, self.config.eps);
-        kernels::rms_norm(residual, norm, offset, eps, &mut workspace.hidden, &mut workspace.final_inverse_rms);
-        if keep {
-            workspace.final_input.copy_from_slice(residual);
-        }
+        let input = &stream[keeps.input(self.layers.len())];
+        kernels::rms_norm(input, norm, offset, eps, &mut workspace.hidden, &mut workspace.final_inverse_rms);
         NonFinite::find(None, "final hidden state", &workspace.hidden, d).map_or(Ok(()), |found| Err(found.into()))
     }
 
@@ -478,7 +477,7 @@ impl Decoder {
     ) -> Result<()> {
         let precision = self.ready()?;
         let d = self.config.hidden_size;
-        if !workspace.kept || workspace.rows != tokens.rows() {
+        if workspace.kept == Kept::Nothing || workspace.rows != tokens.rows() {
             return Err(Error::Invalid(
                 "backward needs a forward over the same tokens that kept its activations".into(),
             ));
@@ -487,22 +486,25 @@ impl Decoder {
             return Err(Error::Invalid("backward trains the adapter, which is switched off".into()));
         }
         // What the layers kept is about to be overwritten.
-        workspace.kept = false;
+        let keeps = std::mem::take(&mut workspace.kept);
         workspace.fit_backward(&self.config, self.low_rank());
         let products = self.products(precision);
-        let Workspace {
-            positions, residual: d_residual, layers: kept, scratch, final_input, final_inverse_rms, ..
-        } = workspace;
+        let Workspace { positions, stream, layers: kept_layers, scratch, d_residual, final_inverse_rms, .. } =
+            workspace;
         d_residual.fill(0.0);
         let norm = &self.base[self.final_norm.clone()];
         let d_norm = products.trains_base().then(|| gradients.range_mut(&self.final_norm));
         let offset = self.config.norm_weight_offset;
+        let final_input = &stream[self.layers.len()];
         kernels::rms_norm_backward(final_input, norm, offset, final_inverse_rms, d_hidden, d_residual, d_norm);
         for layer in self.layers.iter().rev() {
             let pass = Pass { products, positions, table: &self.tables[layer.rope] };
-            let kept = &mut kept[layer.index];
+            let (input, kept) = (&stream[layer.index], &mut kept_layers[keeps.activations(layer.index)]);
+            if keeps == Kept::Stream {
+                layer.recompute(pass, tokens.segments(), input, kept, scratch);
+            }
             let input_gradient = layer.index > 0 || products.trains_base();
-            layer.backward(pass, tokens.segments(), d_residual, kept, scratch, input_gradient, gradients);
+            layer.backward(pass, tokens.segments(), input, d_residual, kept, scratch, input_gradient, gradients);
             let tensor = "gradient of the layer input";
             if let Some(found) = NonFinite::find(Some(layer.index), tensor, d_residual, d) {
                 return Err(found.into());
