@@ -6,7 +6,10 @@ use kernels::{Matrix, MatrixMut, PackedMatrix};
 use model::ModelConfig;
 use model::decoder::Estimate;
 
+use train::options::{GradientCheckpointing, TrainingOptions};
+
 use crate::config::Config;
+use crate::corpus::Corpus;
 use crate::report::{bytes, duration};
 
 /// Sizes that only the data know.
@@ -22,14 +25,123 @@ pub struct Workload {
     pub longest: usize,
 }
 
+impl Workload {
+    /// The sizes of a corpus.
+    pub fn of(corpus: &Corpus) -> Self {
+        let prompts = corpus.prompts.iter().map(|prompt| prompt.ids.len());
+        let lengths: Vec<usize> = prompts.chain(corpus.examples.iter().map(|example| example.ids.len())).collect();
+        Self {
+            train_rows: corpus.examples.len().max(corpus.prompts.len()),
+            test_rows: corpus.test.len(),
+            row_tokens: lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64,
+            longest: lengths.iter().copied().max().unwrap_or(1),
+        }
+    }
+}
+
+/// What a run needs in memory.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// Bytes by purpose.
+    pub items: Vec<(&'static str, usize)>,
+    /// Whether stages that leave it open checkpoint their activations.
+    pub checkpointing: bool,
+}
+
+impl Memory {
+    /// The memory of `config`. Stages that leave activation checkpointing open use it where the run would not fit into
+    /// `available` bytes otherwise.
+    pub fn new(config: &Config, model: &ModelConfig, work: Workload, available: Option<u64>) -> Self {
+        let kept = Self::with(config, model, work, false);
+        let open = config.trainings().any(|training| training.gradient_checkpointing == GradientCheckpointing::Auto);
+        match open && available.is_some_and(|available| available < kept.total()) {
+            true => Self::with(config, model, work, true),
+            false => kept,
+        }
+    }
+
+    fn with(config: &Config, model: &ModelConfig, work: Workload, checkpointing: bool) -> Self {
+        let precision = config.model.precision.into();
+        let estimate = |rows: usize| Estimate::new(model, config.lora.as_ref(), precision, rows, work.longest);
+        let (mut optimizer, mut activations, mut cache, mut reference) = (0, 0, 0, 0);
+        let mut stage = |training: &TrainingOptions, rows: usize| {
+            let here = estimate(rows);
+            let needed = match checkpoints(training, checkpointing) {
+                true => here.checkpointed_activations,
+                false => here.activations,
+            };
+            activations = activations.max(needed);
+            optimizer = optimizer.max(8 * here.trained);
+        };
+        let one = estimate(1);
+        // A batch is cut into pieces of so many tokens, but never within an example or a group.
+        if let Some(sft) = &config.sft {
+            let tokens = sft.training.micro_batch_tokens.min(sft.batch_size * work.longest);
+            stage(&sft.training, tokens.max(work.longest));
+        }
+        if let Some(grpo) = &config.grpo {
+            let group = work.longest + grpo.num_generations * grpo.sampling.max_new_tokens;
+            stage(&grpo.training, grpo.training.micro_batch_tokens.min(grpo.prompts_per_step * group).max(group));
+            if grpo.objective.needs_reference() && config.lora.is_none() {
+                reference = one.weights + one.packed;
+            }
+            let slots = grpo.decode_batch_size.min(grpo.prompts_per_step * grpo.num_generations);
+            cache = slots * (work.longest + grpo.sampling.max_new_tokens) * one.cache_per_token;
+        }
+        if config.has_evaluation() {
+            let slots = config.evaluation.batch_size.min(work.test_rows);
+            let tokens = work.longest + config.evaluation.sampling.max_new_tokens;
+            cache = cache.max(slots * tokens * one.cache_per_token);
+        }
+        let items = vec![
+            ("weights", one.weights),
+            ("packed weights", one.packed),
+            ("gradients", one.gradients),
+            ("optimiser", optimizer),
+            ("activations", activations),
+            ("key-value cache", cache),
+            ("reference model", reference),
+        ];
+        Self { items: items.into_iter().filter(|(_, bytes)| *bytes > 0).collect(), checkpointing }
+    }
+
+    /// Bytes in all.
+    pub fn total(&self) -> u64 {
+        self.items.iter().map(|(_, bytes)| *bytes as u64).sum()
+    }
+
+    /// Decides on activation checkpointing for the stages that leave it open.
+    pub fn settle(&self, config: &mut Config) {
+        for training in config.trainings_mut() {
+            training.gradient_checkpointing = match checkpoints(training, self.checkpointing) {
+                true => GradientCheckpointing::On,
+                false => GradientCheckpointing::Off,
+            };
+        }
+    }
+}
+
+/// Whether a stage checkpoints its activations, if `open` is what happens where it leaves this open.
+fn checkpoints(training: &TrainingOptions, open: bool) -> bool {
+    match training.gradient_checkpointing {
+        GradientCheckpointing::Auto => open,
+        GradientCheckpointing::On => true,
+        GradientCheckpointing::Off => false,
+    }
+}
+
 /// Memory and time, item by item.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Bytes by purpose.
-    pub memory: Vec<(&'static str, usize)>,
+    /// What the run needs in memory.
+    pub memory: Memory,
     /// Seconds by part of the run.
     pub time: Vec<(String, f64)>,
 }
+
+/// What is said where activation checkpointing was decided on.
+pub const CHECKPOINTING: &str =
+    "activations are computed again in backward, since keeping them would need more memory than is available";
 
 /// Share of the measured matrix rate that a whole training step reaches.
 const TRAINING_EFFICIENCY: f64 = 0.75;
@@ -39,84 +151,58 @@ const DECODING_EFFICIENCY: f64 = 0.5;
 const COMPLETION_SHARE: f64 = 0.5;
 
 impl Plan {
-    /// Estimates the run of `config` on this machine.
-    pub fn new(config: &Config, model: &ModelConfig, work: Workload) -> Self {
+    /// Estimates the run of `config` on this machine, of whose memory so many bytes are `available`.
+    pub fn new(config: &Config, model: &ModelConfig, work: Workload, available: Option<u64>) -> Self {
         let precision = config.model.precision.into();
         let rate = matrix_rate(precision, model.hidden_size.max(256), model.intermediate_size.max(512));
-        let estimate =
-            |rows: usize, context: usize| Estimate::new(model, config.lora.as_ref(), precision, rows, context);
+        let memory = Memory::new(config, model, work, available);
+        let estimate = |context: f64| Estimate::new(model, config.lora.as_ref(), precision, 1, context as usize);
         let completion = |sampling: &rollout::SamplingOptions| sampling.max_new_tokens as f64 * COMPLETION_SHARE;
+        let training = |here: &Estimate, options: &TrainingOptions| match checkpoints(options, memory.checkpointing) {
+            true => here.training_flops_per_token + here.checkpointing_flops_per_token,
+            false => here.training_flops_per_token,
+        };
 
-        let mut largest = estimate(1, work.longest);
-        let (mut cache, mut reference) = (0, 0);
         let mut time = Vec::new();
         if config.has_evaluation() {
             let tokens = completion(&config.evaluation.sampling);
-            let context = work.row_tokens + tokens;
-            let one = estimate(1, context as usize);
+            let one = estimate(work.row_tokens + tokens);
             let flops = work.test_rows as f64 * (work.row_tokens + tokens) * one.forward_flops_per_token;
             time.push(("evaluations, before and after".to_owned(), 2.0 * flops / (rate * DECODING_EFFICIENCY)));
-            let slots = config.evaluation.batch_size.min(work.test_rows);
-            cache = slots * (work.longest + config.evaluation.sampling.max_new_tokens) * one.cache_per_token;
         }
         if let Some(sft) = &config.sft {
-            let here = estimate(sft.training.micro_batch_tokens, work.longest);
+            let here = estimate(work.longest as f64);
             let steps = sft.training.steps(work.train_rows, sft.batch_size) as f64;
             let tokens = steps * sft.batch_size as f64 * work.row_tokens;
-            time.push((
-                format!("sft, {steps} steps"),
-                tokens * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY),
-            ));
-            if here.activations > largest.activations {
-                largest = here;
-            }
+            let flops = tokens * training(&here, &sft.training);
+            time.push((format!("sft, {steps} steps"), flops / (rate * TRAINING_EFFICIENCY)));
         }
         if let Some(grpo) = &config.grpo {
             let tokens = completion(&grpo.sampling);
-            let here = estimate(grpo.training.micro_batch_tokens, (work.row_tokens + tokens) as usize);
+            let here = estimate(work.row_tokens + tokens);
             let steps = grpo.training.steps(work.train_rows, grpo.prompts_per_step) as f64;
             // A prompt is computed once for all its completions, in sampling and in training.
             let prompts = grpo.prompts_per_step as f64;
             let packed = prompts * (work.row_tokens + grpo.num_generations as f64 * tokens);
             let decode = packed * here.forward_flops_per_token / (rate * DECODING_EFFICIENCY);
-            let passes =
-                packed * grpo.num_iterations as f64 * here.training_flops_per_token / (rate * TRAINING_EFFICIENCY);
-            let mut step = decode + passes;
+            let mut passes = packed * grpo.num_iterations as f64 * training(&here, &grpo.training);
             if grpo.objective.needs_reference() {
-                step += packed * here.forward_flops_per_token / (rate * TRAINING_EFFICIENCY);
-                if config.lora.is_none() {
-                    reference = here.weights + here.packed;
-                }
+                passes += packed * here.forward_flops_per_token;
             }
-            time.push((format!("grpo, {steps} steps"), steps * step));
-            if here.activations > largest.activations {
-                largest = here;
-            }
-            let slots = grpo.decode_batch_size.min(grpo.prompts_per_step * grpo.num_generations);
-            cache = cache.max(slots * (work.longest + grpo.sampling.max_new_tokens) * here.cache_per_token);
+            time.push((format!("grpo, {steps} steps"), steps * (decode + passes / (rate * TRAINING_EFFICIENCY))));
         }
-        let memory = vec![
-            ("weights", largest.weights),
-            ("packed weights", largest.packed),
-            ("gradients", largest.gradients),
-            ("optimiser", largest.optimizer),
-            ("activations", largest.activations),
-            ("key-value cache", cache),
-            ("reference model", reference),
-        ];
-        Self { memory: memory.into_iter().filter(|(_, bytes)| *bytes > 0).collect(), time }
-    }
-
-    /// Bytes in all.
-    pub fn total_memory(&self) -> u64 {
-        self.memory.iter().map(|(_, bytes)| *bytes as u64).sum()
+        Self { memory, time }
     }
 
     /// The estimate for people.
     pub fn render(&self) -> String {
-        let mut text = format!("estimated memory: {}\n", bytes(self.total_memory()));
-        for (what, size) in &self.memory {
+        let mut text = format!("estimated memory: {}\n", bytes(self.memory.total()));
+        for (what, size) in &self.memory.items {
             text += &format!("  {what:16} {:>9}\n", bytes(*size as u64));
+        }
+        if self.memory.checkpointing {
+            text += CHECKPOINTING;
+            text.push('\n');
         }
         let total: f64 = self.time.iter().map(|(_, seconds)| seconds).sum();
         text += &format!("estimated time: {} (answers half as long as allowed)\n", duration(total));
@@ -143,4 +229,54 @@ fn matrix_rate(precision: kernels::Precision, inner: usize, outer: usize) -> f64
         times += 1;
     }
     (times * 2 * ROWS * inner * outer) as f64 / started.elapsed().as_secs_f64()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use model::config::Family;
+    use train::methods::grpo::GrpoOptions;
+    use train::methods::sft::SftOptions;
+
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_checkpointed_unless_the_recipe_says_otherwise() {
+        let mut model = ModelConfig::tiny(Family::Llama, 259);
+        model.layers = vec![model.layers[0]; 12];
+        let work = Workload { train_rows: 100, test_rows: 0, row_tokens: 30.0, longest: 50 };
+        let mut config =
+            Config { sft: Some(SftOptions::default()), grpo: Some(GrpoOptions::default()), ..Config::default() };
+        let memory = |config: &Config, available| Memory::new(config, &model, work, available);
+        let settled = |config: &Config, available| {
+            let mut settled = config.clone();
+            memory(config, available).settle(&mut settled);
+            settled.trainings().map(|training| training.gradient_checkpointing).collect::<Vec<_>>()
+        };
+        use GradientCheckpointing::{Off, On};
+        let kept = memory(&config, None);
+        assert!(!kept.checkpointing);
+        assert_eq!(settled(&config, None), [Off, Off]);
+        let (enough, too_little) = (Some(kept.total()), Some(kept.total() - 1));
+        assert_eq!(settled(&config, enough), [Off, Off]);
+        assert_eq!(settled(&config, too_little), [On, On]);
+        let checkpointed = memory(&config, too_little);
+        let activations = |memory: &Memory| memory.items.iter().find(|(what, _)| *what == "activations").unwrap().1;
+        assert!(checkpointed.checkpointing && activations(&checkpointed) < activations(&kept) / 2);
+
+        config.sft.as_mut().unwrap().training.gradient_checkpointing = Off;
+        assert_eq!(settled(&config, too_little), [Off, On]);
+        config.grpo.as_mut().unwrap().training.gradient_checkpointing = On;
+        assert_eq!(settled(&config, enough), [Off, On]);
+        assert!(!memory(&config, Some(0)).checkpointing, "nothing is left to decide");
+    }
+
+    #[test]
+    fn the_plan_says_that_it_checkpoints() {
+        let model = ModelConfig::tiny(Family::Llama, 259);
+        let work = Workload { train_rows: 100, test_rows: 0, row_tokens: 30.0, longest: 50 };
+        let config = Config { sft: Some(SftOptions::default()), ..Config::default() };
+        let says = |available| Plan::new(&config, &model, work, available).render().contains(CHECKPOINTING);
+        assert!(says(Some(0)) && !says(None));
+    }
 }

@@ -33,7 +33,7 @@ use crate::method::{Method, Report, Step};
 use crate::metrics::Metrics;
 use crate::observer::{Event, Observer};
 use crate::optimizer::Optimizer;
-use crate::options::RunOptions;
+use crate::options::{GradientCheckpointing, RunOptions};
 use crate::summary::Summary;
 use crate::tensorboard;
 use crate::timing::{Clock, Phase, StepTiming};
@@ -310,6 +310,7 @@ impl<'a> Session<'a> {
             })?;
         }
         let mut gradients = self.run.decoder.gradients();
+        self.workspace.set_checkpointing(method.training().gradient_checkpointing == GradientCheckpointing::On);
         while self.state.stage_step < steps {
             let number = self.state.global_step + 1;
             let learning_rate = schedule.learning_rate(self.state.stage_step);

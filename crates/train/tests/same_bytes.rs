@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use base::files::{self, Manifest};
 use common::{Setup, assert_same, metrics, on_threads};
 use kernels::Precision;
+use model::config::Family;
 use posttrain_train as train;
+use train::options::GradientCheckpointing;
 use train::{Error, Event, Observer, Outcome};
 
 /// The cuts that must not matter: pieces of a batch, sequences decoded at once, threads.
@@ -47,6 +49,27 @@ fn cuts_and_threads_do_not_matter_in_bf16() {
 #[test]
 fn cuts_and_threads_do_not_matter_with_an_adapter() {
     check_cuts(&Setup { precision: Precision::Bf16, lora: true, ..Setup::short() });
+}
+
+#[test]
+fn activation_checkpointing_does_not_matter() {
+    // Gemma 3 has norms after its sublayers too; the stages differ in what they keep.
+    let f32 = Setup { family: Family::Gemma3, ..Setup::short() };
+    let adapter = Setup { precision: Precision::Bf16, lora: true, ..Setup::short() };
+    for (name, setup) in [("f32", f32), ("bf16 with an adapter", adapter)] {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = folder.path().join("kept");
+        setup.finish(&kept);
+        for (sft, grpo) in [(true, true), (false, true)] {
+            let choice = |on| if on { GradientCheckpointing::On } else { GradientCheckpointing::Off };
+            let mut other = setup.clone();
+            other.sft.as_mut().unwrap().training.gradient_checkpointing = choice(sft);
+            other.grpo.as_mut().unwrap().training.gradient_checkpointing = choice(grpo);
+            let path = folder.path().join(format!("{sft}-{grpo}"));
+            other.finish(&path);
+            assert_same(&kept, &path, &format!("{name}: sft {sft}, grpo {grpo}"));
+        }
+    }
 }
 
 /// Asks the run to stop during a step.

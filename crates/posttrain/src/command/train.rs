@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::measure::Measurer;
 use crate::opened::Opener;
-use crate::plan::{Plan, Workload};
+use crate::plan::{self, Memory, Plan, Workload};
 use crate::report::{assemble, bytes, duration};
 use crate::terminal::{Terminal, print};
 use crate::watch::Watcher;
@@ -73,27 +73,15 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
         context: model.config.max_positions,
     };
     let corpus = Corpus::for_training(config, language, opener.terminal)?;
-    let lengths = || {
-        corpus
-            .prompts
-            .iter()
-            .map(|prompt| prompt.ids.len())
-            .chain(corpus.examples.iter().map(|example| example.ids.len()))
-    };
-    let rows = lengths().count();
-    let work = Workload {
-        train_rows: corpus.examples.len().max(corpus.prompts.len()),
-        test_rows: corpus.test.len(),
-        row_tokens: lengths().sum::<usize>() as f64 / rows.max(1) as f64,
-        longest: lengths().max().unwrap_or(1),
-    };
-    let plan = Plan::new(config, &model.config, work);
+    let work = Workload::of(&corpus);
+    let available = super::doctor::available_memory();
+    let plan = Plan::new(config, &model.config, work, available);
     let terminal = opener.terminal;
     terminal.note(format!("\nmodel: {}, {} parameters", config.model.name, model.config.parameter_count()));
     terminal.note(format!("configuration: {}", config.hash()?));
     terminal.note(format!("rows: {} to train on, {} held out", work.train_rows, work.test_rows));
     terminal.note(plan.render().trim_end());
-    if let Some(available) = super::doctor::available_memory().filter(|available| *available < plan.total_memory()) {
+    if let Some(available) = available.filter(|available| *available < plan.memory.total()) {
         terminal.note(format!(
             "only {} of memory are available: lower micro_batch_tokens, or add [lora]",
             bytes(available)
@@ -102,8 +90,11 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     Ok(())
 }
 
-fn run(config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<(), Failure> {
+fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<(), Failure> {
     let terminal = opener.terminal;
+    // Where the run lies is not part of what it computes; its own folder must not make its files differ.
+    let recorded = Config { output_dir: None, ..config.clone() }.to_toml()?;
+    let available = super::doctor::available_memory();
     let directory = Directory::new(output);
     if begin == Begin::Fresh && directory.holds_a_run() {
         return Err(train::Error::Exists { folder: output.to_owned() }.into());
@@ -126,6 +117,11 @@ fn run(config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<()
         kernels::Isa::current(),
         rayon::current_num_threads()
     ));
+    let memory = Memory::new(&config, model.decoder.config(), Workload::of(&corpus), available);
+    if memory.checkpointing {
+        terminal.note(plan::CHECKPOINTING);
+    }
+    memory.settle(&mut config);
 
     let mut stages: Vec<Box<dyn Method>> = Vec::new();
     if let Some(sft) = &config.sft {
@@ -141,8 +137,6 @@ fn run(config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<()
     };
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);
-    // Where the run lies is not part of what it computes; its own folder must not make its files differ.
-    let recorded = Config { output_dir: None, ..config.clone() };
     let run = Run {
         directory: output,
         options: config.run.clone(),
@@ -158,7 +152,7 @@ fn run(config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<()
         provenance: Provenance {
             program: concat!("posttrain ", env!("CARGO_PKG_VERSION")).to_owned(),
             command: "posttrain train config.toml --output again".to_owned(),
-            config: recorded.to_toml()?,
+            config: recorded,
             base_model: config.model.name.clone(),
             base_model_sha256: Some(model.sha256),
             data: corpus.sources,

@@ -82,15 +82,15 @@ impl<'a> Schema<'a> {
         Some(variants.iter().map(move |variant| self.at(variant)))
     }
 
-    /// The words allowed, where the value is one of a fixed set.
-    pub fn words(self) -> Option<Vec<&'a str>> {
-        if let Some(word) = self.here["const"].as_str() {
+    /// The words, or words and truth values, allowed where the value is one of a fixed set.
+    pub fn choices(self) -> Option<Vec<&'a Value>> {
+        if let Some(word) = self.here.get("const") {
             return Some(vec![word]);
         }
-        if let Some(words) = self.here["enum"].as_array() {
-            return words.iter().map(Value::as_str).collect();
+        if let Some(choices) = self.here["enum"].as_array() {
+            return Some(choices.iter().collect());
         }
-        let nested: Option<Vec<Vec<&str>>> = self.variants()?.map(Self::words).collect();
+        let nested: Option<Vec<Vec<&Value>>> = self.variants()?.map(Self::choices).collect();
         Some(nested?.concat())
     }
 
@@ -101,12 +101,12 @@ impl<'a> Schema<'a> {
 
     /// The type in words: `an integer`, `one of a, b, c`, `an array of strings`.
     pub fn type_name(self) -> String {
-        if let Some(words) = self.words() {
-            return match words.as_slice() {
-                [word] => format!("`{word}`"),
-                words => {
-                    format!("one of {}", words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "))
-                }
+        if let Some(choices) = self.choices() {
+            let choices: Vec<String> =
+                choices.iter().map(|choice| format!("`{}`", choice.as_str().unwrap_or(&choice.to_string()))).collect();
+            return match choices.as_slice() {
+                [word] => word.clone(),
+                choices => format!("one of {}", choices.join(", ")),
             };
         }
         let types: Vec<String> = self.types().into_iter().map(|name| self.describe(name)).collect();
@@ -161,8 +161,8 @@ impl<'a> Schema<'a> {
     }
 
     fn accepts_leaf(self, leaf: &Value) -> bool {
-        if let Some(words) = self.words() {
-            return leaf.as_str().is_some_and(|leaf| words.contains(&leaf));
+        if let Some(choices) = self.choices() {
+            return choices.contains(&leaf);
         }
         let of_type = self.types().into_iter().any(|name| match name {
             "string" => leaf.is_string(),
@@ -264,8 +264,10 @@ fn variant<'a>(node: &Node, schema: Schema<'a>, path: &str) -> Result<Option<Sch
 
 fn wrong_type(node: &Node, schema: Schema<'_>, path: &str) -> Failure {
     let failure = Failure::new(format!("`{path}`: expected {}, got {}", schema.type_name(), shown(node)));
-    let failure = match (&node.kind, schema.words()) {
-        (Kind::Leaf(Value::String(text)), Some(words)) => did_you_mean(failure, text, words),
+    let failure = match (&node.kind, schema.choices()) {
+        (Kind::Leaf(Value::String(text)), Some(choices)) => {
+            did_you_mean(failure, text, choices.into_iter().filter_map(Value::as_str))
+        }
         _ => failure.hint(format!("`posttrain config explain {}` describes it", without_indices(path))),
     };
     locate(failure, node, false, "wrong value")

@@ -17,7 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::grpo::GrpoOptions;
 use train::methods::sft::SftOptions;
-use train::options::RunOptions;
+use train::options::{RunOptions, TrainingOptions};
 
 use crate::failure::Failure;
 use load::{Layers, blame, convert, to_toml};
@@ -213,6 +213,16 @@ impl Config {
         let text = serde_json::to_string(&canonical)
             .map_err(|error| Failure::new(format!("cannot hash the configuration: {error}")))?;
         Ok(base::files::sha256_of(text.as_bytes()))
+    }
+
+    /// How the stages train, in order.
+    pub fn trainings(&self) -> impl Iterator<Item = &TrainingOptions> {
+        self.sft.iter().map(|sft| &sft.training).chain(self.grpo.iter().map(|grpo| &grpo.training))
+    }
+
+    /// The same, to be changed.
+    pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
+        self.sft.iter_mut().map(|sft| &mut sft.training).chain(self.grpo.iter_mut().map(|grpo| &mut grpo.training))
     }
 
     /// The names of the stages, in order.
