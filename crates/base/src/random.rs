@@ -23,6 +23,8 @@ pub enum Purpose {
     Noise = 6,
     /// Test data.
     Test = 7,
+    /// Which way the optimiser's state is rounded.
+    Rounding = 8,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.
@@ -58,6 +60,8 @@ impl Random {
     }
 
     /// The draw at `position`.
+    // Inlined even into kernels that are compiled for other instruction sets than this crate.
+    #[inline(always)]
     pub fn at(&self, position: u32) -> Draw {
         let [step, prompt, sample] = self.counter;
         Draw(philox4x32_10([position, sample, prompt, step], self.key))
@@ -116,6 +120,7 @@ fn split_mix(x: u64) -> u64 {
 }
 
 /// Philox4x32 with ten rounds.
+#[inline(always)]
 fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xd251_1f53;

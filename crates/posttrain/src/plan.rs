@@ -71,7 +71,7 @@ impl Memory {
                 false => here.activations,
             };
             activations = activations.max(needed);
-            optimizer = optimizer.max(8 * here.trained);
+            optimizer = optimizer.max(training.optimizer_state.bytes() * here.trained);
         };
         let one = estimate(1);
         // A batch is cut into pieces of so many tokens, but never within an example or a group.

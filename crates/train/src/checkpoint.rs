@@ -1,7 +1,7 @@
 //! Checkpoints: everything a later process needs to go on as if nothing had happened.
 //!
-//! A checkpoint is a model in Hugging Face layout (or an adapter in PEFT's) in single precision, `optimizer.safetensors`, and
-//! [`State`] as `trainer_state.json`, sealed by a manifest. No random state is kept: draws are named, not counted.
+//! A checkpoint is a model in Hugging Face layout (or an adapter in PEFT's) in single precision, `optimizer.safetensors` with
+//! the moments as they are in memory, and [`State`] as `trainer_state.json`, sealed by a manifest. No random state is kept: draws are named, not counted.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use base::files::{self, FileError, Manifest, io_error};
 use model::decoder::Decoder;
 use model::save;
 use model::weights::Tensors;
-use model::weights::safetensors::{self, Dtype};
+use model::weights::safetensors;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -114,8 +114,8 @@ pub fn save(
     write_folder(&directory.checkpoint(step), |folder| {
         model(folder)?;
         let moments = optimizer.state();
-        safetensors::write(&folder.join(OPTIMIZER), moments.iter().map(|(name, view)| (name, *view)), Dtype::F32)
-            .map_err(|source| Error::Model { step, source })?;
+        let tensors = moments.iter().map(|(name, (shape, values))| (name, *shape, *values));
+        safetensors::write_values(&folder.join(OPTIMIZER), tensors).map_err(|source| Error::Model { step, source })?;
         let metrics = files::read_to_string(&directory.metrics())?;
         let text = state_text(state, &metrics).map_err(|error| io_error("write", &folder.join(STATE))(error.into()))?;
         files::write(&folder.join(STATE), text.as_bytes())?;

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use base::Random;
 use kernels::{AdamW, AdamWStep};
 use model::decoder::{Decoder, Gradients, ParameterInfo};
-use model::weights::{TensorView, Tensors};
+use model::weights::Tensors;
+use model::weights::safetensors::{Dtype, Values};
 
-use crate::options::TrainingOptions;
+use crate::options::{OptimizerState, TrainingOptions};
 
 /// The state of the optimiser: how many updates it made, and the two moments of every parameter.
 #[derive(Debug)]
@@ -17,13 +19,30 @@ pub struct Optimizer {
     updates: u64,
     parameters: Vec<ParameterInfo>,
     /// The moments, laid out as the gradients are.
-    first: Vec<f32>,
-    second: Vec<f32>,
+    moments: Moments,
+    /// Which way moments in bfloat16 are rounded.
+    noise: Random,
+}
+
+#[derive(Debug)]
+enum Moments {
+    F32 { first: Vec<f32>, second: Vec<f32> },
+    Bf16 { first: Vec<u16>, second: Vec<u16> },
+}
+
+impl Moments {
+    fn zeros(state: OptimizerState, length: usize) -> Self {
+        match state {
+            OptimizerState::F32 => Self::F32 { first: vec![0.0; length], second: vec![0.0; length] },
+            OptimizerState::Bf16 => Self::Bf16 { first: vec![0; length], second: vec![0; length] },
+        }
+    }
 }
 
 impl Optimizer {
-    /// A fresh optimiser for the trainable parameters of `decoder`.
-    pub fn new(options: &TrainingOptions, decoder: &Decoder) -> Self {
+    /// A fresh optimiser for the trainable parameters of `decoder`. `noise` rounds its state, where that is in bfloat16:
+    /// draws of the run and the stage.
+    pub fn new(options: &TrainingOptions, decoder: &Decoder, noise: Random) -> Self {
         let parameters = decoder.parameters().to_vec();
         let length = parameters.iter().map(|parameter| parameter.range.end).max().unwrap_or(0);
         Self {
@@ -36,8 +55,8 @@ impl Optimizer {
             max_grad_norm: options.max_grad_norm,
             updates: 0,
             parameters,
-            first: vec![0.0; length],
-            second: vec![0.0; length],
+            moments: Moments::zeros(options.optimizer_state, length),
+            noise,
         }
     }
 
@@ -61,18 +80,35 @@ impl Optimizer {
                 weight_decay: if parameter.decay { self.weight_decay as f32 } else { 0.0 },
                 gradient_scale: clip(norm, self.max_grad_norm) as f32,
             };
-            let (first, second) = (&mut self.first[parameter.range.clone()], &mut self.second[parameter.range.clone()]);
-            self.method.update(step, decoder.parameter_mut(index), gradients.grad(index), first, second);
+            let range = parameter.range.clone();
+            let (values, gradient) = (decoder.parameter_mut(index), gradients.grad(index));
+            match &mut self.moments {
+                Moments::F32 { first, second } => {
+                    self.method.update(step, values, gradient, &mut first[range.clone()], &mut second[range]);
+                }
+                Moments::Bf16 { first, second } => {
+                    let (first, second) = (&mut first[range.clone()], &mut second[range]);
+                    let noise = self.noise.step(self.updates as u32).prompt(index as u32);
+                    self.method.update_bf16(step, values, gradient, first, second, noise);
+                }
+            }
         }
     }
 
-    /// The moments where they lie, named as PyTorch's Adam names them: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`.
-    pub fn state(&self) -> BTreeMap<String, TensorView<'_>> {
+    /// The moments where they lie, with their shapes, named as PyTorch's Adam names them: `exp_avg.PARAMETER` and
+    /// `exp_avg_sq.PARAMETER`.
+    pub fn state(&self) -> BTreeMap<String, (&[usize], Values<'_>)> {
         let mut state = BTreeMap::new();
         for parameter in &self.parameters {
-            for (kind, values) in [("exp_avg", &self.first), ("exp_avg_sq", &self.second)] {
-                let view = TensorView { shape: &parameter.shape, data: &values[parameter.range.clone()] };
-                state.insert(format!("{kind}.{}", parameter.name), view);
+            let range = parameter.range.clone();
+            let [first, second] = match &self.moments {
+                Moments::F32 { first, second } => {
+                    [first, second].map(|values| Values::Single(&values[range.clone()], Dtype::F32))
+                }
+                Moments::Bf16 { first, second } => [first, second].map(|values| Values::Bf16(&values[range.clone()])),
+            };
+            for (kind, values) in [("exp_avg", first), ("exp_avg_sq", second)] {
+                state.insert(format!("{kind}.{}", parameter.name), (&parameter.shape[..], values));
             }
         }
         state
@@ -81,16 +117,32 @@ impl Optimizer {
     /// Takes over the moments of an earlier process.
     ///
     /// # Errors
-    /// In words, when a moment is missing, unknown or of another shape.
+    /// In words, when a moment is missing, unknown, of another shape, or has more digits than are stored here.
     pub fn restore(&mut self, mut state: Tensors, updates: u64) -> Result<(), String> {
+        let mut take = |kind: &str, parameter: &ParameterInfo| {
+            let name = format!("{kind}.{}", parameter.name);
+            let tensor = state.remove(&name).ok_or_else(|| format!("the optimiser state has no {name}"))?;
+            match tensor.shape == parameter.shape {
+                true => Ok(tensor.data),
+                false => Err(format!("{name} has shape {:?}, expected {:?}", tensor.shape, parameter.shape)),
+            }
+        };
         for parameter in &self.parameters {
-            for (kind, values) in [("exp_avg", &mut self.first), ("exp_avg_sq", &mut self.second)] {
-                let name = format!("{kind}.{}", parameter.name);
-                let tensor = state.remove(&name).ok_or_else(|| format!("the optimiser state has no {name}"))?;
-                if tensor.shape != parameter.shape {
-                    return Err(format!("{name} has shape {:?}, expected {:?}", tensor.shape, parameter.shape));
+            let (exp_avg, exp_avg_sq) = (take("exp_avg", parameter)?, take("exp_avg_sq", parameter)?);
+            let range = parameter.range.clone();
+            match &mut self.moments {
+                Moments::F32 { first, second } => {
+                    first[range.clone()].copy_from_slice(&exp_avg);
+                    second[range].copy_from_slice(&exp_avg_sq);
                 }
-                values[parameter.range.clone()].copy_from_slice(&tensor.data);
+                Moments::Bf16 { first, second } => {
+                    for (values, read) in [(&mut first[range.clone()], exp_avg), (&mut second[range], exp_avg_sq)] {
+                        if read.iter().any(|value| value.to_bits() & 0xffff != 0) {
+                            return Err(format!("the moments of {} are not in bfloat16", parameter.name));
+                        }
+                        values.iter_mut().zip(read).for_each(|(slot, value)| *slot = (value.to_bits() >> 16) as u16);
+                    }
+                }
             }
         }
         self.updates = updates;

@@ -111,6 +111,9 @@ pub struct TrainingOptions {
     /// Added to AdamW's denominator.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub adam_epsilon: f64,
+    /// How AdamW's two means are stored: `f32`, or `bf16` in half the memory. Bfloat16 is rounded up or down at random, with
+    /// the true mean as its expected value, since rounded to the nearest it would stop following the gradient.
+    pub optimizer_state: OptimizerState,
     /// Gradients whose norm over all parameters is larger are scaled down to this norm. 0 switches clipping off.
     #[schemars(range(min = 0))]
     pub max_grad_norm: f64,
@@ -132,6 +135,7 @@ impl Default for TrainingOptions {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            optimizer_state: OptimizerState::F32,
             max_grad_norm: 1.0,
         }
     }
@@ -192,6 +196,27 @@ impl JsonSchema for GradientCheckpointing {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "enum": ["auto", true, false] })
+    }
+}
+
+/// How the moments of the optimiser are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerState {
+    /// In single precision.
+    #[default]
+    F32,
+    /// In bfloat16 with stochastic rounding.
+    Bf16,
+}
+
+impl OptimizerState {
+    /// Bytes for each trained parameter.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 8,
+            Self::Bf16 => 4,
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use base::files::{self, FileError, io_error};
+use base::{Purpose, Random};
 use kernels::Precision;
 use model::chat::ChatTemplate;
 use model::decoder::{Decoder, Workspace};
@@ -302,7 +303,8 @@ impl<'a> Session<'a> {
         if let Some(reference) = &mut reference {
             reference.prepare(self.run.precision);
         }
-        let mut optimizer = Optimizer::new(method.training(), &self.run.decoder);
+        let noise = Random::new(self.run.seed, Purpose::Rounding).sample(self.state.stage as u32);
+        let mut optimizer = Optimizer::new(method.training(), &self.run.decoder, noise);
         if let Some(restored) = self.restored.take() {
             optimizer.restore(restored.optimizer, self.state.updates).map_err(|reason| Error::Mismatch {
                 folder: self.directory.checkpoint(self.state.global_step),

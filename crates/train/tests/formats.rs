@@ -5,13 +5,14 @@ mod common;
 
 use std::path::Path;
 
+use base::{Purpose, Random};
 use common::{Setup, metrics};
-use model::weights::Tensors;
+use model::weights::{Tensors, safetensors};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use posttrain_train as train;
 use train::optimizer::{Optimizer, gradient_norm};
-use train::options::TrainingOptions;
+use train::options::{OptimizerState, TrainingOptions};
 
 /// CRC-32C by a table, as most libraries do it.
 fn crc32c(data: &[u8]) -> u32 {
@@ -212,7 +213,8 @@ fn adamw_follows_its_formula() {
     let mut first: Vec<Vec<f64>> = expected.iter().map(|values| vec![0.0; values.len()]).collect();
     let mut second = first.clone();
 
-    let mut optimizer = Optimizer::new(&options, &decoder);
+    let noise = Random::new(1, Purpose::Rounding);
+    let mut optimizer = Optimizer::new(&options, &decoder, noise);
     let mut gradients = decoder.gradients();
     for update in 1..=5 {
         let rate = 1e-2 / f64::from(update);
@@ -242,13 +244,41 @@ fn adamw_follows_its_formula() {
     for (found, expected) in values(&decoder).iter().flatten().zip(expected.iter().flatten()) {
         assert!((found - expected).abs() < 2e-5, "{found} instead of {expected}");
     }
+}
 
-    // The state survives a file's round trip.
-    let mut again = Optimizer::new(&options, &decoder);
-    let state: Tensors = optimizer.state().into_iter().map(|(name, view)| (name, view.into())).collect();
-    again.restore(state.clone(), 5).unwrap();
-    assert_eq!(again.state(), optimizer.state());
-    let mut incomplete = state;
-    incomplete.remove("exp_avg.model.norm.weight").unwrap();
-    assert!(again.restore(incomplete, 5).unwrap_err().contains("exp_avg.model.norm.weight"));
+/// The state of an optimiser after two updates, before and after a file, and a fresh optimiser that took it over.
+fn stored_state(optimizer_state: OptimizerState) -> (Optimizer, Tensors, Optimizer) {
+    let options = TrainingOptions { optimizer_state, ..Default::default() };
+    let mut decoder = Setup::short().decoder();
+    let noise = Random::new(1, Purpose::Rounding);
+    let mut optimizer = Optimizer::new(&options, &decoder, noise);
+    let mut gradients = decoder.gradients();
+    for update in 0..2 {
+        let values = gradients.flat_mut().iter_mut().enumerate();
+        values.for_each(|(index, gradient)| *gradient = (index as f32 * 0.37 + update as f32).sin());
+        optimizer.update(&mut decoder, &gradients, 1.0, 1e-3);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("optimizer.safetensors");
+    let state = optimizer.state();
+    safetensors::write_values(&path, state.iter().map(|(name, (shape, values))| (name, *shape, *values))).unwrap();
+    drop(state);
+    let read = safetensors::read(&path).unwrap();
+    let mut again = Optimizer::new(&options, &decoder, noise);
+    again.restore(read.clone(), 2).unwrap();
+    (optimizer, read, again)
+}
+
+#[test]
+fn the_state_of_the_optimiser_survives_a_file() {
+    for optimizer_state in [OptimizerState::F32, OptimizerState::Bf16] {
+        let (optimizer, mut read, mut again) = stored_state(optimizer_state);
+        assert_eq!(again.state(), optimizer.state());
+        assert_eq!(again.updates(), 2);
+        read.remove("exp_avg.model.norm.weight").unwrap();
+        assert!(again.restore(read, 5).unwrap_err().contains("exp_avg.model.norm.weight"));
+    }
+    let (_, singles, _) = stored_state(OptimizerState::F32);
+    let (.., mut halves) = stored_state(OptimizerState::Bf16);
+    assert!(halves.restore(singles, 2).unwrap_err().contains("are not in bfloat16"));
 }

@@ -15,7 +15,7 @@ use posttrain_train as train;
 use serde_json::{Map, Value};
 use train::methods::grpo::GrpoOptions;
 use train::methods::sft::SftOptions;
-use train::options::{RunOptions, TrainingOptions};
+use train::options::{OptimizerState, RunOptions, TrainingOptions};
 use train::{Error, Evaluator, Outcome};
 
 fn learning() -> Setup {
@@ -68,6 +68,25 @@ fn examples_teach_and_then_scores_teach_more() {
     saved.prepare(Precision::Bf16);
     let again = Accuracy.evaluate(&saved, &mut |_, _| {}).unwrap();
     assert_eq!(again.solved, summary.after.unwrap().solved);
+}
+
+/// Moments rounded at random teach as well as exact ones, with the second moment's usual long memory.
+#[test]
+fn moments_in_half_the_memory_teach_as_much() {
+    let mean_loss = |optimizer_state| {
+        let mut setup = Setup { grpo: None, evaluate: false, ..learning() };
+        setup.sft.as_mut().unwrap().training.optimizer_state = optimizer_state;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        setup.finish(&path);
+        let losses: Vec<f64> = metrics(&path).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+        let last = &losses[losses.len() - 10..];
+        (losses[0], last.iter().sum::<f64>() / last.len() as f64)
+    };
+    let (start, single) = mean_loss(OptimizerState::F32);
+    let (_, half) = mean_loss(OptimizerState::Bf16);
+    println!("loss from {start} to {single} with moments in f32, to {half} in bf16");
+    assert!(single < 0.3 * start && (half / single - 1.0).abs() < 0.05, "from {start} to {single} and {half}");
 }
 
 #[test]

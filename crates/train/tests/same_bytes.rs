@@ -12,7 +12,7 @@ use common::{Setup, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::config::Family;
 use posttrain_train as train;
-use train::options::GradientCheckpointing;
+use train::options::{GradientCheckpointing, OptimizerState};
 use train::{Error, Event, Observer, Outcome};
 
 /// The cuts that must not matter: pieces of a batch, sequences decoded at once, threads.
@@ -22,9 +22,7 @@ fn check_cuts(setup: &Setup) {
     on_threads(2, || setup.finish(&whole));
     for (micro_batch_tokens, decode_batch_size, threads) in [(1, 1, 1), (64, 5, 2), (100_000, 64, 1)] {
         let mut cut = setup.clone();
-        for training in [cut.sft.as_mut().map(|o| &mut o.training), cut.grpo.as_mut().map(|o| &mut o.training)] {
-            training.unwrap().micro_batch_tokens = micro_batch_tokens;
-        }
+        cut.trainings_mut().for_each(|training| training.micro_batch_tokens = micro_batch_tokens);
         cut.grpo.as_mut().unwrap().decode_batch_size = decode_batch_size;
         let other = folder.path().join(format!("cut-{micro_batch_tokens}"));
         on_threads(threads, || cut.finish(&other));
@@ -43,7 +41,9 @@ fn cuts_and_threads_do_not_matter_in_f32() {
 
 #[test]
 fn cuts_and_threads_do_not_matter_in_bf16() {
-    check_cuts(&Setup { precision: Precision::Bf16, ..Setup::short() });
+    let mut setup = Setup { precision: Precision::Bf16, ..Setup::short() };
+    setup.trainings_mut().for_each(|training| training.optimizer_state = OptimizerState::Bf16);
+    check_cuts(&setup);
 }
 
 #[test]
@@ -85,8 +85,12 @@ impl Observer for StopAt<'_> {
 
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bytes() {
-    for lora in [false, true] {
-        let setup = Setup { lora, ..Setup::short() };
+    let rounded = {
+        let mut setup = Setup::short();
+        setup.trainings_mut().for_each(|training| training.optimizer_state = OptimizerState::Bf16);
+        setup
+    };
+    for setup in [Setup::short(), Setup { lora: true, ..Setup::short() }, rounded] {
         let folder = tempfile::tempdir().unwrap();
         let whole = folder.path().join("whole");
         setup.finish(&whole);

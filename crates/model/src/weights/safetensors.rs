@@ -61,6 +61,31 @@ impl Dtype {
     }
 }
 
+/// The values of a tensor to be written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Values<'a> {
+    /// Singles, to be stored as the given type.
+    Single(&'a [f32], Dtype),
+    /// Bfloat16 as its 16 bits, to be stored as it is.
+    Bf16(&'a [u16]),
+}
+
+impl Values<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Single(values, _) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Single(_, dtype) => *dtype,
+            Self::Bf16(_) => Dtype::Bf16,
+        }
+    }
+}
+
 /// Reads every tensor of a file, or of a folder that holds [`FILE`] or [`INDEX`] with its shards.
 pub fn read(path: &Path) -> Result<Tensors> {
     if !path.is_dir() {
@@ -144,19 +169,29 @@ pub fn write<'a, T: Into<TensorView<'a>>>(
     tensors: impl IntoIterator<Item = (&'a String, T)>,
     dtype: Dtype,
 ) -> Result<()> {
-    let mut tensors: Vec<(&String, TensorView<'a>)> =
-        tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect();
-    tensors.sort_by_key(|(name, _)| *name);
+    let values = |(name, tensor): (&'a String, T)| {
+        let TensorView { shape, data } = tensor.into();
+        (name, shape, Values::Single(data, dtype))
+    };
+    write_values(path, tensors.into_iter().map(values))
+}
+
+/// [`write`] for tensors of several types, each with its shape.
+pub fn write_values<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'a String, &'a [usize], Values<'a>)>,
+) -> Result<()> {
+    let mut tensors: Vec<(&String, &[usize], Values<'a>)> = tensors.into_iter().collect();
+    tensors.sort_by_key(|(name, ..)| *name);
     let mut infos = Vec::new();
     let mut end = 0;
-    for (name, tensor) in &tensors {
-        let start = end;
-        end += tensor.data.len() * dtype.bytes();
-        let info = TensorInfo { dtype: dtype.in_file(), shape: tensor.shape.to_vec(), data_offsets: (start, end) };
+    for (name, shape, values) in &tensors {
+        let (start, dtype) = (end, values.dtype());
+        end += values.len() * dtype.bytes();
+        let info = TensorInfo { dtype: dtype.in_file(), shape: shape.to_vec(), data_offsets: (start, end) };
         infos.push(((*name).clone(), info));
-        if dtype == Dtype::F16
-            && let Some(value) =
-                tensor.data.iter().find(|value| value.is_finite() && !f16::from_f32(**value).is_finite())
+        if let Values::Single(values, Dtype::F16) = values
+            && let Some(value) = values.iter().find(|value| value.is_finite() && !f16::from_f32(**value).is_finite())
         {
             return Err(Error::tensor(*name, format!("{value} does not fit into float16; write bfloat16 or float32")));
         }
@@ -171,20 +206,29 @@ pub fn write<'a, T: Into<TensorView<'a>>>(
     files::write_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        tensors.iter().try_for_each(|(_, tensor)| write_data(file, tensor.data, dtype))
+        tensors.iter().try_for_each(|(.., values)| write_data(file, *values))
     })?;
     Ok(())
 }
 
-fn write_data(file: &mut impl Write, data: &[f32], dtype: Dtype) -> io::Result<()> {
+fn write_data(file: &mut impl Write, values: Values<'_>) -> io::Result<()> {
+    match values {
+        Values::Single(values, Dtype::F32) => write_each(file, values, f32::to_le_bytes),
+        Values::Single(values, Dtype::F16) => write_each(file, values, |value| f16::from_f32(value).to_le_bytes()),
+        Values::Single(values, Dtype::Bf16) => write_each(file, values, |value| bf16::from_f32(value).to_le_bytes()),
+        Values::Bf16(values) => write_each(file, values, u16::to_le_bytes),
+    }
+}
+
+fn write_each<T: Copy, const N: usize>(
+    file: &mut impl Write,
+    values: &[T],
+    encode: impl Fn(T) -> [u8; N],
+) -> io::Result<()> {
     let mut bytes = Vec::new();
-    for chunk in data.chunks(1 << 16) {
+    for chunk in values.chunks(1 << 16) {
         bytes.clear();
-        match dtype {
-            Dtype::F32 => chunk.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
-            Dtype::F16 => chunk.iter().for_each(|value| bytes.extend(f16::from_f32(*value).to_le_bytes())),
-            Dtype::Bf16 => chunk.iter().for_each(|value| bytes.extend(bf16::from_f32(*value).to_le_bytes())),
-        }
+        chunk.iter().for_each(|value| bytes.extend(encode(*value)));
         file.write_all(&bytes)?;
     }
     Ok(())

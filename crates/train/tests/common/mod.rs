@@ -162,6 +162,11 @@ impl Setup {
         decoder
     }
 
+    pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
+        let sft = self.sft.as_mut().map(|options| &mut options.training);
+        sft.into_iter().chain(self.grpo.as_mut().map(|options| &mut options.training))
+    }
+
     fn stages(&self) -> Vec<Box<dyn Method>> {
         let mut stages: Vec<Box<dyn Method>> = Vec::new();
         if let Some(sft) = &self.sft {
