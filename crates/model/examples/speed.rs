@@ -144,7 +144,7 @@ fn train(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Result<
         }
         let d_log_prob = vec![-1.0 / targets.len() as f32; targets.len()];
         let mut phases = Phases::start();
-        decoder.prepare(precision);
+        decoder.prepare_for_training(precision);
         phases.done("prepare");
         decoder.forward(&tokens, &mut workspace, true)?;
         phases.done("forward");

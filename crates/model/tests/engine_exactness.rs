@@ -113,10 +113,60 @@ fn activation_checkpointing_gives_the_same_gradient_bytes() {
         workspace.set_checkpointing(true);
         assert!(kept == gradient_bits_in(&mut workspace, decoder, &batches), "{name}");
         assert!(workspace.bytes() < size, "{name}: {} bytes, {size} without", workspace.bytes());
+        workspace.release();
+        assert_eq!(workspace.bytes(), 0, "{name}");
+        assert!(kept == gradient_bits_in(&mut workspace, decoder, &batches), "{name}: released");
+        assert!(workspace.bytes() < size, "{name}: still checkpointing");
         workspace.set_checkpointing(false);
         assert!(kept == gradient_bits_in(&mut workspace, decoder, &batches), "{name}: switched off again");
         assert_eq!(workspace.bytes(), size, "{name}");
     });
+}
+
+#[test]
+fn weights_packed_on_the_way_give_the_same_bytes() {
+    let batch = [pack(&groups())];
+    for (name, config) in configs() {
+        for adapter in [false, true] {
+            let mut decoder = decoder(&config, 23);
+            if adapter {
+                adapt(&mut decoder, &LoraConfig { r: 3, alpha: 6.0, ..LoraConfig::default() }, 5);
+            }
+            for precision in PRECISIONS {
+                let name = format!("{name}, adapter {adapter}, {precision:?}");
+                decoder.prepare(precision);
+                let (packed, bytes) = (gradient_bits(&decoder, &batch), decoder.packed_bytes());
+                let decoded = decode_bits(&decoder);
+                decoder.prepare_for_training(precision);
+                assert!(packed == gradient_bits(&decoder, &batch), "{name}");
+                assert_eq!(decoder.packed_bytes(), if adapter { bytes } else { 0 }, "{name}");
+                assert!(decoded == decode_bits(&decoder), "{name}: decode");
+                // Changed weights have to be prepared again, one way or the other.
+                let value = std::mem::take(&mut decoder.parameter_mut(0)[0]);
+                let mut workspace = Workspace::new();
+                assert!(decoder.forward(&batch[0], &mut workspace, true).is_err(), "{name}: not prepared");
+                decoder.parameter_mut(0)[0] = value;
+                decoder.prepare_for_training(precision);
+                assert!(packed == gradient_bits(&decoder, &batch), "{name}: prepared again");
+                decoder.prepare(precision);
+                assert_eq!(decoder.packed_bytes(), bytes, "{name}");
+                assert!(decoded == decode_bits(&decoder), "{name}: packed again");
+            }
+        }
+    }
+}
+
+/// The logits after a prompt and after one token more.
+fn decode_bits(decoder: &Decoder) -> Vec<u32> {
+    let (d, vocabulary) = (decoder.config().hidden_size, decoder.config().vocab_size);
+    let mut workspace = Workspace::new();
+    let prefill = decoder.prefill(&[&ids(24, 9)], &mut workspace).unwrap().swap_remove(0);
+    let mut logits = vec![0.0; 2 * vocabulary];
+    decoder.logits(&prefill.hidden, &mut logits[..vocabulary]).unwrap();
+    let mut cache = SequenceCache::new(decoder, prefill.cache, 1);
+    decoder.decode(&mut [DecodeRow { tokens: &[7], cache: &mut cache }], &mut workspace).unwrap();
+    decoder.logits(&workspace.hidden()[..d], &mut logits[vocabulary..]).unwrap();
+    bits(&logits)
 }
 
 #[test]

@@ -39,7 +39,7 @@ impl Workload {
     }
 }
 
-/// What a run needs in memory.
+/// What a run needs in memory, in the stage or evaluation that needs most.
 #[derive(Clone, Debug)]
 pub struct Memory {
     /// Bytes by purpose.
@@ -63,46 +63,57 @@ impl Memory {
     fn with(config: &Config, model: &ModelConfig, work: Workload, checkpointing: bool) -> Self {
         let precision = config.model.precision.into();
         let estimate = |rows: usize| Estimate::new(model, config.lora.as_ref(), precision, rows, work.longest);
-        let (mut optimizer, mut activations, mut cache, mut reference) = (0, 0, 0, 0);
-        let mut stage = |training: &TrainingOptions, rows: usize| {
-            let here = estimate(rows);
-            let needed = match checkpoints(training, checkpointing) {
-                true => here.checkpointed_activations,
-                false => here.activations,
-            };
-            activations = activations.max(needed);
-            optimizer = optimizer.max(training.optimizer_state.bytes() * here.trained);
-        };
         let one = estimate(1);
+        let cache = |slots: usize, new_tokens: usize| slots * (work.longest + new_tokens) * one.cache_per_token;
+        let activations = |training: &TrainingOptions, rows: usize| match checkpoints(training, checkpointing) {
+            true => estimate(rows).checkpointed_activations,
+            false => estimate(rows).activations,
+        };
+        let optimizer = |training: &TrainingOptions| training.optimizer_state.bytes() * one.trained;
+        let purposes = [
+            "weights",
+            "packed weights",
+            "gradients",
+            "optimiser",
+            "activations",
+            "key-value cache",
+            "reference model",
+        ];
+        let compared = config.grpo.as_ref().is_some_and(|grpo| grpo.objective.needs_reference());
+        let reference = if compared && config.lora.is_none() { one.weights + one.packed } else { 0 };
+        // Bytes for these purposes, by phase of the run.
+        let mut phases = Vec::new();
         // A batch is cut into pieces of so many tokens, but never within an example or a group.
         if let Some(sft) = &config.sft {
-            let tokens = sft.training.micro_batch_tokens.min(sft.batch_size * work.longest);
-            stage(&sft.training, tokens.max(work.longest));
+            let rows = sft.training.micro_batch_tokens.min(sft.batch_size * work.longest).max(work.longest);
+            // Weights that are trained here are packed as they are used.
+            let packed = if config.lora.is_some() { one.packed } else { 0 };
+            let activations = activations(&sft.training, rows);
+            phases.push([one.weights, packed, one.gradients, optimizer(&sft.training), activations, 0, 0]);
         }
         if let Some(grpo) = &config.grpo {
             let group = work.longest + grpo.num_generations * grpo.sampling.max_new_tokens;
-            stage(&grpo.training, grpo.training.micro_batch_tokens.min(grpo.prompts_per_step * group).max(group));
-            if grpo.objective.needs_reference() && config.lora.is_none() {
-                reference = one.weights + one.packed;
-            }
+            let rows = grpo.training.micro_batch_tokens.min(grpo.prompts_per_step * group).max(group);
             let slots = grpo.decode_batch_size.min(grpo.prompts_per_step * grpo.num_generations);
-            cache = slots * (work.longest + grpo.sampling.max_new_tokens) * one.cache_per_token;
+            phases.push([
+                one.weights,
+                one.packed,
+                one.gradients,
+                optimizer(&grpo.training),
+                activations(&grpo.training, rows),
+                cache(slots, grpo.sampling.max_new_tokens),
+                reference,
+            ]);
         }
         if config.has_evaluation() {
             let slots = config.evaluation.batch_size.min(work.test_rows);
-            let tokens = work.longest + config.evaluation.sampling.max_new_tokens;
-            cache = cache.max(slots * tokens * one.cache_per_token);
+            let cache = cache(slots, config.evaluation.sampling.max_new_tokens);
+            let optimizer = config.trainings().map(optimizer).max().unwrap_or(0);
+            phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference]);
         }
-        let items = vec![
-            ("weights", one.weights),
-            ("packed weights", one.packed),
-            ("gradients", one.gradients),
-            ("optimiser", optimizer),
-            ("activations", activations),
-            ("key-value cache", cache),
-            ("reference model", reference),
-        ];
-        Self { items: items.into_iter().filter(|(_, bytes)| *bytes > 0).collect(), checkpointing }
+        let largest = phases.into_iter().max_by_key(|phase| phase.iter().sum::<usize>()).unwrap_or_default();
+        let items = purposes.into_iter().zip(largest).filter(|(_, bytes)| *bytes > 0).collect();
+        Self { items, checkpointing }
     }
 
     /// Bytes in all.

@@ -69,7 +69,7 @@ pub struct Step<'a> {
     pub learning_rate: f64,
     /// Number format of the matrix products.
     pub precision: Precision,
-    /// The model that is trained.
+    /// The model that is trained. Each use of it begins with [`Decoder::prepare`] or [`Decoder::prepare_for_training`].
     pub decoder: &'a mut Decoder,
     /// The model the stage started from, where it is kept apart: with full fine-tuning. With an adapter, it is the model
     /// with the adapter switched off.
@@ -117,7 +117,7 @@ impl Step<'_> {
     }
 
     /// Moves the weights by the gradients gathered since the last update, and sets these to zero. Returns their norm before
-    /// clipping.
+    /// clipping. Before the weights are used again, they have to be prepared for that use.
     ///
     /// # Errors
     /// A gradient that is infinite or NaN, by parameter and row.
@@ -131,7 +131,6 @@ impl Step<'_> {
             return Err(Error::NonFinite { step: self.number, what: "the norm of the gradient".into(), value: norm });
         }
         self.optimizer.update(self.decoder, self.gradients, norm, self.learning_rate);
-        self.decoder.prepare(self.precision);
         self.gradients.clear();
         Ok(norm)
     }

@@ -221,7 +221,6 @@ impl<'a> Session<'a> {
         self.rotate(false)?;
         let started_from = self.reference_of_first_stage();
         self.restore_weights()?;
-        self.run.decoder.prepare(self.run.precision);
         if self.state.global_step == 0 && self.run.options.eval_on_start {
             self.evaluate()?;
             if self.run.interrupt.load(Ordering::Relaxed) {
@@ -399,6 +398,9 @@ impl<'a> Session<'a> {
         let Some(evaluator) = &mut self.run.evaluator else { return Ok(()) };
         let step = self.state.global_step;
         let started = Instant::now();
+        // An evaluation has no use for what training keeps, and needs memory of its own.
+        self.workspace.release();
+        self.run.decoder.prepare(self.run.precision);
         let observer = &mut self.run.observer;
         let mut progress = |done, total| observer.observe(Event::Progress { phase: Phase::Evaluate, done, total });
         let mut evaluation = evaluator

@@ -179,8 +179,8 @@ impl Decoder {
     /// # Errors
     /// If the weights are not prepared.
     pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
-        self.ready()?;
-        self.head.logits(hidden, logits);
+        let precision = self.ready()?;
+        self.head.logits(self.products(precision), hidden, logits);
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
 use rayon::prelude::*;
 
-use super::linear::{Products, pack, prepared};
+use super::linear::{Products, multiply, pack};
 use super::parameters::Gradients;
 use super::workspace::{HeadScratch, resize};
 use super::{NonFinite, PackedTokens};
@@ -65,6 +65,11 @@ impl Head {
         pack(&mut self.packed, precision, weight.transposed());
     }
 
+    /// Gives back the packed weight.
+    pub fn release(&mut self) {
+        self.packed = None;
+    }
+
     pub fn packed_bytes(&self) -> usize {
         self.packed.as_ref().map_or(0, PackedMatrix::bytes)
     }
@@ -74,10 +79,11 @@ impl Head {
     }
 
     /// The logits of `hidden` rows.
-    pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) {
+    pub fn logits(&self, products: Products<'_>, hidden: &[f32], logits: &mut [f32]) {
         let rows = hidden.len() / self.hidden;
-        let hidden = Matrix::new(hidden, rows, self.hidden);
-        prepared(&self.packed).matmul(hidden, MatrixMut::new(logits, rows, self.vocabulary), false);
+        let weight = Matrix::new(&products.base[self.weight.clone()], self.vocabulary, self.hidden).transposed();
+        let (hidden, logits) = (Matrix::new(hidden, rows, self.hidden), MatrixMut::new(logits, rows, self.vocabulary));
+        multiply(&self.packed, products.precision, hidden, weight, logits, false);
     }
 
     /// Checks targets against the batch and the vocabulary.
@@ -100,7 +106,14 @@ impl Head {
     }
 
     /// Gathers the hidden states of a chunk of slots and computes their logits.
-    fn chunk_logits(&self, slots: &[Slot], targets: &[Target], hidden: &[f32], scratch: &mut HeadScratch) {
+    fn chunk_logits(
+        &self,
+        products: Products<'_>,
+        slots: &[Slot],
+        targets: &[Target],
+        hidden: &[f32],
+        scratch: &mut HeadScratch,
+    ) {
         let d = self.hidden;
         resize(&mut scratch.hidden, slots.len() * d);
         resize(&mut scratch.logits, slots.len() * self.vocabulary);
@@ -110,12 +123,13 @@ impl Head {
                 None => row.fill(0.0),
             }
         }
-        self.logits(&scratch.hidden, &mut scratch.logits);
+        self.logits(products, &scratch.hidden, &mut scratch.logits);
     }
 
     /// Log-probabilities (and entropies) of `targets` at `temperature`.
     pub fn log_probs(
         &self,
+        products: Products<'_>,
         hidden: &[f32],
         targets: &[Target],
         temperature: f32,
@@ -128,7 +142,7 @@ impl Head {
         for (slots, (targets_chunk, stats)) in
             slots.chunks(chunk).zip(targets.chunks(chunk).zip(stats.chunks_mut(chunk)))
         {
-            self.chunk_logits(slots, targets, hidden, scratch);
+            self.chunk_logits(products, slots, targets, hidden, scratch);
             scratch.logits.par_chunks(self.vocabulary).zip(targets_chunk).zip(stats).for_each(
                 |((logits, target), stats)| {
                     *stats = kernels::log_softmax_row(logits, 1.0 / temperature, target.token as usize);
@@ -158,7 +172,7 @@ impl Head {
         let mut all_stats = vec![RowStats::default(); targets.len()];
         let slots = pair_slots(targets, tokens);
         for slots in slots.chunks(self.chunk_rows()) {
-            self.chunk_logits(slots, targets, hidden, scratch);
+            self.chunk_logits(products, slots, targets, hidden, scratch);
             let stats: Vec<Option<RowStats>> = scratch
                 .logits
                 .par_chunks_mut(vocabulary)

@@ -18,7 +18,7 @@ pub(super) struct Linear {
     weight: Range<usize>,
     /// `outputs` in the base parameters.
     bias: Option<Range<usize>>,
-    /// The transposed weight, `inputs × outputs`.
+    /// The transposed weight, `inputs × outputs`; without it, products pack as they go.
     packed: Option<PackedMatrix>,
     pub adapter: Option<Adapter>,
 }
@@ -104,6 +104,11 @@ impl Linear {
         pack(&mut self.packed, precision, weight.transposed());
     }
 
+    /// Gives back the packed weight.
+    pub fn release_base(&mut self) {
+        self.packed = None;
+    }
+
     /// Packs the adapter for [`Linear::forward`].
     pub fn pack_adapter(&mut self, precision: Precision, parameters: &[f32]) {
         let inputs = self.inputs;
@@ -125,8 +130,9 @@ impl Linear {
     /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, or `y +=` without a bias. `low_rank` receives `scale · x Aᵀ`.
     pub fn forward(&self, products: Products<'_>, x: &[f32], y: &mut [f32], low_rank: &mut [f32], accumulate: bool) {
         let rows = x.len() / self.inputs;
-        let y_rows = MatrixMut::new(y, rows, self.outputs);
-        prepared(&self.packed).matmul(Matrix::new(x, rows, self.inputs), y_rows, accumulate);
+        let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs).transposed();
+        let (x_rows, y_rows) = (Matrix::new(x, rows, self.inputs), MatrixMut::new(y, rows, self.outputs));
+        multiply(&self.packed, products.precision, x_rows, weight, y_rows, accumulate);
         if let Some(bias) = &self.bias {
             kernels::add_bias(y, &products.base[bias.clone()]);
         }
@@ -234,7 +240,22 @@ pub(super) fn pack(slot: &mut Option<PackedMatrix>, precision: Precision, right:
     }
 }
 
-/// The packed weights. `Decoder::forward` has checked that they are there.
+/// `c = a b`, or `c += a b`, with `b` packed if it is; the bits are the same.
+pub(super) fn multiply(
+    packed: &Option<PackedMatrix>,
+    precision: Precision,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    c: MatrixMut<'_>,
+    accumulate: bool,
+) {
+    match packed {
+        Some(packed) => packed.matmul(a, c, accumulate),
+        None => matmul(precision, a, b, c, accumulate),
+    }
+}
+
+/// The packed weights of an adapter. `Decoder::forward` has checked that they are there.
 pub(super) fn prepared(packed: &Option<PackedMatrix>) -> &PackedMatrix {
     packed.as_ref().expect("Decoder::ready has checked that the weights are packed")
 }

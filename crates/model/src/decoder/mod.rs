@@ -58,8 +58,10 @@ pub struct Decoder {
     head: Head,
     tables: Arc<[RopeTable]>,
     adapter: Option<AdapterState>,
-    /// The precision of the packed weights.
+    /// The precision of the products.
     precision: Option<Precision>,
+    /// Whether the packed copies of the base weights exist and are current.
+    base_packed: bool,
     base_stale: bool,
     adapter_stale: bool,
 }
@@ -139,6 +141,7 @@ impl Decoder {
             head: Head::new(head, d, config.vocab_size),
             adapter: None,
             precision: None,
+            base_packed: false,
             base_stale: true,
             adapter_stale: true,
             config,
@@ -197,10 +200,11 @@ impl Decoder {
         Gradients::zeros(self.trainable().clone())
     }
 
-    /// Packs the weights for `precision`, as far as they have changed. Must follow every change of a weight.
+    /// Packs the weights for `precision`, as far as they have changed. This, or [`Decoder::prepare_for_training`], must
+    /// follow every change of a weight.
     pub fn prepare(&mut self, precision: Precision) {
         let repack = self.precision != Some(precision);
-        if repack || self.base_stale {
+        if repack || !self.base_packed || self.base_stale {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
                 linear.pack_base(precision, &self.base);
             }
@@ -212,8 +216,24 @@ impl Decoder {
             }
         }
         self.precision = Some(precision);
+        self.base_packed = true;
         self.base_stale = false;
         self.adapter_stale = false;
+    }
+
+    /// [`Decoder::prepare`] for passes over many rows alone. Weights that are trained change after every few of them, so
+    /// these passes pack each weight as they come to it, which takes as long as packing beforehand, and the packed copies of
+    /// all weights are given back. Weights under an adapter stay packed. Results are the same to the last bit, but what has
+    /// few rows, as generation does, takes several times as long.
+    pub fn prepare_for_training(&mut self, precision: Precision) {
+        if self.adapter.is_some() {
+            return self.prepare(precision);
+        }
+        self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(linear::Linear::release_base);
+        self.head.release();
+        self.precision = Some(precision);
+        self.base_packed = false;
+        self.base_stale = false;
     }
 
     /// The precision the weights are packed for.
@@ -407,9 +427,9 @@ impl Decoder {
         temperature: f32,
         want_entropy: bool,
     ) -> Result<LogProbs> {
-        self.ready()?;
+        let products = self.products(self.ready()?);
         self.head.check(targets, workspace.rows, temperature)?;
-        self.head.log_probs(&workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
+        self.head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
     }
 
     // ---- Backward ----

@@ -113,6 +113,11 @@ impl Workspace {
         }
     }
 
+    /// Gives all memory back; how a forward keeps its activations stays as it was set.
+    pub fn release(&mut self) {
+        *self = Self { checkpointing: self.checkpointing, ..Self::default() };
+    }
+
     /// The hidden states of the last forward or decode after the final norm: rows × hidden size.
     pub fn hidden(&self) -> &[f32] {
         &self.hidden

@@ -209,6 +209,7 @@ impl Grpo {
                     .map(move |request| Request { sample: first + request.sample, ..request })
             })
             .collect();
+        step.decoder.prepare(step.precision);
         let random = step.random(Purpose::Sampling);
         let generator = Generator::new(&self.options.sampling, self.options.decode_batch_size, random);
         let observer = &mut step.observer;
@@ -327,6 +328,7 @@ impl Grpo {
         let counts = GlobalCounts::of(&lengths, self.options.sampling.max_new_tokens);
         let mut losses = Vec::new();
         let mut differences = Vec::new();
+        step.decoder.prepare(step.precision);
         for piece in batch.pieces(part, self.options.training.micro_batch_tokens) {
             let tokens = batch.tokens_of(&piece);
             let pass = Pass::pack(&batch.units[piece]).map_err(step.model_error())?;

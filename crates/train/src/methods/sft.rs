@@ -108,6 +108,7 @@ impl Method for Sft {
 
         let mut losses = Vec::new();
         let mut statistics = Folds::default();
+        step.decoder.prepare_for_training(step.precision);
         for piece in split(&sizes, self.options.training.micro_batch_tokens) {
             let done = piece.end;
             let pass = Pass::pack(&units[piece]).map_err(step.model_error())?;
