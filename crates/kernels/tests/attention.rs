@@ -155,6 +155,7 @@ fn backward_agrees_with_finite_differences() {
     }
 }
 
+/// A row's tokens may lie in any number of blocks and be asked for one by one or many at a time.
 #[test]
 fn decoding_gives_the_bits_of_the_forward() {
     for shape in shapes() {
@@ -167,17 +168,26 @@ fn decoding_gives_the_bits_of_the_forward() {
                 let before = segments()[index];
                 prefix.extend(&qkv[before.start * width..][..before.len * width]);
             }
-            let mut own = KvBlock::new(shape, 3);
-            own.extend(&noise(8, 5 * width));
-            own.truncate(0);
-            for row in segment.start..segment.start + segment.len {
-                let row_qkv = &qkv[row * width..][..width];
-                own.push_row(row_qkv);
-                let mut out = vec![f32::NAN; out_width];
-                let visible = own.len();
-                let context = [&prefix, &own];
-                attention_decode(shape, &mut [DecodeQuery { qkv: row_qkv, context, visible, out: &mut out }]);
-                assert_eq!(bits(&out), bits(&expected[row * out_width..][..out_width]), "{shape:?} row {row}");
+            let shared = prefix.len();
+            // A block that goes on beyond what this sequence has in common with it.
+            prefix.extend(&noise(8, 5 * width));
+            for (cut, step) in [(0, 1), (0, 64), (3, 1), (33, 2), (3, 64), (1, 33)] {
+                let cut = segment.len.min(cut);
+                let mut middle = KvBlock::new(shape, 3);
+                middle.extend(&qkv[segment.start * width..][..cut * width]);
+                let mut own = KvBlock::new(shape, 3);
+                own.extend(&noise(8, 5 * width));
+                own.truncate(0);
+                for first in (cut..segment.len).step_by(step) {
+                    let rows = segment.start + first..segment.start + segment.len.min(first + step);
+                    let qkv = &qkv[rows.start * width..rows.end * width];
+                    own.extend(qkv);
+                    let mut out = vec![f32::NAN; rows.len() * out_width];
+                    let context = &[(&prefix, shared), (&middle, cut), (&own, own.len())];
+                    attention_decode(shape, &mut [DecodeQuery { qkv, context, out: &mut out }]);
+                    let expected = &expected[rows.start * out_width..rows.end * out_width];
+                    assert_eq!(bits(&out), bits(expected), "{shape:?} rows {rows:?}, cut at {cut}");
+                }
             }
         }
     }

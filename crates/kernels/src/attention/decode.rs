@@ -1,4 +1,4 @@
-//! Attention of single queries over cached keys and values.
+//! Attention of new tokens over cached keys and values.
 
 use super::AttentionShape;
 use super::operands::Run;
@@ -89,126 +89,169 @@ impl KvBlock {
     }
 }
 
-/// One token's query, and what it sees.
+/// The queries of neighbouring tokens of one sequence, and what they see.
 #[derive(Debug)]
 pub struct DecodeQuery<'a> {
-    /// Its row `[q | k | v]`; only the queries are read.
+    /// Their rows `[q | k | v]`; only the queries are read.
     pub qkv: &'a [f32],
-    /// The blocks that hold its context: a shared prefix (perhaps empty), then its own, which holds the token itself.
-    pub context: [&'a KvBlock; 2],
-    /// How many tokens of the last block it sees, itself included.
-    pub visible: usize,
-    /// The result: `heads * head_dim` elements.
+    /// The blocks that hold the sequence, in order, and how many tokens of each belong to it. Its last tokens are the
+    /// queries' own; each query sees the tokens before it and itself.
+    pub context: &'a [(&'a KvBlock, usize)],
+    /// The result: rows of `heads * head_dim` elements.
     pub out: &'a mut [f32],
 }
+
+/// Rows of one task.
+const TASK_ROWS: usize = 128;
+/// Rows of several tokens whose scores are computed at a time.
+const BLOCK_ROWS: usize = 32;
 
 /// Attention of each query over its context: bit for bit what [`attention`](super::attention) gives for the same row.
 ///
 /// # Panics
-/// If lengths do not fit the shape, a block is of another shape, or a query sees no key or more than there are.
+/// If lengths do not fit the shape, a block is of another shape or shorter than said, or a context is shorter than its
+/// queries.
 pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) {
     shape.check();
-    let out_width = shape.heads * shape.head_dim;
+    let (width, out_width) = (shape.width(), shape.heads * shape.head_dim);
+    let mut tasks = Vec::new();
     let mut work = 0;
-    for query in queries.iter() {
-        assert_eq!(query.qkv.len(), shape.width(), "attention_decode: the query's row");
-        assert_eq!(query.out.len(), out_width, "attention_decode: the query's result");
-        let [prefix, own] = query.context;
-        for block in [prefix, own] {
+    for (index, query) in queries.iter().enumerate() {
+        let rows = query.qkv.len() / width;
+        assert_eq!(query.qkv.len(), rows * width, "attention_decode: the queries' rows");
+        assert_eq!(query.out.len(), rows * out_width, "attention_decode: the queries' results");
+        for (block, len) in query.context {
             let same = (block.shape.heads, block.shape.kv_heads, block.shape.head_dim);
             assert_eq!(same, (shape.heads, shape.kv_heads, shape.head_dim), "attention_decode: a block's shape");
+            assert!(*len <= block.len, "attention_decode: {len} tokens of a block of {}", block.len);
         }
-        assert!(
-            query.visible <= own.len && prefix.len + query.visible > 0,
-            "attention_decode: a query that sees {} of {} tokens",
-            query.visible,
-            own.len
-        );
-        work += (prefix.len + query.visible) * out_width;
+        let context = context_len(query.context);
+        assert!(rows <= context, "attention_decode: {rows} queries that see {context} tokens");
+        for first in (0..rows).step_by(TASK_ROWS) {
+            tasks.extend((0..shape.kv_heads).map(|kv_head| (index, kv_head, first..rows.min(first + TASK_ROWS))));
+        }
+        work += rows * context * out_width;
     }
     let isa = Isa::current();
     let outs: Vec<SharedMut<f32>> = queries.iter_mut().map(|query| SharedMut::new(query.out)).collect();
     let queries: &[DecodeQuery<'_>] = queries;
-    let group_width = shape.group() * shape.head_dim;
-    each(queries.len() * shape.kv_heads, work, |task| {
-        let (index, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let query = &queries[index];
-        // SAFETY: these heads of this query belong to this task alone; the shared borrow reads other fields.
-        let out = unsafe { outs[index].slice(kv_head * group_width, group_width) };
-        one_group(isa, shape, query.qkv, query.context, query.visible, kv_head, out);
+    each(tasks.len(), work, |task| {
+        let (index, kv_head, rows) = tasks[task].clone();
+        let DecodeQuery { qkv, context, .. } = &queries[index];
+        let before = context_len(context) - qkv.len() / width;
+        let lanes = Lanes { isa, shape, qkv, context, kv_head, out: outs[index] };
+        let heads = kv_head * shape.group()..(kv_head + 1) * shape.group();
+        if rows.len() == 1 {
+            lanes.run(rows.start, heads.start, heads.len(), shape.head_dim, shape.head_dim, before + rows.start + 1, 0);
+        } else {
+            for head in heads {
+                for row in rows.clone().step_by(BLOCK_ROWS) {
+                    let count = BLOCK_ROWS.min(rows.end - row);
+                    lanes.run(row, head, count, width, out_width, before + row + 1, 1);
+                }
+            }
+        }
     });
 }
 
-/// The query heads that share one key head.
-fn one_group(
+fn context_len(context: &[(&KvBlock, usize)]) -> usize {
+    context.iter().map(|(_, len)| len).sum()
+}
+
+/// Queries over the keys of one key head: all of its heads for one token, or one head for several tokens.
+struct Lanes<'a> {
     isa: Isa,
     shape: AttentionShape,
-    qkv: &[f32],
-    context: [&KvBlock; 2],
-    visible: usize,
+    qkv: &'a [f32],
+    context: &'a [(&'a KvBlock, usize)],
     kv_head: usize,
-    out: &mut [f32],
-) {
-    let (group, head_dim) = (shape.group(), shape.head_dim);
-    let prefix = context[0];
-    let end = prefix.len + visible;
-    let first = shape.first_visible(end - 1);
-    let runs = [Run { start: 0, len: prefix.len, offset: 0 }, Run { start: 0, len: visible, offset: prefix.len }];
-    with_scratch([group * end], |[scores]| {
-        for (run, block) in runs.into_iter().zip(context) {
-            let (skipped, count) = run.needed(first, end);
-            if count == 0 {
-                continue;
+    out: SharedMut<f32>,
+}
+
+impl Lanes<'_> {
+    /// The attention of `count` lanes, of which the first is `head` of row `row`; the others follow `stride` apart in the
+    /// rows and `out_stride` apart in the result. The first sees `visible` tokens, each other `advance` more.
+    #[allow(clippy::too_many_arguments, reason = "two ways through the same rows")]
+    fn run(
+        &self,
+        row: usize,
+        head: usize,
+        count: usize,
+        stride: usize,
+        out_stride: usize,
+        visible: usize,
+        advance: usize,
+    ) {
+        let (isa, shape, kv_head) = (self.isa, self.shape, self.kv_head);
+        let head_dim = shape.head_dim;
+        let queries = &self.qkv[row * shape.width() + head * head_dim..];
+        let out_start = (row * shape.heads + head) * head_dim;
+        let end = visible + (count - 1) * advance;
+        let first = shape.first_visible(visible - 1);
+        // The blocks with the first token that is needed, how many are, and the place of that token in the sequence.
+        let parts = self.context.iter().scan(0, |offset, &(block, len)| {
+            let run = Run { start: 0, len, offset: *offset };
+            let (skipped, needed) = run.needed(first, end);
+            *offset += len;
+            Some((block, skipped, needed, run.offset + skipped))
+        });
+        let parts = parts.filter(|&(_, _, needed, _)| needed > 0);
+        with_scratch([count * end], |[scores]| {
+            for (block, skipped, needed, place) in parts.clone() {
+                let product = Product {
+                    rows: count,
+                    columns: needed,
+                    steps: head_dim,
+                    pairs: false,
+                    a: queries.as_ptr(),
+                    left: Left::Rows { stride },
+                    b: block.keys.as_slice()[(skipped * shape.kv_heads + kv_head * PANEL) * head_dim..].as_ptr(),
+                    panel_stride: shape.kv_heads * head_dim * PANEL,
+                    step_stride: PANEL,
+                    c: scores[place..].as_mut_ptr(),
+                    c_stride: end,
+                    accumulate: false,
+                };
+                // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
+                unsafe { multiply(isa, product) };
             }
-            let product = Product {
-                rows: group,
-                columns: count,
-                steps: head_dim,
-                pairs: false,
-                a: qkv[kv_head * group * head_dim..].as_ptr(),
-                left: Left::Rows { stride: head_dim },
-                b: block.keys.as_slice()[(skipped * shape.kv_heads + kv_head * PANEL) * head_dim..].as_ptr(),
-                panel_stride: shape.kv_heads * head_dim * PANEL,
-                step_stride: PANEL,
-                c: scores[run.offset + skipped..].as_mut_ptr(),
-                c_stride: end,
-                accumulate: false,
-            };
-            // SAFETY: the group's heads lie inside the row, the block's panels are whole, the scores are ours.
-            unsafe { multiply(isa, product) };
-        }
-        let mut accumulate = false;
-        let mut inverse_totals = vec![0.0; group];
-        for (inverse_total, scores) in inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)) {
-            scores[..first].fill(0.0);
-            (*inverse_total, _) = softmax(isa, &mut scores[first..], shape.scale);
-        }
-        for (run, block) in runs.into_iter().zip(context) {
-            let (skipped, count) = run.needed(first, end);
-            if count == 0 {
-                continue;
+            let mut inverse_totals = vec![0.0; count];
+            for (lane, (inverse_total, scores)) in inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
+            {
+                let visible = visible + lane * advance;
+                let first = shape.first_visible(visible - 1);
+                (*inverse_total, _) = softmax(isa, &mut scores[first..visible], shape.scale);
+                // What is computed but not visible weighs nothing.
+                scores[..first].fill(0.0);
+                scores[visible..].fill(0.0);
             }
-            let padded = block.padded_head();
-            let product = Product {
-                rows: group,
-                columns: head_dim,
-                steps: count,
-                pairs: false,
-                a: scores[run.offset + skipped..].as_ptr(),
-                left: Left::Rows { stride: end },
-                b: block.values.as_slice()[(skipped * shape.kv_heads + kv_head) * padded..].as_ptr(),
-                panel_stride: PANEL,
-                step_stride: shape.kv_heads * padded,
-                c: out.as_mut_ptr(),
-                c_stride: head_dim,
-                accumulate,
-            };
-            // SAFETY: the scores cover the group, the block holds `count` tokens from `skipped` on, `out` is ours.
-            unsafe { multiply(isa, product) };
-            accumulate = true;
-        }
-        for (out, &inverse_total) in out.chunks_exact_mut(head_dim).zip(&inverse_totals) {
-            normalise(isa, out, inverse_total);
-        }
-    });
+            let mut accumulate = false;
+            for (block, skipped, needed, place) in parts.clone() {
+                let padded = block.padded_head();
+                let product = Product {
+                    rows: count,
+                    columns: head_dim,
+                    steps: needed,
+                    pairs: false,
+                    a: scores[place..].as_ptr(),
+                    left: Left::Rows { stride: end },
+                    b: block.values.as_slice()[(skipped * shape.kv_heads + kv_head) * padded..].as_ptr(),
+                    panel_stride: PANEL,
+                    step_stride: shape.kv_heads * padded,
+                    // SAFETY: the row lies inside the result.
+                    c: unsafe { self.out.get().add(out_start) },
+                    c_stride: out_stride,
+                    accumulate,
+                };
+                // SAFETY: the scores cover the lanes, the block holds `needed` tokens from `skipped` on, and these heads of
+                // these rows of the result belong to this task alone.
+                unsafe { multiply(isa, product) };
+                accumulate = true;
+            }
+            for (lane, &inverse_total) in inverse_totals.iter().enumerate() {
+                // SAFETY: as above.
+                normalise(isa, unsafe { self.out.slice(out_start + lane * out_stride, head_dim) }, inverse_total);
+            }
+        });
+    }
 }

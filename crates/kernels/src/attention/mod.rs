@@ -1,4 +1,4 @@
-//! Causal attention over packed rows: forward, backward and one token at a time.
+//! Causal attention over packed rows, forward and backward, and of new tokens over cached ones.
 //!
 //! Everything is f32. A score is a left fold over the head's elements; a row's softmax is one function of exactly the
 //! visible keys ([`softmax`]); the weighted values are folded over keys in ascending order, a shared prefix before a
