@@ -216,7 +216,8 @@ impl Lanes<'_> {
                 unsafe { multiply(isa, product) };
             }
             let mut inverse_totals = vec![0.0; count];
-            for (lane, (inverse_total, scores)) in inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
+            for (lane, (inverse_total, scores)) in
+                inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
             {
                 let visible = visible + lane * advance;
                 let first = shape.first_visible(visible - 1);

@@ -1,34 +1,108 @@
 //! Generation: prompts into key-value caches, then tokens one by one, with the same bits as the training forward.
+//!
+//! What is cached is never moved: a [`KvCache`] is a list of runs of tokens, each computed once, of which it uses the
+//! beginnings. Sequences that begin alike name the same runs.
 
 use std::sync::Arc;
 
 use kernels::{DecodeQuery, KvBlock};
 
-use super::{Decoder, PackedTokens, Workspace};
+use super::identity::WeightsId;
+use super::{Decoder, Workspace};
 use crate::error::{Error, Result};
 
-/// Rows of prompts computed together.
-const PREFILL_ROWS: usize = 2048;
+/// Rows of prompts that are best computed together; more would only take more memory.
+pub const PREFILL_ROWS: usize = 2048;
 
-/// The keys and values of a run of tokens in every layer.
-pub struct KvCache {
+/// Tokens from which on a common beginning is shared rather than computed again: a further run costs a little in every
+/// later step.
+pub const SHARED_FROM: usize = 16;
+
+/// The keys and values of a run of neighbouring tokens in every layer.
+struct Run {
     layers: Vec<KvBlock>,
     len: usize,
+    weights: WeightsId,
+}
+
+impl Run {
+    fn new(decoder: &Decoder, capacity: usize) -> Self {
+        let layers = decoder.layers.iter().map(|layer| KvBlock::new(layer.shape, capacity)).collect();
+        Self { layers, len: 0, weights: decoder.weights_id() }
+    }
+}
+
+/// The keys and values of the first tokens of a sequence, to be shared by everything that continues them.
+#[derive(Clone, Default)]
+pub struct KvCache {
+    /// Runs, and how many of each one's first tokens belong to the sequence.
+    runs: Vec<(Arc<Run>, usize)>,
 }
 
 impl KvCache {
-    fn new(decoder: &Decoder, capacity: usize) -> Self {
-        Self { layers: decoder.layers.iter().map(|layer| KvBlock::new(layer.shape, capacity)).collect(), len: 0 }
-    }
-
     /// Number of tokens.
     pub fn len(&self) -> usize {
-        self.len
+        self.runs.iter().map(|(_, len)| len).sum()
     }
 
     /// Whether there are no tokens.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
+    }
+
+    /// The cache of the first `len` tokens (all, if there are fewer).
+    pub fn beginning(&self, len: usize) -> Self {
+        let mut rest = len;
+        let mut runs = Vec::new();
+        for (run, len) in &self.runs {
+            let kept = rest.min(*len);
+            if kept > 0 {
+                runs.push((Arc::clone(run), kept));
+            }
+            rest -= kept;
+        }
+        Self { runs }
+    }
+
+    /// The runs it keeps in memory: something that tells one from another, and the tokens of each.
+    pub fn held(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.runs.iter().map(|(run, _)| (Arc::as_ptr(run).addr(), run.len))
+    }
+
+    fn known(&self) -> Vec<(Known, usize)> {
+        self.runs.iter().map(|(run, len)| (Known::Old(Arc::clone(run)), *len)).collect()
+    }
+
+    fn check(&self, weights: WeightsId) -> Result<()> {
+        match self.runs.iter().all(|(run, _)| run.weights == weights) {
+            true => Ok(()),
+            false => Err(stale()),
+        }
+    }
+}
+
+/// A prompt that is to be computed.
+pub struct Prompt<'a> {
+    /// Its tokens.
+    pub tokens: &'a [u32],
+    /// What is known of its beginning; less than the whole prompt, perhaps nothing.
+    pub known: KvCache,
+}
+
+impl<'a> Prompt<'a> {
+    /// What is to be computed after what is known.
+    fn alone(&self) -> Extension<'a> {
+        Extension { tokens: &self.tokens[self.known.len()..], known: self.known.known() }
+    }
+
+    /// The same, if another prompt of the pass may know more: the one `before`, whose `extension` appends to run `own`.
+    fn after(&self, before: &Prompt<'_>, extension: &Extension<'_>, own: usize) -> Extension<'a> {
+        // The last token is computed in any case: its hidden state is asked for.
+        let shared = common_beginning(before.tokens, self.tokens).min(self.tokens.len() - 1);
+        match shared >= self.known.len() + SHARED_FROM {
+            true => Extension { tokens: &self.tokens[shared..], known: extension.beginning(own, shared) },
+            false => self.alone(),
+        }
     }
 }
 
@@ -38,23 +112,25 @@ pub struct Prefill {
     pub cache: Arc<KvCache>,
     /// The hidden state after the final norm at its last token.
     pub hidden: Vec<f32>,
+    /// How many of its tokens were computed; the others were known, or shared with the prompt before it.
+    pub computed: usize,
 }
 
 /// The cache of one sequence: a shared prompt and its own continuation.
 pub struct SequenceCache {
-    prefix: Arc<KvCache>,
-    own: KvCache,
+    prompt: Arc<KvCache>,
+    own: Run,
 }
 
 impl SequenceCache {
-    /// A continuation of `prefix` with room for `capacity` tokens before it has to grow.
-    pub fn new(decoder: &Decoder, prefix: Arc<KvCache>, capacity: usize) -> Self {
-        Self { prefix, own: KvCache::new(decoder, capacity) }
+    /// A continuation of `prompt` with room for `capacity` tokens before it has to grow.
+    pub fn new(decoder: &Decoder, prompt: Arc<KvCache>, capacity: usize) -> Self {
+        Self { prompt, own: Run::new(decoder, capacity) }
     }
 
     /// Tokens in the whole sequence so far.
     pub fn len(&self) -> usize {
-        self.prefix.len + self.own.len
+        self.prompt.len() + self.own.len
     }
 
     /// Whether there are no tokens.
@@ -69,6 +145,16 @@ impl SequenceCache {
         }
         self.own.len = self.own.len.min(len);
     }
+
+    /// The whole sequence, as something to be continued.
+    pub fn into_shared(self) -> KvCache {
+        let mut shared = self.prompt.beginning(usize::MAX);
+        if self.own.len > 0 {
+            let len = self.own.len;
+            shared.runs.push((Arc::new(self.own), len));
+        }
+        shared
+    }
 }
 
 /// Tokens to append to one sequence.
@@ -79,8 +165,36 @@ pub struct DecodeRow<'a> {
     pub cache: &'a mut SequenceCache,
 }
 
+/// A run that new tokens follow: an old one, or the one that another extension of the same pass appends to.
+#[derive(Clone)]
+enum Known {
+    Old(Arc<Run>),
+    Own(usize),
+}
+
+/// New tokens of one sequence in the pass at hand, and the runs they see before those of the run they are appended to.
+struct Extension<'a> {
+    tokens: &'a [u32],
+    known: Vec<(Known, usize)>,
+}
+
+impl Extension<'_> {
+    /// The runs of the first `len` tokens of the sequence, if this is its first extension and appends to run `own`.
+    fn beginning(&self, own: usize, len: usize) -> Vec<(Known, usize)> {
+        let mut rest = len;
+        let runs = self.known.iter().cloned().chain([(Known::Own(own), self.tokens.len())]);
+        let kept = runs.map(|(run, len)| {
+            let kept = rest.min(len);
+            rest -= kept;
+            (run, kept)
+        });
+        kept.filter(|(_, kept)| *kept > 0).collect()
+    }
+}
+
 impl Decoder {
-    /// Computes prompts, each on its own, and returns their caches and last hidden states in order.
+    /// Computes prompts and returns their caches and last hidden states in order. Prompts next to each other share the
+    /// computation of what they have in common.
     ///
     /// # Errors
     /// As [`Decoder::forward`].
@@ -88,38 +202,17 @@ impl Decoder {
         let mut done = Vec::with_capacity(prompts.len());
         let mut rest = prompts;
         while !rest.is_empty() {
-            let mut tokens = PackedTokens::new();
-            let mut count = 0;
-            while count < rest.len() && (count == 0 || tokens.rows() + rest[count].len() <= PREFILL_ROWS) {
-                tokens.push(rest[count], None)?;
+            let (mut count, mut rows) = (0, 0);
+            while count < rest.len() && (count == 0 || rows + rest[count].len() <= PREFILL_ROWS) {
+                rows += rest[count].len();
                 count += 1;
             }
-            rest = &rest[count..];
-            self.prefill_packed(&tokens, workspace, &mut done)?;
+            let (now, later) = rest.split_at(count);
+            rest = later;
+            let now: Vec<Prompt<'_>> = now.iter().map(|tokens| Prompt { tokens, known: KvCache::default() }).collect();
+            done.extend(self.extend(&mut [], &now, workspace)?);
         }
         Ok(done)
-    }
-
-    fn prefill_packed(&self, tokens: &PackedTokens, workspace: &mut Workspace, done: &mut Vec<Prefill>) -> Result<()> {
-        self.ready()?;
-        tokens.check(self.config.vocab_size, self.config.max_positions)?;
-        let mut caches: Vec<KvCache> =
-            tokens.segments().iter().map(|segment| KvCache::new(self, segment.len)).collect();
-        workspace.positions = tokens.positions();
-        self.run(tokens.ids(), workspace, false, |layer, kept| {
-            kernels::attention(layer.shape, tokens.segments(), &kept.qkv, &mut kept.attention, &mut kept.log_sum_exp);
-            let width = layer.qkv.outputs;
-            for (segment, cache) in tokens.segments().iter().zip(&mut caches) {
-                cache.layers[layer.index].extend(&kept.qkv[segment.start * width..][..segment.len * width]);
-            }
-        })?;
-        let d = self.config.hidden_size;
-        for (segment, mut cache) in tokens.segments().iter().zip(caches) {
-            cache.len = segment.len;
-            let last = segment.start + segment.len - 1;
-            done.push(Prefill { cache: Arc::new(cache), hidden: workspace.hidden[last * d..][..d].to_vec() });
-        }
-        Ok(())
     }
 
     /// Appends tokens to sequences. [`Workspace::hidden`] then holds one row for each token, in order.
@@ -127,49 +220,120 @@ impl Decoder {
     /// The bits of a row depend on its own sequence alone, not on the other rows.
     ///
     /// # Errors
-    /// As [`Decoder::forward`]; the caches are then in no usable state.
+    /// As [`Decoder::forward`]; keys and values of other weights. The caches are then in no usable state.
     pub fn decode(&self, rows: &mut [DecodeRow<'_>], workspace: &mut Workspace) -> Result<()> {
+        self.extend(rows, &[], workspace).map(drop)
+    }
+
+    /// [`Decoder::decode`] and [`Decoder::prefill`] in one pass over the weights. [`Workspace::hidden`] begins with the
+    /// rows of `rows`.
+    ///
+    /// # Errors
+    /// As [`Decoder::decode`]; a prompt of which nothing is left to be computed.
+    pub fn extend(
+        &self,
+        rows: &mut [DecodeRow<'_>],
+        prompts: &[Prompt<'_>],
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Prefill>> {
         self.ready()?;
-        let vocabulary = self.config.vocab_size;
-        let max_positions = self.config.max_positions;
+        let weights = self.weights_id();
+        for row in rows.iter() {
+            row.cache.prompt.check(weights)?;
+            if row.cache.own.weights != weights {
+                return Err(stale());
+            }
+        }
+        for prompt in prompts {
+            prompt.known.check(weights)?;
+            if prompt.known.len() >= prompt.tokens.len() {
+                let (known, tokens) = (prompt.known.len(), prompt.tokens.len());
+                return Err(Error::Invalid(format!("a prompt of {tokens} tokens of which {known} are known")));
+            }
+        }
+        let mut own: Vec<&mut Run> = Vec::with_capacity(rows.len() + prompts.len());
+        let mut extensions = Vec::with_capacity(rows.len() + prompts.len());
+        for DecodeRow { tokens, cache } in rows {
+            let SequenceCache { prompt, own: run } = &mut **cache;
+            extensions.push(Extension { tokens, known: prompt.known() });
+            own.push(run);
+        }
+        let decoded = extensions.iter().map(|extension| extension.tokens.len()).sum::<usize>();
+        for (index, prompt) in prompts.iter().enumerate() {
+            extensions.push(match (index.checked_sub(1).map(|before| &prompts[before]), extensions.last()) {
+                (Some(before), Some(extension)) => prompt.after(before, extension, extensions.len() - 1),
+                _ => prompt.alone(),
+            });
+        }
+        let of_prompts = own.len();
+        let mut new: Vec<Run> =
+            extensions[of_prompts..].iter().map(|extension| Run::new(self, extension.tokens.len())).collect();
+        own.extend(&mut new);
+        self.append(&extensions, &mut own, workspace)?;
+
+        let new: Vec<Arc<Run>> = new.into_iter().map(Arc::new).collect();
+        let d = self.config.hidden_size;
+        let mut end = decoded;
+        let done = extensions[of_prompts..].iter().enumerate().map(|(index, extension)| {
+            let computed = extension.tokens.len();
+            let runs = extension.beginning(of_prompts + index, usize::MAX).into_iter().map(|(run, len)| match run {
+                Known::Old(run) => (run, len),
+                Known::Own(own) => (Arc::clone(&new[own - of_prompts]), len),
+            });
+            end += computed;
+            let hidden = workspace.hidden[(end - 1) * d..][..d].to_vec();
+            Prefill { cache: Arc::new(KvCache { runs: runs.collect() }), hidden, computed }
+        });
+        Ok(done.collect())
+    }
+
+    /// Runs the stack over the tokens of all extensions and appends their keys and values to the runs in `own`.
+    fn append(&self, extensions: &[Extension<'_>], own: &mut [&mut Run], workspace: &mut Workspace) -> Result<()> {
+        let (vocabulary, max_positions) = (self.config.vocab_size, self.config.max_positions);
         let mut ids = Vec::new();
         workspace.positions.clear();
-        for row in rows.iter() {
-            if let Some(&id) = row.tokens.iter().find(|&&id| id as usize >= vocabulary) {
+        for (extension, own) in extensions.iter().zip(own.iter()) {
+            let tokens = extension.tokens;
+            if let Some(&id) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
                 return Err(Error::Invalid(format!("token {id} is not below the vocabulary size {vocabulary}")));
             }
-            let first = row.cache.len();
-            if first + row.tokens.len() > max_positions {
+            let first = extension.known.iter().map(|(_, len)| len).sum::<usize>() + own.len;
+            if first + tokens.len() > max_positions {
                 return Err(Error::Invalid(format!(
                     "a sequence outgrows the model's context of {max_positions} tokens"
                 )));
             }
-            ids.extend_from_slice(row.tokens);
-            workspace.positions.extend((first..first + row.tokens.len()).map(|position| position as u32));
+            ids.extend_from_slice(tokens);
+            workspace.positions.extend((first..first + tokens.len()).map(|position| position as u32));
         }
         self.run(&ids, workspace, false, |layer, kept| {
-            let mut qkv_rows = kept.qkv.chunks_exact(layer.qkv.outputs);
-            for row in rows.iter_mut() {
-                for qkv in qkv_rows.by_ref().take(row.tokens.len()) {
-                    row.cache.own.layers[layer.index].push_row(qkv);
-                }
+            let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
+            // All keys and values come first: a prompt may see those of another.
+            let mut rest = &kept.qkv[..];
+            for (extension, own) in extensions.iter().zip(own.iter_mut()) {
+                let qkv;
+                (qkv, rest) = rest.split_at(extension.tokens.len() * width);
+                own.layers[layer.index].extend(qkv);
             }
-            let mut queries = Vec::with_capacity(ids.len());
-            let mut qkv_rows = kept.qkv.chunks_exact(layer.qkv.outputs);
-            let mut out_rows = kept.attention.chunks_exact_mut(layer.output.inputs);
-            for row in rows.iter() {
-                let own = &row.cache.own;
-                for visible in own.len + 1..=own.len + row.tokens.len() {
-                    if let (Some(qkv), Some(out)) = (qkv_rows.next(), out_rows.next()) {
-                        let context = [&row.cache.prefix.layers[layer.index], &own.layers[layer.index]];
-                        queries.push(DecodeQuery { qkv, context, visible, out });
-                    }
-                }
-            }
-            kernels::attention_decode(layer.shape, &mut queries);
+            let contexts = extensions.iter().enumerate().map(|(index, extension)| {
+                let known = extension.known.iter().map(|(known, len)| match known {
+                    Known::Old(run) => (&run.layers[layer.index], *len),
+                    Known::Own(other) => (&own[*other].layers[layer.index], *len),
+                });
+                known.chain([(&own[index].layers[layer.index], own[index].len + extension.tokens.len())]).collect()
+            });
+            let contexts: Vec<Vec<(&KvBlock, usize)>> = contexts.collect();
+            let (mut rest, mut rest_out) = (&kept.qkv[..], &mut kept.attention[..]);
+            let queries = extensions.iter().zip(&contexts).map(|(extension, context)| {
+                let (qkv, out);
+                (qkv, rest) = rest.split_at(extension.tokens.len() * width);
+                (out, rest_out) = std::mem::take(&mut rest_out).split_at_mut(extension.tokens.len() * out_width);
+                DecodeQuery { qkv, context, out }
+            });
+            kernels::attention_decode(layer.shape, &mut queries.collect::<Vec<_>>());
         })?;
-        for row in rows {
-            row.cache.own.len += row.tokens.len();
+        for (extension, own) in extensions.iter().zip(own) {
+            own.len += extension.tokens.len();
         }
         Ok(())
     }
@@ -183,4 +347,13 @@ impl Decoder {
         self.head.logits(self.products(precision), hidden, logits);
         Ok(())
     }
+}
+
+/// How many of their first tokens two sequences have in common.
+pub fn common_beginning(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+fn stale() -> Error {
+    Error::Invalid("the cached keys and values come from other weights or another precision".into())
 }

@@ -2,7 +2,8 @@
 //!
 //! A [`Decoder`] owns the weights. [`Decoder::forward`] turns [`PackedTokens`] into hidden states inside a [`Workspace`];
 //! [`Decoder::log_probs`] reads log-probabilities off them; [`Decoder::backward`] turns gradients of those into
-//! [`Gradients`] of the weights. [`Decoder::prefill`] and [`Decoder::decode`] run the same layers over key-value caches.
+//! [`Gradients`] of the weights. [`Decoder::prefill`], [`Decoder::decode`] and [`Decoder::extend`] run the same layers over key-value
+//! caches.
 //! The engine knows no loss.
 //!
 //! Results do not depend on threads, on the other sequences of a batch or on how a batch is split: every reduction is a
@@ -11,6 +12,7 @@
 mod decode;
 mod estimate;
 mod head;
+mod identity;
 mod layer;
 mod linear;
 mod non_finite;
@@ -35,9 +37,10 @@ use linear::Products;
 use parameters::{EMBEDDING, Layout};
 use workspace::{Activations, Kept};
 
-pub use decode::{DecodeRow, KvCache, Prefill, SequenceCache};
+pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM, SequenceCache, common_beginning};
 pub use estimate::Estimate;
 pub use head::{LogProbs, Target};
+pub use identity::WeightsId;
 pub use non_finite::NonFinite;
 pub use parameters::{Gradients, ParameterInfo};
 pub use tokens::PackedTokens;
@@ -64,6 +67,8 @@ pub struct Decoder {
     base_packed: bool,
     base_stale: bool,
     adapter_stale: bool,
+    /// Changes with every change of a weight.
+    values: identity::Values,
 }
 
 #[derive(Clone)]
@@ -144,6 +149,7 @@ impl Decoder {
             base_packed: false,
             base_stale: true,
             adapter_stale: true,
+            values: identity::Values::fresh(),
             config,
         })
     }
@@ -183,6 +189,7 @@ impl Decoder {
     /// The values of parameter `index`, to be changed; [`Decoder::prepare`] must follow.
     pub fn parameter_mut(&mut self, index: usize) -> &mut [f32] {
         let range = self.parameters()[index].range.clone();
+        self.values = identity::Values::fresh();
         match &mut self.adapter {
             Some(adapter) => {
                 self.adapter_stale = true;
@@ -241,6 +248,12 @@ impl Decoder {
         self.precision
     }
 
+    /// Names what is computed with: anything derived from the weights may be kept as long as this stays the same.
+    pub fn weights_id(&self) -> WeightsId {
+        let adapter = self.adapter.as_ref().is_some_and(|adapter| adapter.on);
+        WeightsId { values: self.values, precision: self.precision, adapter }
+    }
+
     /// Bytes of the packed copies of the weights.
     pub fn packed_bytes(&self) -> usize {
         let linears = self.layers.iter().flat_map(Layer::linears).map(linear::Linear::packed_bytes);
@@ -281,6 +294,7 @@ impl Decoder {
         }
         self.adapter = Some(AdapterState { config: config.clone(), layout: Arc::new(layout), values, on: true });
         self.adapter_stale = true;
+        self.values = identity::Values::fresh();
         Ok(())
     }
 
@@ -336,11 +350,13 @@ impl Decoder {
                 linear.merge(&mut self.base, &adapter.values);
             }
             self.base_stale = true;
+            self.values = identity::Values::fresh();
         }
     }
 
     fn drop_adapter(&mut self) {
         self.adapter = None;
+        self.values = identity::Values::fresh();
         for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
             linear.adapter = None;
         }

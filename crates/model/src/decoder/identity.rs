@@ -1,0 +1,26 @@
+//! Telling states of a decoder's weights apart, so that nothing computed with one is ever used with another.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kernels::Precision;
+
+/// Names what a decoder computes with: its weights, the precision they are packed for, whether its adapter is on. Within a
+/// process, decoders with equal names compute equal bits; after any change the name is one that never was before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightsId {
+    pub(super) values: Values,
+    pub(super) precision: Option<Precision>,
+    pub(super) adapter: bool,
+}
+
+/// Names the values of all weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Values(u64);
+
+impl Values {
+    /// A name not given before.
+    pub fn fresh() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
