@@ -1,12 +1,14 @@
 //! What answers of very different lengths cost: throughput with lengths from a heavy tail beside that with equal lengths,
-//! for the same number of requests, of tokens in total and of slots. One JSON line per kind of load.
+//! for the same number of requests, of tokens in total and of slots. One JSON line per kind of load, with the median of several
+//! draws of the lengths.
 //!
 //! ```text
-//! cargo run --release -p posttrain-rollout --example admission -- [--precision f32|bf16] [--threads N] [--repeats N]
+//! cargo run --release -p posttrain-rollout --example admission -- [--precision f32|bf16] [--threads N] [--draws N]
 //! ```
-//! The model has the layers of SmolLM2-135M, but 8 of them, and a vocabulary in proportion, with random weights. `questions`
+//! The model has the layers of SmolLM2-135M, but 4 of them, and a vocabulary in proportion, with random weights. `questions`
 //! has one answer to each prompt, so that every freed slot admits a new prompt; `groups` has 8 samples of each prompt. A
-//! hook ends every answer at its length. With equal lengths all slots become free at once, which is the best case.
+//! hook ends every answer at its length. With equal lengths all slots become free at once, which is the best case; with a
+//! heavy tail, the last few long answers run alone.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +22,7 @@ use posttrain_rollout::{Generator, LogitsContext, LogitsHook, Request, SamplingO
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const VOCABULARY: usize = 12288;
+const VOCABULARY: usize = 6144;
 const SLOTS: usize = 16;
 const REQUESTS: usize = 512;
 const PROMPT: usize = 64;
@@ -42,32 +44,26 @@ fn main() -> Result<()> {
     if let Some(threads) = number("--threads")? {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
-    let repeats = number("--repeats")?.unwrap_or(1);
+    let draws = number("--draws")?.unwrap_or(3);
 
-    let mut decoder = Decoder::random(eight_layers(), 1)?;
+    let mut decoder = Decoder::random(four_layers(), 1)?;
     decoder.prepare(precision);
-    let heavy = Lengths(heavy_tail());
-    let uniform = Lengths(vec![MEAN; REQUESTS]);
     for (load, group) in [("questions", 1), ("groups", 8)] {
-        let mut rates = Vec::new();
-        let mut slots_in_use = [0.0; 2];
-        for _ in 0..repeats {
-            let mut pair = [0.0; 2];
-            for (which, lengths) in [&uniform, &heavy].into_iter().enumerate() {
-                (pair[which], slots_in_use[which]) = run(&decoder, group, lengths)?;
-            }
-            rates.push(pair);
+        let mut found = Vec::new();
+        for draw in 0..draws {
+            let uniform = run(&decoder, group, &Lengths(vec![MEAN; REQUESTS]))?;
+            found.push((uniform, run(&decoder, group, &Lengths(heavy_tail(draw)))?));
         }
-        rates.sort_by(|a, b| (a[1] / a[0]).total_cmp(&(b[1] / b[0])));
-        let [uniform, heavy] = rates[rates.len() / 2];
+        let ratio = |(uniform, heavy): &(Speed, Speed)| heavy.tokens_per_second / uniform.tokens_per_second;
+        found.sort_by(|a, b| ratio(a).total_cmp(&ratio(b)));
+        let (uniform, heavy) = &found[found.len() / 2];
         let result = serde_json::json!({
             "case": format!("admission-{load}-{precision_name}"),
-            "uniform_tokens_per_second": uniform,
-            "heavy_tail_tokens_per_second": heavy,
-            "ratio": heavy / uniform,
+            "uniform_tokens_per_second": uniform.tokens_per_second,
+            "heavy_tail_tokens_per_second": heavy.tokens_per_second,
+            "ratios": found.iter().map(ratio).collect::<Vec<_>>(),
             "slots": SLOTS,
-            "mean_slots_in_use": { "uniform": slots_in_use[0], "heavy_tail": slots_in_use[1] },
-            "repeats": repeats,
+            "mean_slots_in_use": heavy.mean_slots_in_use,
             "threads": rayon::current_num_threads(),
             "versions": { "posttrain": env!("CARGO_PKG_VERSION") },
         });
@@ -77,7 +73,7 @@ fn main() -> Result<()> {
 }
 
 /// A decoder with the layers of SmolLM2-135M.
-fn eight_layers() -> ModelConfig {
+fn four_layers() -> ModelConfig {
     let mut config = ModelConfig::tiny(Family::Llama, VOCABULARY);
     config.hidden_size = 576;
     config.intermediate_size = 1536;
@@ -85,13 +81,13 @@ fn eight_layers() -> ModelConfig {
     config.kv_heads = 3;
     config.head_dim = 64;
     config.attention_scale = 0.125;
-    config.layers = vec![config.layers[0]; 8];
+    config.layers = vec![config.layers[0]; 4];
     config
 }
 
 /// Lengths from a Pareto distribution with exponent 1.1, cut at the longest, with the same sum as equal ones.
-fn heavy_tail() -> Vec<usize> {
-    let random = Random::new(4, Purpose::Test);
+fn heavy_tail(draw: usize) -> Vec<usize> {
+    let random = Random::new(4, Purpose::Test).step(draw as u32);
     let drawn: Vec<f64> = (0..REQUESTS).map(|i| (1.0 - random.at(i as u32).uniform()).powf(-1.0 / 1.1)).collect();
     let lengths = |scale: f64| drawn.iter().map(move |x| ((scale * x) as usize).clamp(1, LONGEST));
     let (mut low, mut high) = (0.0, MEAN as f64);
@@ -120,8 +116,12 @@ impl LogitsHook for Lengths {
     }
 }
 
-/// Tokens per second, and the mean number of slots in use.
-fn run(decoder: &Decoder, group: usize, lengths: &Lengths) -> Result<(f64, f64)> {
+struct Speed {
+    tokens_per_second: f64,
+    mean_slots_in_use: f64,
+}
+
+fn run(decoder: &Decoder, group: usize, lengths: &Lengths) -> Result<Speed> {
     let random = Random::new(2, Purpose::Test);
     let prompt = |name: usize| -> Arc<[u32]> {
         let random = random.step(name as u32);
@@ -143,5 +143,5 @@ fn run(decoder: &Decoder, group: usize, lengths: &Lengths) -> Result<(f64, f64)>
     })?;
     let seconds = start.elapsed().as_secs_f64();
     // Every slot in use in a round gives one token.
-    Ok((tokens as f64 / seconds, tokens as f64 / rounds as f64))
+    Ok(Speed { tokens_per_second: tokens as f64 / seconds, mean_slots_in_use: tokens as f64 / rounds as f64 })
 }

@@ -1,9 +1,11 @@
 //! The generator: a loop over slots.
 //!
-//! Each round admits requests into free slots, turns the hidden states at hand into logits, chooses or scores a token for
-//! each, retires what is finished and feeds the tokens to the decoder, whose hidden states begin the next round. A slot
-//! that becomes free is taken in the next round, so that a batch with completions of very different lengths stays full.
+//! Each round admits requests into free slots, feeds the decoder their prompts and the tokens it has not seen of the others,
+//! turns the hidden states into logits, chooses or scores a token for each, and retires what is finished. A slot that becomes
+//! free is taken in the next round, so that a batch with completions of very different lengths stays full; and new prompts
+//! share one pass over the weights with the running completions, so that a prompt alone costs no pass of its own.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use base::Random;
@@ -12,6 +14,7 @@ use model::decoder::{DecodeRow, Decoder, Workspace};
 use model::tokenizer::Tokenizer;
 use rayon::prelude::*;
 
+use crate::prefix_cache::PrefixCache;
 use crate::queue::Queue;
 use crate::sampling::{Choice, NoChoice, Scratch};
 use crate::slot::{Slot, Token};
@@ -45,8 +48,19 @@ pub struct Progress<'a> {
     pub running: usize,
     /// Tokens sampled so far.
     pub tokens: usize,
+    /// Tokens of the prompts of all requests that were admitted so far.
+    pub prompt_tokens: PromptTokens,
     /// Text that became certain in this round.
     pub pieces: &'a [Piece],
+}
+
+/// Where the keys and values of prompts came from, in tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptTokens {
+    /// Went through the model.
+    pub computed: usize,
+    /// Were known: from another request with the same prompt, from a prompt that begins alike, or from a [`PrefixCache`].
+    pub reused: usize,
 }
 
 /// New text of one completion.
@@ -82,7 +96,8 @@ impl<'a> Generator<'a> {
 
     /// Answers `requests`, in their order. The decoder's weights must be prepared.
     ///
-    /// Besides the options' own stop tokens, the end-of-text tokens of the model and the tokenizer end a completion.
+    /// Besides the options' own stop tokens, the end-of-text tokens of the model and the tokenizer end a completion. Prompts
+    /// that begin alike are computed once.
     ///
     /// # Errors
     /// Options outside their range; a request that is empty, too long for the model or a duplicate of another; logits
@@ -92,10 +107,41 @@ impl<'a> Generator<'a> {
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         requests: &[Request],
+        on_progress: impl FnMut(Progress<'_>),
+    ) -> Result<Vec<Episode>> {
+        // Each prompt has most in common with the one before it in the queue, so no more than that one is kept.
+        let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
+        self.answer(decoder, tokenizer, requests, cache, on_progress)
+    }
+
+    /// [`Generator::generate`], where prompts continue what `cache` knows from earlier calls, and where it takes in the
+    /// prompts and completions of this one.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
+    pub fn generate_with(
+        &self,
+        cache: &mut PrefixCache,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        on_progress: impl FnMut(Progress<'_>),
+    ) -> Result<Vec<Episode>> {
+        let cache = Cache { prefixes: cache, keep_completions: true };
+        self.answer(decoder, tokenizer, requests, cache, on_progress)
+    }
+
+    fn answer(
+        &self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        cache: Cache<'_>,
         mut on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
         self.options.validate()?;
         crate::check::requests(requests, self.options, decoder.config())?;
+        cache.prefixes.serve(decoder);
         let mut stop_tokens = decoder.config().eos_token_ids.clone();
         stop_tokens.extend(tokenizer.eos());
         stop_tokens.extend(&self.options.stop_token_ids);
@@ -107,31 +153,45 @@ impl<'a> Generator<'a> {
             tokenizer,
             stop_tokens: &stop_tokens,
             queue: Queue::new(requests),
+            cache,
             slots: Vec::new(),
             heads: Vec::new(),
             hidden: Vec::new(),
             logits: Vec::new(),
             scratch: Vec::new(),
             workspace: Workspace::new(),
+            prompt_tokens: PromptTokens::default(),
         };
         let (mut finished, mut tokens) = (0, 0);
         while finished < requests.len() {
             if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
                 return Err(Error::Cancelled);
             }
-            round.admit()?;
+            round.advance()?;
             let mut pieces = Vec::new();
             tokens += round.choose(&mut pieces)?;
             for (request, episode) in round.retire(&mut pieces) {
                 episodes[request] = Some(episode);
                 finished += 1;
             }
-            round.decode()?;
-            let running = round.slots.len();
-            on_progress(Progress { finished, total: requests.len(), running, tokens, pieces: &pieces });
+            on_progress(Progress {
+                finished,
+                total: requests.len(),
+                running: round.slots.len(),
+                tokens,
+                prompt_tokens: round.prompt_tokens,
+                pieces: &pieces,
+            });
         }
         Ok(episodes.into_iter().flatten().collect())
     }
+}
+
+/// What is known of prompts from before.
+struct Cache<'a> {
+    prefixes: &'a mut PrefixCache,
+    /// Whether a later prompt may continue a completion.
+    keep_completions: bool,
 }
 
 /// A row of hidden states: it predicts the token at `position` of the completion in `slot`.
@@ -150,6 +210,7 @@ struct Round<'a> {
     tokenizer: &'a Tokenizer,
     stop_tokens: &'a [u32],
     queue: Queue<'a>,
+    cache: Cache<'a>,
     slots: Vec<Slot<'a>>,
     heads: Vec<Head>,
     /// One row for each of `heads`.
@@ -159,6 +220,7 @@ struct Round<'a> {
     /// One for each row of `logits`.
     scratch: Vec<RowScratch>,
     workspace: Workspace,
+    prompt_tokens: PromptTokens,
 }
 
 #[derive(Default)]
@@ -173,18 +235,36 @@ impl Round<'_> {
         self.generator.batch_size.max(1)
     }
 
-    /// Fills free slots.
-    fn admit(&mut self) -> Result<()> {
+    /// Fills free slots, and computes their prompts and the tokens that the decoder has not seen of the others.
+    fn advance(&mut self) -> Result<()> {
         let free = self.batch_size() - self.slots.len();
-        if free == 0 || self.queue.is_empty() {
-            return Ok(());
+        let admission = self.queue.take(free, self.cache.prefixes);
+        let prompts = self.queue.missing(&admission);
+        let mut rows = Vec::with_capacity(self.slots.len());
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let (tokens, cache, first) = slot.feed(FORCED_PER_ROUND);
+            self.heads.extend((first..first + tokens.len()).map(|fed| Head { slot: index, position: fed + 1 }));
+            rows.push(DecodeRow { tokens, cache });
         }
-        let Self { generator, decoder, tokenizer, queue, slots, heads, hidden, workspace, .. } = self;
-        queue.take(free, decoder, workspace, |index, request, prefill| {
+        let mut computed = Vec::new();
+        if !(rows.is_empty() && prompts.is_empty()) {
+            computed = self.decoder.extend(&mut rows, &prompts, &mut self.workspace)?;
+            let width = self.decoder.config().hidden_size;
+            self.hidden.extend_from_slice(&self.workspace.hidden()[..self.heads.len() * width]);
+        }
+
+        let Self { generator, decoder, tokenizer, queue, cache, slots, heads, hidden, prompt_tokens, .. } = self;
+        let new: usize = computed.iter().map(|prefill| prefill.computed).sum();
+        prompt_tokens.computed += new;
+        let mut all = 0;
+        queue.start(admission, computed, cache.prefixes, |index, request, prefill| {
+            all += request.prompt.len();
             heads.push(Head { slot: slots.len(), position: 0 });
             hidden.extend_from_slice(&prefill.hidden);
             slots.push(Slot::new(index, request, generator.options, decoder, tokenizer, prefill));
-        })
+        });
+        prompt_tokens.reused += all - new;
+        Ok(())
     }
 
     /// Chooses a token, or scores a forced one, from every row of hidden states. Returns the number of tokens sampled.
@@ -226,33 +306,22 @@ impl Round<'_> {
 
     /// Empties the slots whose completion is finished.
     fn retire(&mut self, pieces: &mut Vec<Piece>) -> Vec<(usize, Episode)> {
-        self.slots
+        let Self { slots, cache, .. } = self;
+        slots
             .extract_if(.., |slot| slot.finish.is_some())
             .map(|slot| {
                 let request = slot.index;
-                let (episode, rest) = slot.into_episode();
+                let (episode, rest, seen) = slot.into_episode();
                 if !rest.is_empty() {
                     pieces.push(Piece { request, text: rest });
+                }
+                if cache.keep_completions {
+                    let tokens = episode.prompt.iter().chain(&episode.completion).take(seen.len()).copied().collect();
+                    cache.prefixes.keep(tokens, Arc::new(seen.into_shared()));
                 }
                 (request, episode)
             })
             .collect()
-    }
-
-    /// Feeds the tokens the decoder has not seen.
-    fn decode(&mut self) -> Result<()> {
-        if self.slots.is_empty() {
-            return Ok(());
-        }
-        let mut rows = Vec::with_capacity(self.slots.len());
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let (tokens, cache, first) = slot.feed(FORCED_PER_ROUND);
-            self.heads.extend((first..first + tokens.len()).map(|fed| Head { slot: index, position: fed + 1 }));
-            rows.push(DecodeRow { tokens, cache });
-        }
-        self.decoder.decode(&mut rows, &mut self.workspace)?;
-        self.hidden.extend_from_slice(self.workspace.hidden());
-        Ok(())
     }
 }
 

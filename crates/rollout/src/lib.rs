@@ -13,6 +13,7 @@ pub mod episode;
 pub mod error;
 pub mod generator;
 pub mod options;
+pub mod prefix_cache;
 mod queue;
 pub mod sampling;
 mod slot;
@@ -20,5 +21,6 @@ pub mod stop;
 
 pub use episode::{Episode, Finish, Request};
 pub use error::{Error, Result};
-pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress};
+pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress, PromptTokens};
 pub use options::SamplingOptions;
+pub use prefix_cache::PrefixCache;

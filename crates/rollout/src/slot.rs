@@ -105,9 +105,9 @@ impl<'a> Slot<'a> {
         (&self.completion[first..self.fed], &mut self.cache, first)
     }
 
-    /// The finished episode, and the text that had been held back.
-    pub fn into_episode(self) -> (Episode, String) {
-        let Self { request, mut text, stream, mut stop, .. } = self;
+    /// The finished episode, the text that had been held back, and the cache of the tokens that the decoder has seen.
+    pub fn into_episode(self) -> (Episode, String, SequenceCache) {
+        let Self { request, mut text, stream, mut stop, cache, .. } = self;
         let mut rest = stop.push(&stream.finish());
         rest.push_str(&stop.finish());
         text.push_str(&rest);
@@ -124,6 +124,6 @@ impl<'a> Slot<'a> {
             finish: self.finish.unwrap_or(Finish::Length),
             text,
         };
-        (episode, rest)
+        (episode, rest, cache)
     }
 }
