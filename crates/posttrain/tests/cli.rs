@@ -168,6 +168,12 @@ fn generate_reads_lines_and_writes_lines() {
     assert_eq!(rows[0]["id"], 1);
     assert!(rows.iter().all(|row| row["completions"].as_array().unwrap().len() == 2));
     assert_eq!(stdout(&generate(&path)), stdout(&output), "the same seed gives the same answers");
+    let output = posttrain(folder.path())
+        .args(["generate", "--model", "tiny-llama", "--max-new-tokens", "3", "--n", "2", "--raw"])
+        .stdin(std::fs::File::open(write(folder.path(), "raw.jsonl", "{\"prompt\": \"abcde\"}\n")).unwrap())
+        .output()
+        .unwrap();
+    assert!(stderr(&output).contains("tokens of prompts: 5 computed, 5 reused"), "{}", stderr(&output));
 
     let output = generate(&write(folder.path(), "bad.jsonl", "{\"prompt\": \"a\"}\n{\"question\": \"b\"}\n"));
     expect(1, &output);

@@ -177,7 +177,7 @@ fn every_metric_has_its_usual_name() {
     assert_eq!(
         names(&path, |line| line["step"] == 4),
         words(
-            "step epoch \
+            "step epoch sampling/prompt_tokens_computed sampling/prompt_tokens_reused \
              sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max \
              loss grad_norm kl entropy \
              clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean \

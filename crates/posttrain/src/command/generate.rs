@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use base::{Purpose, Random};
 use model::chat::Message;
-use rollout::{Finish, Generator, Request, SamplingOptions};
+use rollout::{Finish, Generator, PrefixCache, PromptTokens, Request, SamplingOptions};
 use serde_json::{Value, json};
 
 use crate::cli;
@@ -73,7 +73,7 @@ pub fn generate(arguments: &cli::Generate, opener: Opener) -> Result<(), Failure
         }
     };
     if arguments.n == 1 {
-        stream(&model, &generator, &ids)?;
+        stream(&model, &generator, &ids, &mut PrefixCache::new(0))?;
         return Ok(());
     }
     let requests: Vec<Request> = Request::samples(0, &ids, arguments.n).collect();
@@ -82,10 +82,15 @@ pub fn generate(arguments: &cli::Generate, opener: Opener) -> Result<(), Failure
 }
 
 /// Answers one prompt on standard output while it is made, and returns it.
-fn stream(model: &Opened, generator: &Generator<'_>, ids: &Arc<[u32]>) -> Result<String, Failure> {
+fn stream(
+    model: &Opened,
+    generator: &Generator<'_>,
+    ids: &Arc<[u32]>,
+    cache: &mut PrefixCache,
+) -> Result<String, Failure> {
     let requests: Vec<Request> = Request::samples(0, ids, 1).collect();
     let mut failed = None;
-    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |progress| {
+    let episodes = generator.generate_with(cache, &model.decoder, &model.tokenizer, &requests, |progress| {
         for piece in progress.pieces {
             if failed.is_none() {
                 failed = print(&piece.text).err();
@@ -126,10 +131,18 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
         rows.push(row);
     }
     let mut progress = opener.terminal.progress("generating", "answer", requests.len() as u64);
+    let (mut sampled, mut prompts) = (0, PromptTokens::default());
     let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |now| {
         progress.update(now.finished as u64, &format!("{} tokens", now.tokens));
+        (sampled, prompts) = (now.tokens, now.prompt_tokens);
     })?;
     progress.clear();
+    opener.terminal.note(format!(
+        "{} answers of {sampled} tokens; tokens of prompts: {} computed, {} reused",
+        episodes.len(),
+        prompts.computed,
+        prompts.reused
+    ));
     let mut text = String::new();
     for (mut row, answers) in rows.into_iter().zip(episodes.chunks(arguments.n as usize)) {
         row["completions"] = answers.iter().map(|answer| answer.text.clone()).collect();
@@ -152,6 +165,8 @@ pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
     terminal.note(format!("{}; /reset starts over, Ctrl-D ends", model.name));
     let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
     let mut messages = system.clone();
+    // What was said before is not computed again.
+    let mut cache = PrefixCache::new(model.decoder.config().max_positions);
     let mut turn = 0;
     while let Some(line) = ask(terminal)? {
         match line.trim() {
@@ -165,7 +180,8 @@ pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
         }
         turn += 1;
         let random = Random::new(arguments.sampling.seed, Purpose::Sampling).step(turn);
-        let answer = stream(&model, &Generator::new(&options, 1, random), &encode(&model, &messages)?)?;
+        let generator = Generator::new(&options, 1, random);
+        let answer = stream(&model, &generator, &encode(&model, &messages)?, &mut cache)?;
         messages.push(Message::new("assistant", &answer));
     }
     Ok(())

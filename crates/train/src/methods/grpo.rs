@@ -35,6 +35,9 @@
 //! - `loss`, `grad_norm`: means over the updates of the step. `entropy`, `kl`, `clip_ratio/*`: see [`mod@objectives::grpo`].
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
+//! - `sampling/prompt_tokens_computed`, `sampling/prompt_tokens_reused`: tokens of the prompts of all completions that went
+//!   through the model while sampling, and that were known from the other samples of the prompt or from prompts that begin
+//!   alike.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -45,7 +48,7 @@ use candle_core::{Device, Tensor, Var};
 use data::Prompt;
 use envs::{Answer, Reward, Score, Status};
 use objectives::{GlobalCounts, PolicyBatch};
-use rollout::{Episode, Finish, Generator, Request};
+use rollout::{Episode, Finish, Generator, PromptTokens, Request};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -168,7 +171,8 @@ impl Method for Grpo {
         let order =
             Order::new(self.prompts.len(), step.seed, step.stage).batch(step.index, self.options.prompts_per_step);
         let prompts: Vec<&Prompt> = order.iter().map(|&row| &self.prompts[row]).collect();
-        let episodes = self.sample(step, &prompts)?;
+        let mut metrics = Metrics::new();
+        let episodes = self.sample(step, &prompts, &mut metrics)?;
         let scores = self.score(step, &prompts, &episodes)?;
 
         let rewards: Vec<Option<f64>> = scores.iter().map(|score| score.as_ref().map(|score| score.value)).collect();
@@ -179,7 +183,6 @@ impl Method for Grpo {
         let masks: Vec<Vec<bool>> = episodes.iter().map(|episode| self.mask(episode)).collect();
         let batch = Batch::new(&prompts, &episodes, &masks, &advantages.values);
         let reference = self.reference_log_probs(step, &batch)?;
-        let mut metrics = Metrics::new();
         self.optimise(step, &batch, reference.as_deref(), &mut metrics)?;
 
         let zero_variance = advantages.zero_variance_groups as f64 / advantages.groups as f64;
@@ -195,7 +198,7 @@ impl Method for Grpo {
 
 impl Grpo {
     /// Samples `num_generations` completions of every prompt, group after group.
-    fn sample(&self, step: &mut Step<'_>, prompts: &[&Prompt]) -> Result<Vec<Episode>> {
+    fn sample(&self, step: &mut Step<'_>, prompts: &[&Prompt], metrics: &mut Metrics) -> Result<Vec<Episode>> {
         let started = Instant::now();
         let generations = self.options.num_generations as u32;
         // A prompt may come twice in a step, at the seam of two epochs: its samples then get other numbers.
@@ -213,8 +216,10 @@ impl Grpo {
         let random = step.random(Purpose::Sampling);
         let generator = Generator::new(&self.options.sampling, self.options.decode_batch_size, random);
         let observer = &mut step.observer;
+        let mut prompt_tokens = PromptTokens::default();
         let episodes = generator
             .generate(step.decoder, step.tokenizer, &requests, |progress| {
+                prompt_tokens = progress.prompt_tokens;
                 observer.observe(Event::Progress {
                     phase: Phase::Rollout,
                     done: progress.finished,
@@ -222,6 +227,8 @@ impl Grpo {
                 });
             })
             .map_err(|source| Error::Rollout { step: step.number, source })?;
+        metrics.set("sampling/prompt_tokens_computed", prompt_tokens.computed as f64);
+        metrics.set("sampling/prompt_tokens_reused", prompt_tokens.reused as f64);
         step.spent(Phase::Rollout, started);
         Ok(episodes)
     }
