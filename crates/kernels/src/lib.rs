@@ -40,6 +40,6 @@ pub use gated::{Activation, gated, gated_backward};
 pub use head::{Normalizer, RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};
 pub use isa::Isa;
 pub use math::{exp, ln};
-pub use matrix::{Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+pub use matrix::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
 pub use norm::{head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 pub use rope::{HeadRange, RopeTable, rope};

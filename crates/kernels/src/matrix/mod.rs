@@ -4,10 +4,12 @@
 //! Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); unlike there, a block of the reduced index continues
 //! the sums that the block before it left in the destination, so that blocking does not change a bit.
 
+mod int8;
 pub(crate) mod kernel;
 pub(crate) mod pack;
 mod packed;
 
+pub use int8::Int8Matrix;
 pub use packed::PackedMatrix;
 
 use crate::buffer::with_scratch;
