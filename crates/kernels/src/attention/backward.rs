@@ -12,6 +12,7 @@ use crate::buffer::with_scratch;
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply};
 use crate::parallel::{SharedMut, each};
+use crate::profile::{Call, Kind};
 
 /// The gradient of [`attention`](super::attention) with respect to `qkv`, from that of its output; overwrites `d_qkv`.
 ///
@@ -30,6 +31,7 @@ pub fn attention_backward(
     d_out: &[f32],
     d_qkv: &mut [f32],
 ) {
+    let _call = Call::start(Kind::Attention, 0);
     shape.check();
     let width = shape.width();
     let rows = qkv.len() / width;

@@ -7,6 +7,7 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply};
 use crate::parallel::{SharedMut, each};
+use crate::profile::{Call, Kind};
 
 /// The keys and values of one run of tokens in one layer, laid out for decoding: keys as panels of 32 tokens, so that a
 /// score's fold over the head runs for 32 tokens at once; values token by token.
@@ -112,6 +113,7 @@ const BLOCK_ROWS: usize = 32;
 /// If lengths do not fit the shape, a block is of another shape or shorter than said, or a context is shorter than its
 /// queries.
 pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) {
+    let _call = Call::start(Kind::Attention, 0);
     shape.check();
     let (width, out_width) = (shape.width(), shape.heads * shape.head_dim);
     let mut tasks = Vec::new();

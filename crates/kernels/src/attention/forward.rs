@@ -7,6 +7,7 @@ use crate::buffer::with_scratch;
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply};
 use crate::parallel::{SharedMut, each};
+use crate::profile::{Call, Kind};
 
 /// Rows of one task.
 const TASK_ROWS: usize = 128;
@@ -22,6 +23,7 @@ pub(super) const BLOCK_ROWS: usize = 32;
 /// # Panics
 /// If lengths do not fit the shape or the segments are improper.
 pub fn attention(shape: AttentionShape, segments: &[Segment], qkv: &[f32], out: &mut [f32], log_sum_exp: &mut [f32]) {
+    let _call = Call::start(Kind::Attention, 0);
     shape.check();
     let rows = qkv.len() / shape.width();
     let out_width = shape.heads * shape.head_dim;

@@ -15,6 +15,7 @@ pub use packed::PackedMatrix;
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
 use crate::parallel::{SharedMut, each};
+use crate::profile::{Call, Kind};
 
 /// How the operands of a product are read. Results are f32 and sums are kept in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -156,6 +157,7 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixM
         c.rows,
         c.cols
     );
+    let _call = Call::start(Kind::Product, 2 * a.rows * a.cols * b.cols);
     if a.cols == 0 {
         if !accumulate {
             c.fill_zero();

@@ -6,6 +6,7 @@ use crate::matrix::kernel::{Left, PANEL, Product, multiply, tile_height};
 use crate::matrix::pack::{pack_panel, pack_tiles, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
 use crate::parallel::{SharedMut, each};
+use crate::profile::{Call, Kind};
 
 /// Steps of the reduced index in one block: a panel's block stays in the first-level cache's neighbourhood.
 pub(super) const BLOCK_STEPS: usize = 288;
@@ -88,6 +89,7 @@ impl PackedMatrix {
             c.rows,
             c.cols
         );
+        let _call = Call::start(Kind::Product, 2 * a.rows * self.k * self.n);
         multiply_packed(Isa::current(), self.precision, a, self.panels.as_slice(), c, accumulate);
     }
 

@@ -273,6 +273,21 @@ impl ModelConfig {
         )
     }
 
+    /// The shape of SmolLM2-135M.
+    pub fn smollm2_135m() -> Self {
+        let sizes = Sizes {
+            vocab_size: 49152,
+            hidden_size: 576,
+            intermediate_size: 1536,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            max_positions: 8192,
+        };
+        Self { ropes: vec![RopeConfig::plain(1e5)], ..Self::of_family(Family::Llama, sizes) }
+    }
+
     /// Checks the sizes against each other, so that later products cannot overflow or divide by zero.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
