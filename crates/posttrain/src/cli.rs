@@ -63,6 +63,8 @@ pub enum Command {
     },
     /// Check this machine: processor, memory, disk, cache, Python
     Doctor,
+    /// Measure each phase of training and generation against what this machine could do at best
+    Bench(Bench),
 }
 
 /// One configuration from files and flags.
@@ -188,6 +190,42 @@ pub struct Eval {
     /// Write every answer with its score to this JSON-lines file
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
+}
+
+/// `posttrain bench`
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// A named model, a Hugging Face folder, a run or checkpoint folder, or a GGUF file [default: SmolLM2-135M's shape
+    /// with random weights, on whose values speed does not depend]
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Number format of the matrix products
+    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
+    pub precision: Precision,
+    /// Train a LoRA adapter (r = 16 on every projection) instead of all weights
+    #[arg(long)]
+    pub lora: bool,
+    /// Sequences of a training step
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub batch: u32,
+    /// Tokens of each
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub length: u32,
+    /// Sequences generated at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub decode_batch: u32,
+    /// Tokens of their prompts
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub prompt: u32,
+    /// Tokens generated for each
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(3..=1_048_576))]
+    pub new_tokens: u32,
+    /// Measurements of each phase, of which the median counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeats: u32,
+    /// Write everything that was measured to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// `posttrain pull`

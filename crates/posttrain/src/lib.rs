@@ -13,5 +13,6 @@ pub mod measure;
 pub mod opened;
 pub mod plan;
 pub mod report;
+pub mod roofline;
 pub mod terminal;
 pub mod watch;

@@ -43,6 +43,7 @@ shows! {
     help: ["--help"];
     help_of_train: ["train", "--help"];
     help_of_generate: ["generate", "--help"];
+    help_of_bench: ["bench", "--help"];
     no_verb: [];
     unknown_verb: ["trian"];
     models: ["models"];
@@ -66,6 +67,7 @@ shows! {
     resume_without_a_run: ["resume", "nowhere"];
     merge_without_an_adapter: ["merge", "tiny-llama", "--out", "merged"];
     wrong_flag_value: ["doctor", "--threads", "0"];
+    bench_beyond_the_context: ["bench", "--model", "tiny-llama", "--length", "513", "--quiet"];
 }
 
 #[test]
@@ -131,6 +133,42 @@ fn generated_documents_are_fresh() {
         let written = std::fs::read_to_string(root().join("docs").join(file)).unwrap();
         assert!(written == stdout(&output), "docs/{file} is stale: run `posttrain config {verb} > docs/{file}`");
     }
+}
+
+#[test]
+fn bench_counts_the_work_of_every_phase() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = |flags: &[&str]| {
+        let sizes = ["--batch=2", "--length=16", "--decode-batch=3", "--prompt=8", "--new-tokens=6", "--repeats=1"];
+        let mut command = posttrain(folder.path());
+        command.args(["bench", "--model", "tiny-llama", "--json", "bench.json", "--quiet"]).args(sizes).args(flags);
+        let output = command.output().unwrap();
+        expect(0, &output);
+        assert_eq!(stderr(&output), "");
+        let json = std::fs::read_to_string(folder.path().join("bench.json")).unwrap();
+        (stdout(&output), serde_json::from_str::<serde_json::Value>(&json).unwrap())
+    };
+    let (table, result) = bench(&["--precision", "f32"]);
+    for phase in ["prepare", "forward", "backward", "optimiser", "step", "prefill", "decode"] {
+        assert!(table.lines().any(|line| line.trim_start().starts_with(phase)), "{phase} is missing:\n{table}");
+    }
+    for phase in ["training", "generation"].iter().flat_map(|part| result[part].as_array().unwrap()) {
+        for key in ["seconds", "bytes", "bound_seconds"] {
+            assert!(phase[key].as_f64().unwrap() > 0.0, "{key} of {phase}");
+        }
+    }
+    // Two layers: query, key and value; output; gate and up; down.
+    let layers = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 64 * 2 * 144 + 144 * 64);
+    let head = 64 * (result["parameters"].as_u64().unwrap() - layers - 5 * 64) / 64;
+    let operations = |part: &str, index: usize| result[part][index]["product_operations"].as_f64().unwrap();
+    assert_eq!(operations("training", 1), (2 * 2 * 16 * layers) as f64);
+    assert_eq!(operations("training", 2), (2 * 2 * 2 * 16 * layers + 3 * 2 * 2 * 16 * head) as f64);
+    assert_eq!(operations("generation", 0), (2 * 3 * 8 * layers) as f64);
+    assert_eq!(operations("generation", 1), (2 * 3 * (layers + head)) as f64);
+
+    let (_, adapted) = bench(&["--lora", "--precision", "bf16"]);
+    assert!(adapted["training"][3]["bytes"].as_f64() < result["training"][3]["bytes"].as_f64());
+    assert_eq!((adapted["lora"].as_bool(), adapted["precision"].as_str()), (Some(true), Some("bf16")));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! One file a verb.
 
+pub mod bench;
 pub mod config;
 pub mod doctor;
 pub mod eval;
@@ -31,5 +32,6 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Merge(arguments) => merge::run(arguments, opener),
         Command::Config { command } => config::run(command),
         Command::Doctor => doctor::run(),
+        Command::Bench(arguments) => bench::run(arguments, opener),
     }
 }
