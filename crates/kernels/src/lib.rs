@@ -1,6 +1,6 @@
 //! The arithmetic of a decoder over plain slices, forward and backward: matrix products, attention, norms, rotary
 //! positions, gated activations, log-softmax rows and the optimiser update. Beside them, what the machine could do at best
-//! ([`matrix_peak`], [`read_bandwidth`]) and where the time goes ([`Profiler`]).
+//! ([`matrix_peak`], [`bandwidth()`]) and where the time goes ([`Profiler`]).
 //!
 //! Every function here obeys three rules, so that equal inputs give equal bytes however the work is cut:
 //!
@@ -46,5 +46,5 @@ pub use math::{exp, ln};
 pub use matrix::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
 pub use norm::{head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 pub use profile::{Profile, Profiler, Share};
-pub use roofline::{matrix_peak, read_bandwidth};
+pub use roofline::{Bandwidth, bandwidth, matrix_peak};
 pub use rope::{HeadRange, RopeTable, rope};

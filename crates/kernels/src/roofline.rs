@@ -34,31 +34,66 @@ pub fn matrix_peak(precision: Precision) -> f64 {
     (0..ATTEMPTS).map(|_| attempt(rounds)).map(|(operations, seconds)| operations / seconds).fold(0.0, f64::max)
 }
 
-/// The highest rate at which all threads together read memory, in bytes a second.
-pub fn read_bandwidth() -> f64 {
+/// The highest rates of memory with all threads, in bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bandwidth {
+    /// Reading alone.
+    pub read: f64,
+    /// Changing in place, what is read and what is written together. Often more than reading alone, because processors
+    /// have ways of their own for what leaves them.
+    pub update: f64,
+}
+
+/// Measures the bandwidth of memory on a buffer that caches do not hold.
+pub fn bandwidth() -> Bandwidth {
     let isa = Isa::current();
     let mut stream = vec![0.0f32; STREAM];
+    let bytes = size_of_val(&stream[..]) as f64;
     let part = STREAM.div_ceil(rayon::current_num_threads());
     // Written once, so that every page is there.
     stream.par_chunks_mut(part).for_each(|part| part.fill(1.0));
-    let attempt = || {
+    let (mut shortest_read, mut shortest_update) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..ATTEMPTS {
         let start = Instant::now();
         black_box(stream.par_chunks(part).map(|part| read(isa, part)).sum::<f32>());
-        size_of_val(&stream[..]) as f64 / start.elapsed().as_secs_f64()
-    };
-    (0..ATTEMPTS).map(|_| attempt()).fold(0.0, f64::max)
+        shortest_read = shortest_read.min(start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        stream.par_chunks_mut(part).for_each(|part| update(isa, part));
+        shortest_update = shortest_update.min(start.elapsed().as_secs_f64());
+    }
+    Bandwidth { read: bytes / shortest_read, update: 2.0 * bytes / shortest_update }
 }
 
+/// Places of a part that are visited in turn, so that many requests are under way at a time.
+const PLACES: usize = 8;
+/// Elements that are visited at one place before the next has its turn.
+const BLOCK: usize = 64;
+
 multiversion! {
-    /// Looks at every element.
     fn read(data: &[f32]) -> f32 {
-        let mut sums = [0.0f32; 128];
-        for block in data.chunks_exact(128) {
-            for (sum, x) in sums.iter_mut().zip(block) {
-                *sum += x;
+        let apart = data.len() / PLACES;
+        let mut sums = [0.0f32; BLOCK];
+        for start in (0..apart).step_by(BLOCK) {
+            for place in 0..PLACES {
+                for (sum, x) in sums.iter_mut().zip(&data[place * apart + start..][..BLOCK.min(apart - start)]) {
+                    *sum += x;
+                }
             }
         }
         sums.iter().sum()
+    }
+}
+
+multiversion! {
+    fn update(data: &mut [f32]) {
+        let apart = data.len() / PLACES;
+        for start in (0..apart).step_by(BLOCK) {
+            for place in 0..PLACES {
+                for x in &mut data[place * apart + start..][..BLOCK.min(apart - start)] {
+                    *x = 1.5 - *x;
+                }
+            }
+        }
     }
 }
 

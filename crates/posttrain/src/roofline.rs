@@ -1,13 +1,13 @@
 //! Each phase of training and of generation beside what this machine could do at best.
 //!
 //! A phase has work that its shapes dictate: floating-point operations of matrix products and of attention, and bytes that
-//! must come from or go to memory at least once (weights, kept activations, gradients, moments, key-value cache). Its
-//! *bound* is the time of the work at the machine's peak, or of the bytes at the machine's bandwidth, whichever is longer.
+//! must come from or go to memory at least once (weights, kept activations, gradients, moments, key-value cache; what fits
+//! into the caches of a large machine may beat that). Its *bound* is the time of the work at the machine's peak, or of the bytes at the machine's bandwidth, whichever is longer.
 
 use std::time::Instant;
 
 use base::{Purpose, Random};
-use kernels::{Isa, Precision, Profile, Profiler, matrix_peak, read_bandwidth};
+use kernels::{Isa, Precision, Profile, Profiler, bandwidth, matrix_peak};
 use model::decoder::{Decoder, Estimate, Gradients, PackedTokens, Target, Workspace};
 use model::tokenizer::Tokenizer;
 use model::{ModelConfig, lora::LoraConfig};
@@ -43,16 +43,20 @@ pub struct Machine {
     /// The same with bf16 operands.
     pub bf16_peak: f64,
     /// Highest rate of reading memory, in bytes a second.
-    pub bandwidth: f64,
+    pub read_bandwidth: f64,
+    /// Highest rate of changing memory in place, bytes read and bytes written together.
+    pub update_bandwidth: f64,
 }
 
 impl Machine {
     /// Measures it, which takes a few tenths of a second.
     pub fn measure() -> Self {
+        let memory = bandwidth();
         Self {
             f32_peak: matrix_peak(Precision::F32),
             bf16_peak: matrix_peak(Precision::Bf16),
-            bandwidth: read_bandwidth(),
+            read_bandwidth: memory.read,
+            update_bandwidth: memory.update,
         }
     }
 
@@ -61,7 +65,8 @@ impl Machine {
         Self {
             f32_peak: self.f32_peak.max(other.f32_peak),
             bf16_peak: self.bf16_peak.max(other.bf16_peak),
-            bandwidth: self.bandwidth.max(other.bandwidth),
+            read_bandwidth: self.read_bandwidth.max(other.read_bandwidth),
+            update_bandwidth: self.update_bandwidth.max(other.update_bandwidth),
         }
     }
 
@@ -71,6 +76,28 @@ impl Machine {
             Precision::F32 => self.f32_peak,
             Precision::Bf16 => self.bf16_peak,
         }
+    }
+
+    /// The least time that these bytes need on their way, in seconds.
+    fn memory_seconds(&self, moved: Traffic) -> f64 {
+        let (read, all) = (moved.read as f64, moved.total());
+        (read / self.read_bandwidth).max(all / self.read_bandwidth.max(self.update_bandwidth))
+    }
+}
+
+/// Bytes between memory and processor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Traffic {
+    /// To the processor.
+    pub read: usize,
+    /// From the processor.
+    pub written: usize,
+}
+
+impl Traffic {
+    /// All of them.
+    pub fn total(&self) -> f64 {
+        (self.read + self.written) as f64
     }
 }
 
@@ -96,7 +123,7 @@ pub struct Phase {
     /// Operations of its attention, from the shapes.
     pub attention_operations: f64,
     /// Bytes that must move between memory and processor.
-    pub bytes: f64,
+    pub bytes: Traffic,
     /// Seconds inside matrix products; the median.
     pub product_seconds: f64,
     /// Seconds inside attention; the median.
@@ -189,18 +216,18 @@ impl Measured {
         self.profiles.remove(0);
     }
 
-    fn phase(&self, machine: &Machine, precision: Precision, attention_operations: f64, bytes: usize) -> Phase {
+    fn phase(&self, machine: &Machine, precision: Precision, attention_operations: f64, bytes: Traffic) -> Phase {
         let profiles = |value: fn(&Profile) -> f64| median(self.profiles.iter().map(value).collect());
         let product_operations = profiles(|profile| profile.products.operations);
         // Attention is f32 whatever the precision of the products.
         let compute = product_operations / machine.peak(precision) + attention_operations / machine.f32_peak;
-        let memory = bytes as f64 / machine.bandwidth;
+        let memory = machine.memory_seconds(bytes);
         Phase {
             name: self.name,
             seconds: median(self.seconds.clone()),
             product_operations,
             attention_operations,
-            bytes: bytes as f64,
+            bytes,
             product_seconds: profiles(|profile| profile.products.seconds),
             attention_seconds: profiles(|profile| profile.attention.seconds),
             bound_seconds: compute.max(memory),
@@ -373,14 +400,14 @@ fn attention_operations(config: &ModelConfig, before: usize, new: usize) -> f64 
     config.layers.iter().map(|layer| (4 * config.q_size() * visible(layer.window)) as f64).sum()
 }
 
-/// Bytes that each phase must move at least once between memory and processor.
+/// What each phase must move at least once between memory and processor.
 struct Moved {
-    prepare: usize,
-    forward: usize,
-    backward: usize,
-    update: usize,
-    prefill: usize,
-    decode: usize,
+    prepare: Traffic,
+    forward: Traffic,
+    backward: Traffic,
+    update: Traffic,
+    prefill: Traffic,
+    decode: Traffic,
 }
 
 impl Moved {
@@ -390,23 +417,28 @@ impl Moved {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
-        // Weights that are in products; those that are trained.
-        let (in_products, trained) = (here.packed / element, here.gradients / 4);
+        // Weights that are in products, those that are packed again after an update, those that are trained.
+        let in_products = here.packed / element;
+        let trained = here.gradients / 4;
         let repacked = if lora.is_some() { trained } else { in_products };
+        let packed_head = element * config.vocab_size * config.hidden_size;
         let cached = |tokens: usize| sizes.decode_batch * tokens * here.cache_per_token;
         Self {
-            prepare: repacked * (4 + element),
-            forward: here.packed + here.activations,
-            // The packed head, the unpacked weights, what forward kept; gradients are read and written.
-            backward: element * config.vocab_size * config.hidden_size
-                + 4 * in_products
-                + here.activations
-                + 8 * trained,
-            // The gradient for its norm, again for the update, and cleared; weights and moments read and written.
-            update: 3 * here.gradients + 8 * trained + 2 * here.optimizer,
-            prefill: here.packed + cached(sizes.prompt),
-            // Half of the new tokens are in the cache on average; one is added.
-            decode: here.packed + cached(sizes.prompt + sizes.new_tokens / 2 + 1),
+            prepare: Traffic { read: 4 * repacked, written: element * repacked },
+            forward: Traffic { read: here.packed - packed_head, written: here.activations },
+            // The head again, the weights unpacked, what forward kept; gradients are added to.
+            backward: Traffic {
+                read: packed_head + 4 * in_products + here.activations + here.gradients,
+                written: here.gradients,
+            },
+            // The gradient for its norm, again for the update, and cleared; weights and moments are changed.
+            update: Traffic {
+                read: 2 * here.gradients + 4 * trained + here.optimizer,
+                written: here.gradients + 4 * trained + here.optimizer,
+            },
+            prefill: Traffic { read: here.packed - packed_head, written: cached(sizes.prompt) },
+            // Half of the new tokens are in the cache on average.
+            decode: Traffic { read: here.packed + cached(sizes.prompt + sizes.new_tokens / 2), written: cached(1) },
         }
     }
 }
@@ -429,16 +461,18 @@ mod tests {
 
     #[test]
     fn the_longer_of_two_bounds_binds() {
-        let machine = Machine { f32_peak: 1e9, bf16_peak: 2e9, bandwidth: 1e8 };
+        let machine = Machine { f32_peak: 1e9, bf16_peak: 2e9, read_bandwidth: 1e8, update_bandwidth: 2e8 };
         let mut measured = Measured::new("phase");
         let mut profile = Profile::default();
         profile.products.operations = 4e9;
         measured.push(8.0, profile, 1.0);
-        let phase = measured.phase(&machine, Precision::Bf16, 1e9, 100);
+        let phase = measured.phase(&machine, Precision::Bf16, 1e9, Traffic { read: 100, written: 100 });
         assert_eq!((phase.bound_seconds, phase.limit), (3.0, Limit::Compute));
         assert_eq!(phase.achieved(), 3.0 / 8.0);
-        let phase = measured.phase(&machine, Precision::Bf16, 1e9, 400_000_000);
+        let phase = measured.phase(&machine, Precision::Bf16, 1e9, Traffic { read: 400_000_000, written: 0 });
         assert_eq!((phase.bound_seconds, phase.limit), (4.0, Limit::Memory));
+        let phase = measured.phase(&machine, Precision::Bf16, 1e9, Traffic { read: 500_000_000, written: 900_000_000 });
+        assert_eq!((phase.bound_seconds, phase.limit), (7.0, Limit::Memory));
     }
 
     #[test]

@@ -79,12 +79,13 @@ fn render(name: &str, roofline: &Roofline) -> String {
         roofline.precision
     );
     text += &format!(
-        "machine   {} threads, {}: f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, memory {:.1} GB/s\n",
+        "machine   {} threads, {}: f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, memory {:.1} GB/s read, {:.1} GB/s changed in place\n",
         roofline.threads,
         roofline.kernels,
         machine.f32_peak / 1e9,
         machine.bf16_peak / 1e9,
-        machine.bandwidth / 1e9
+        machine.read_bandwidth / 1e9,
+        machine.update_bandwidth / 1e9
     );
 
     text += &format!("\nTraining step of {} x {} tokens\n{}", sizes.batch, sizes.length, header());
@@ -98,7 +99,7 @@ fn render(name: &str, roofline: &Roofline) -> String {
         "step",
         time(seconds),
         giga(total(|phase| phase.product_operations + phase.attention_operations)),
-        giga(total(|phase| phase.bytes)),
+        giga(total(|phase| phase.bytes.total())),
         "",
         100.0 * bound / seconds,
         100.0 * roofline.products_of_step,
@@ -153,7 +154,7 @@ fn line(phase: &Phase) -> String {
         phase.name,
         time(phase.seconds),
         if operations > 0.0 { giga(operations) } else { String::new() },
-        giga(phase.bytes),
+        giga(phase.bytes.total()),
         limit,
         100.0 * phase.achieved(),
         if phase.product_operations > 0.0 { share(phase.product_seconds) } else { String::new() },
