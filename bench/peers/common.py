@@ -1,14 +1,17 @@
 """The model and the measurement shared by the PyTorch side of the comparisons."""
 
+import argparse
 import json
-import os
+import pathlib
 import platform
 import resource
+import sys
 import time
 
 import torch
 import transformers
 
+WORK = pathlib.Path(__file__).resolve().parent.parent / "work"
 SHAPE = dict(  # SmolLM2-135M
     vocab_size=49152,
     hidden_size=576,
@@ -21,6 +24,12 @@ SHAPE = dict(  # SmolLM2-135M
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
 )
+
+# Common words, to make texts of a known number of tokens from.
+WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word but not
+what all were we when your can said there use an each which she do how their if will up other about out many then them these so
+some her would make like him into time has look two more write go see number no way could people my than first water been call
+who oil its now find long down day did get come made may part""".split()
 
 
 def model(dtype=torch.float32):
@@ -51,22 +60,16 @@ def measure(work, tokens, repeats, warmup=1):
     return rates
 
 
-def report(case, rates):
-    """One JSON line: the same keys as the Rust side prints."""
-    print(
-        json.dumps(
-            {
-                "case": case,
-                "tokens_per_second": rates,
-                "peak_memory_bytes": peak_memory(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-                "threads": torch.get_num_threads(),
-                "pid": os.getpid(),
-            }
-        ),
-        flush=True,
-    )
+def report(**measured):
+    """One JSON line: what was measured, memory and versions; the keys are those of the Rust side."""
+    packages = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "trl") if name in sys.modules}
+    versions = {"python": platform.python_version(), **packages}
+    print(json.dumps(measured | {"peak_memory_bytes": peak_memory(), "versions": versions}), flush=True)
+
+
+def arguments():
+    """What every script takes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    return parser

@@ -1,6 +1,5 @@
 """transformers' `generate`: 16 prompts of 64 tokens, 128 sampled tokens each, temperature 1."""
 
-import argparse
 
 import torch
 
@@ -10,10 +9,8 @@ SEQUENCES, PROMPT, NEW = 16, 64, 128
 
 
 def main():
-    arguments = argparse.ArgumentParser()
+    arguments = common.arguments()
     arguments.add_argument("--bf16", action="store_true")
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--repeats", type=int, default=3)
     arguments = arguments.parse_args()
     common.setup(arguments.threads)
 
@@ -33,8 +30,7 @@ def main():
             pad_token_id=2,
         )
 
-    case = f"generate-{'bf16' if arguments.bf16 else 'f32'}"
-    common.report(case, common.measure(generate, SEQUENCES * NEW, arguments.repeats))
+    common.report(tokens_per_second=common.measure(generate, SEQUENCES * NEW, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Full fine-tuning or LoRA (r = 16 on every projection, written out: PEFT computes the same), float32 or autocast to bfloat16.
 """
 
-import argparse
 import contextlib
 import math
 
@@ -42,11 +41,9 @@ def attach_lora(model):
 
 
 def main():
-    arguments = argparse.ArgumentParser()
+    arguments = common.arguments()
     arguments.add_argument("--lora", action="store_true")
     arguments.add_argument("--autocast", action="store_true")
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--repeats", type=int, default=3)
     arguments = arguments.parse_args()
     common.setup(arguments.threads)
 
@@ -67,8 +64,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    case = f"{'lora' if arguments.lora else 'full'}-{'bf16' if arguments.autocast else 'f32'}"
-    common.report(case, common.measure(step, SEQUENCES * LENGTH, arguments.repeats))
+    common.report(tokens_per_second=common.measure(step, SEQUENCES * LENGTH, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
-//! Speed and memory of the engine on SmolLM2-135M's shape with random weights, as one JSON line.
+//! Speed and memory of the engine on SmolLM2-135M's shape, or another, with random weights, as one JSON line.
 //!
 //! ```text
-//! cargo run --release -p posttrain-model --example speed -- train|generate [--precision f32|bf16] [--lora]
-//!                                                           [--threads N] [--repeats N]
+//! cargo run --release -p posttrain-model --example speed -- train|generate|decode [--precision f32|bf16] [--lora]
+//!     [--threads N] [--repeats N] [--sequences N] [--length N] [--prompt N] [--new N]
+//!     [--layers N] [--hidden N] [--intermediate N] [--heads N] [--kv-heads N] [--vocabulary N]
 //! ```
-//! `train`: 8 sequences of 256 tokens, forward, backward, clipping and AdamW. `generate`: 16 prompts of 64 tokens, 128 sampled
-//! tokens each. Weights are packed inside the measured time, as after every update. Each phase's time goes to stderr.
-//! `bench/compare.py` runs this beside PyTorch.
+//! `train`: full steps of `--sequences` (8) of `--length` (256) tokens: forward, backward, clipping and AdamW. `generate`:
+//! `--sequences` (16) prompts of `--prompt` (64) tokens, `--new` (128) sampled tokens each. `decode`: the same without the
+//! time of packing and of the prompts. Elsewhere weights are packed inside the measured time, as after every update. Each
+//! phase's time goes to stderr. `bench/compare.py` runs this beside the peers, `bench/growth.py` over many sizes.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use base::{Purpose, Random};
 use kernels::{AdamW, AdamWStep, Precision};
+use posttrain_model::ModelConfig;
 use posttrain_model::decoder::{DecodeRow, Decoder, Gradients, PackedTokens, SequenceCache, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
-use posttrain_model::{Family, ModelConfig};
 use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const VOCABULARY: usize = 49152;
-
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let value = |name: &str| arguments.iter().position(|argument| argument == name).and_then(|i| arguments.get(i + 1));
-    let number = |name: &str| value(name).map(|text| text.parse::<usize>()).transpose();
+    let number = |name: &str, default: usize| value(name).map_or(Ok(default), |text| text.parse::<usize>());
     let task = arguments.first().map_or("train", String::as_str);
     let lora = arguments.iter().any(|argument| argument == "--lora");
     let (precision, precision_name) = match value("--precision").map(String::as_str) {
@@ -33,47 +33,56 @@ fn main() -> Result<()> {
         None | Some("bf16") => (Precision::Bf16, "bf16"),
         Some(other) => return Err(format!("unknown precision {other}").into()),
     };
-    if let Some(threads) = number("--threads")? {
+    let threads = number("--threads", 0)?;
+    if threads > 0 {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
-    let repeats = number("--repeats")?.unwrap_or(3);
+    let repeats = number("--repeats", 3)?;
 
-    let mut decoder = Decoder::random(smollm2_135m(), 1)?;
+    let mut config = ModelConfig::smollm2_135m();
+    config.vocab_size = number("--vocabulary", config.vocab_size)?;
+    config.hidden_size = number("--hidden", config.hidden_size)?;
+    config.intermediate_size = number("--intermediate", config.intermediate_size)?;
+    config.heads = number("--heads", config.heads)?;
+    config.kv_heads = number("--kv-heads", config.kv_heads)?;
+    config.layers = vec![config.layers[0]; number("--layers", config.layer_count())?];
+    let parameters = config.parameter_count();
+    let mut decoder = Decoder::random(config, 1)?;
     if lora {
         decoder.attach_lora(&LoraConfig::default(), 1)?;
     }
-    let (case, rates) = match task {
-        "train" => (if lora { "lora" } else { "full" }, train(&mut decoder, precision, repeats)?),
-        "generate" => ("generate", generate(&mut decoder, precision, repeats)?),
+    let rates = match task {
+        "train" => train(&mut decoder, precision, repeats, number("--sequences", 8)?, number("--length", 256)?)?,
+        "generate" | "decode" => {
+            let sizes = [number("--sequences", 16)?, number("--prompt", 64)?, number("--new", 128)?];
+            generate(&mut decoder, precision, repeats, sizes, task == "decode")?
+        }
         other => return Err(format!("unknown task {other}").into()),
     };
-    let result = serde_json::json!({
-        "case": format!("{case}-{precision_name}"),
+    let weight_bytes = decoder.packed_bytes();
+    let mut result = serde_json::json!({
+        "task": task,
+        "precision": precision_name,
+        "parameters": parameters,
         "tokens_per_second": rates,
         "peak_memory_bytes": peak_memory(),
         "threads": rayon::current_num_threads(),
         "versions": { "posttrain": env!("CARGO_PKG_VERSION") },
     });
+    if task == "decode" {
+        // Every round of one token for each sequence reads the weights once.
+        let rounds = number("--sequences", 16)? as f64;
+        result["weight_bytes"] = vec![weight_bytes].into();
+        result["weight_bytes_per_second"] =
+            rates.iter().map(|rate| rate / rounds * weight_bytes as f64).collect::<Vec<_>>().into();
+    }
     println!("{result}");
     Ok(())
 }
 
-/// The shape of SmolLM2-135M.
-fn smollm2_135m() -> ModelConfig {
-    let mut config = ModelConfig::tiny(Family::Llama, VOCABULARY);
-    config.hidden_size = 576;
-    config.intermediate_size = 1536;
-    config.heads = 9;
-    config.kv_heads = 3;
-    config.head_dim = 64;
-    config.attention_scale = 0.125;
-    config.layers = vec![config.layers[0]; 30];
-    config
-}
-
-fn random_ids(name: usize, count: usize) -> Vec<u32> {
+fn random_ids(decoder: &Decoder, name: usize, count: usize) -> Vec<u32> {
     let random = Random::new(2, Purpose::Test).step(name as u32);
-    (0..count).map(|i| random.at(i as u32).below(VOCABULARY as u64) as u32).collect()
+    (0..count).map(|i| random.at(i as u32).below(decoder.config().vocab_size as u64) as u32).collect()
 }
 
 /// Prints how long each phase took.
@@ -125,9 +134,13 @@ impl Optimizer {
 }
 
 /// Tokens per second of full steps, after one for warming up.
-fn train(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Result<Vec<f64>> {
-    const SEQUENCES: usize = 8;
-    const LENGTH: usize = 256;
+fn train(
+    decoder: &mut Decoder,
+    precision: Precision,
+    repeats: usize,
+    sequences: usize,
+    length: usize,
+) -> Result<Vec<f64>> {
     let mut workspace = Workspace::new();
     let mut gradients = decoder.gradients();
     let size = gradients.flat().len();
@@ -136,10 +149,10 @@ fn train(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Result<
     for step in 0..=repeats {
         let mut tokens = PackedTokens::new();
         let mut targets = Vec::new();
-        for sequence in 0..SEQUENCES {
-            let ids = random_ids(step * SEQUENCES + sequence, LENGTH);
-            tokens.push(&ids, None)?;
-            let first = sequence * LENGTH;
+        for sequence in 0..sequences {
+            let ids = random_ids(decoder, step * sequences + sequence, length);
+            let index = tokens.push(&ids, None)?;
+            let first = tokens.segments()[index].start;
             targets.extend(ids[1..].iter().enumerate().map(|(i, &token)| Target { row: first + i, token }));
         }
         let d_log_prob = vec![-1.0 / targets.len() as f32; targets.len()];
@@ -154,22 +167,27 @@ fn train(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Result<
         optimizer.update(decoder, &gradients, step);
         gradients.clear();
         phases.done("update");
-        rates.push((SEQUENCES * LENGTH) as f64 / phases.finish());
+        rates.push((sequences * length) as f64 / phases.finish());
     }
     Ok(rates.split_off(1))
 }
 
-/// New tokens per second of whole generations, after one for warming up.
-fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Result<Vec<f64>> {
-    const SEQUENCES: usize = 16;
-    const PROMPT: usize = 64;
-    const NEW: usize = 128;
+/// New tokens per second of whole generations, or of their decoding alone, after one for warming up.
+fn generate(
+    decoder: &mut Decoder,
+    precision: Precision,
+    repeats: usize,
+    [sequences, prompt, new]: [usize; 3],
+    decoding_alone: bool,
+) -> Result<Vec<f64>> {
+    let vocabulary = decoder.config().vocab_size;
     let mut workspace = Workspace::new();
-    let mut logits = vec![0.0; SEQUENCES * VOCABULARY];
+    let mut logits = vec![0.0; sequences * vocabulary];
     let mut weights = logits.clone();
     let mut rates = Vec::new();
     for step in 0..=repeats {
-        let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| random_ids(step * SEQUENCES + i, PROMPT)).collect();
+        let prompts: Vec<Vec<u32>> =
+            (0..sequences).map(|i| random_ids(decoder, step * sequences + i, prompt)).collect();
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let mut phases = Phases::start();
         // Counts as a change of the weights, so that packing them is part of every repeat.
@@ -179,13 +197,14 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
         let prefills = decoder.prefill(&prompts, &mut workspace)?;
         phases.done("prefill");
         let new_cache =
-            |prefill: &posttrain_model::decoder::Prefill| SequenceCache::new(decoder, Arc::clone(&prefill.cache), NEW);
+            |prefill: &posttrain_model::decoder::Prefill| SequenceCache::new(decoder, Arc::clone(&prefill.cache), new);
         let mut caches: Vec<SequenceCache> = prefills.iter().map(new_cache).collect();
         let hidden: Vec<f32> = prefills.iter().flat_map(|prefill| prefill.hidden.iter().copied()).collect();
         decoder.logits(&hidden, &mut logits)?;
-        for position in 0..NEW {
-            let ids = sample(&logits, &mut weights, position as u32);
-            if position + 1 == NEW {
+        let decoding = Instant::now();
+        for position in 0..new {
+            let ids = sample(&logits, &mut weights, vocabulary, position as u32);
+            if position + 1 == new {
                 break;
             }
             let mut rows: Vec<DecodeRow> =
@@ -194,13 +213,16 @@ fn generate(decoder: &mut Decoder, precision: Precision, repeats: usize) -> Resu
             decoder.logits(workspace.hidden(), &mut logits)?;
         }
         phases.done("decode");
-        rates.push((SEQUENCES * NEW) as f64 / phases.finish());
+        // The first of the new tokens came from the prompts.
+        let alone = (sequences * (new - 1)) as f64 / decoding.elapsed().as_secs_f64();
+        let all = (sequences * new) as f64 / phases.finish();
+        rates.push(if decoding_alone { alone } else { all });
     }
     Ok(rates.split_off(1))
 }
 
 /// Draws one token from each row of logits by inverting the distribution function.
-fn sample(logits: &[f32], weights: &mut [f32], position: u32) -> Vec<u32> {
+fn sample(logits: &[f32], weights: &mut [f32], vocabulary: usize, position: u32) -> Vec<u32> {
     let draw = |(row, (logits, weights)): (usize, (&[f32], &mut [f32]))| {
         kernels::softmax_weights(logits, 1.0, weights);
         let blocks: Vec<f32> = weights.chunks(64).map(|block| block.iter().sum()).collect();
@@ -218,7 +240,7 @@ fn sample(logits: &[f32], weights: &mut [f32], position: u32) -> Vec<u32> {
         });
         (64 * block + place.unwrap_or(0)) as u32
     };
-    logits.par_chunks(VOCABULARY).zip(weights.par_chunks_mut(VOCABULARY)).enumerate().map(draw).collect()
+    logits.par_chunks(vocabulary).zip(weights.par_chunks_mut(vocabulary)).enumerate().map(draw).collect()
 }
 
 /// The process's largest resident size so far, where the system tells.

@@ -1,0 +1,62 @@
+"""TRL's GRPOTrainer: 4 prompts of 64 tokens, 8 samples each, exactly 64 new tokens; seconds of each step but the first.
+
+The model in bfloat16, which is its fastest setting on a CPU; `--autocast` is the other one.
+"""
+
+import time
+
+import common
+import torch
+import transformers
+from datasets import load_dataset
+from trl import GRPOConfig, GRPOTrainer
+
+parser = common.arguments()
+parser.add_argument("--beta", type=float, default=0.0)
+parser.add_argument("--autocast", action="store_true", help="weights in float32, bfloat16 by autocast")
+parser.add_argument("--steps", type=int, default=3)
+arguments = parser.parse_args()
+common.setup(arguments.threads)
+
+seconds = []
+
+
+class Clock(transformers.TrainerCallback):
+    def on_step_begin(self, *_, **__):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        seconds.append(time.perf_counter() - self.started)
+
+
+def reward(completions, **_):
+    return [float(len(completion) % 2) for completion in completions]
+
+
+trainer = GRPOTrainer(
+    model=str(common.WORK / "model"),
+    reward_funcs=reward,
+    args=GRPOConfig(
+        output_dir=str(common.WORK / "trl"),
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=64,
+        generation_kwargs={"min_new_tokens": 64},
+        temperature=1.0,
+        beta=arguments.beta,
+        max_steps=arguments.steps,
+        learning_rate=1e-6,
+        bf16=arguments.autocast,
+        model_init_kwargs={"dtype": "float32" if arguments.autocast else "bfloat16"},
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    ),
+    train_dataset=load_dataset("json", data_files=str(common.WORK / "prompts.jsonl"), split="train"),
+    callbacks=[Clock()],
+)
+trainer.train()
+common.report(seconds=seconds[1:], setting="autocast" if arguments.autocast else "bfloat16")
