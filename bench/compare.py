@@ -49,7 +49,8 @@ class Done:
 
 def run(command, stdin=None, watch=None):
     """Runs a command of either side; `watch` is called every millisecond while it runs."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     output = WORK / "stdout"
     with open(output, "wb") as out, open(WORK / "stderr", "wb") as errors:
         started = time.time()
