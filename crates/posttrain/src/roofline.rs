@@ -319,7 +319,7 @@ fn measure_training(decoder: &mut Decoder, precision: Precision, sizes: Sizes) -
     let mut phases = ["prepare", "forward", "backward", "optimiser"].map(Measured::new);
     let [prepare, forward, backward, update] = &mut phases;
     let options = TrainingOptions::default();
-    let mut optimizer = Optimizer::new(&options, decoder);
+    let mut optimizer = Optimizer::new(&options, decoder, Random::new(2, Purpose::Rounding));
     let mut workspace = Workspace::new();
     let mut gradients: Gradients = decoder.gradients();
     for step in 0..=repeats {
@@ -433,8 +433,8 @@ impl Moved {
             },
             // The gradient for its norm, again for the update, and cleared; weights and moments are changed.
             update: Traffic {
-                read: 2 * here.gradients + 4 * trained + here.optimizer,
-                written: here.gradients + 4 * trained + here.optimizer,
+                read: 2 * here.gradients + 4 * trained + 2 * 4 * trained,
+                written: here.gradients + 4 * trained + 2 * 4 * trained,
             },
             prefill: Traffic { read: here.packed - packed_head, written: cached(sizes.prompt) },
             // Half of the new tokens are in the cache on average.

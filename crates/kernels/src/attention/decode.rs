@@ -9,15 +9,21 @@ use crate::matrix::kernel::{Left, PANEL, Product, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
-/// The keys and values of one run of tokens in one layer, laid out for decoding: keys as panels of 32 tokens, so that a
-/// score's fold over the head runs for 32 tokens at once; values token by token.
+/// The keys and values of one run of tokens in one layer, laid out for decoding, which reads one head after the other: keys as
+/// panels of 32 tokens, so that a score's fold over the head runs for 32 tokens at once; values token by token.
 #[derive(Clone, Debug)]
 pub struct KvBlock {
     shape: AttentionShape,
     len: usize,
-    /// For each panel of tokens, for each key head: `head_dim x PANEL`.
+    heads: Vec<HeadCache>,
+}
+
+/// The keys and values of one key head.
+#[derive(Clone, Debug, Default)]
+struct HeadCache {
+    /// For each panel of tokens: `head_dim x PANEL`.
     keys: Buffer,
-    /// For each token, for each value head: the head padded to whole panels.
+    /// For each token: the head padded to whole panels.
     values: Buffer,
 }
 
@@ -25,7 +31,7 @@ impl KvBlock {
     /// An empty block with room for `capacity` tokens; it grows beyond that.
     pub fn new(shape: AttentionShape, capacity: usize) -> Self {
         shape.check();
-        let mut block = Self { shape, len: 0, keys: Buffer::default(), values: Buffer::default() };
+        let mut block = Self { shape, len: 0, heads: vec![HeadCache::default(); shape.kv_heads] };
         block.reserve(capacity);
         block
     }
@@ -35,8 +41,11 @@ impl KvBlock {
     }
 
     fn reserve(&mut self, tokens: usize) {
-        self.keys.grow(tokens.next_multiple_of(PANEL) * self.shape.kv_heads * self.shape.head_dim);
-        self.values.grow(tokens * self.shape.kv_heads * self.padded_head());
+        let padded = self.padded_head();
+        for head in &mut self.heads {
+            head.keys.grow(tokens.next_multiple_of(PANEL) * self.shape.head_dim);
+            head.values.grow(tokens * padded);
+        }
     }
 
     /// Appends the keys and values of one row `[q | k | v]`.
@@ -49,14 +58,14 @@ impl KvBlock {
         self.reserve(self.len + 1);
         let (keys, values) = qkv[heads * head_dim..].split_at(kv_heads * head_dim);
         let (panel, column) = (self.len / PANEL, self.len % PANEL);
-        let panel = &mut self.keys.as_mut_slice()[panel * kv_heads * head_dim * PANEL..][..kv_heads * head_dim * PANEL];
-        for (to, &key) in panel.chunks_exact_mut(PANEL).zip(keys) {
-            to[column] = key;
-        }
         let padded = self.padded_head();
-        let row = &mut self.values.as_mut_slice()[self.len * kv_heads * padded..][..kv_heads * padded];
-        for (to, value) in row.chunks_exact_mut(padded).zip(values.chunks_exact(head_dim)) {
-            to[..head_dim].copy_from_slice(value);
+        let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
+        for (head, (keys, values)) in self.heads.iter_mut().zip(rows) {
+            let panel = &mut head.keys.as_mut_slice()[panel * head_dim * PANEL..][..head_dim * PANEL];
+            for (to, &key) in panel.chunks_exact_mut(PANEL).zip(keys) {
+                to[column] = key;
+            }
+            head.values.as_mut_slice()[self.len * padded..][..head_dim].copy_from_slice(values);
         }
         self.len += 1;
     }
@@ -207,8 +216,8 @@ impl Lanes<'_> {
                     pairs: false,
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
-                    b: block.keys.as_slice()[(skipped * shape.kv_heads + kv_head * PANEL) * head_dim..].as_ptr(),
-                    panel_stride: shape.kv_heads * head_dim * PANEL,
+                    b: block.heads[kv_head].keys.as_slice()[skipped * head_dim..].as_ptr(),
+                    panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
                     c_stride: end,
@@ -238,9 +247,9 @@ impl Lanes<'_> {
                     pairs: false,
                     a: scores[place..].as_ptr(),
                     left: Left::Rows { stride: end },
-                    b: block.values.as_slice()[(skipped * shape.kv_heads + kv_head) * padded..].as_ptr(),
+                    b: block.heads[kv_head].values.as_slice()[skipped * padded..].as_ptr(),
                     panel_stride: PANEL,
-                    step_stride: shape.kv_heads * padded,
+                    step_stride: padded,
                     // SAFETY: the row lies inside the result.
                     c: unsafe { self.out.get().add(out_start) },
                     c_stride: out_stride,

@@ -47,10 +47,14 @@ pub(crate) struct Product {
 /// f32 in a cache line.
 const LINE: usize = 16;
 
+/// How far ahead to ask for steps that are apart.
+const STEPS_AHEAD: usize = 16;
+
 /// What a tile asks for while it computes: `lines` cache lines a step, from `from` on.
 ///
 /// Few rows leave the processor waiting for the right operand, which comes from memory: it has no time to come in between
-/// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one.
+/// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one, where panels lie one after
+/// the other.
 #[derive(Clone, Copy)]
 struct Ahead {
     from: *const f32,
@@ -61,8 +65,15 @@ impl Ahead {
     fn of(product: &Product, panel: usize, row: usize, height: usize) -> Self {
         let next = product.b.wrapping_add((panel + 1) * product.panel_stride);
         let lines = PANEL / LINE;
+        let lone = product.rows <= height;
         match row / height {
-            0 if product.rows <= height => Self { from: next, lines },
+            // Steps that are apart hold all panels: the first panel's tile asks for the steps that follow.
+            0 if product.step_stride > PANEL && lone && panel == 0 => {
+                let from = product.b.wrapping_add(STEPS_AHEAD * product.step_stride);
+                Self { from, lines: product.step_stride / LINE }
+            }
+            _ if product.step_stride > PANEL => Self { from: next, lines: 0 },
+            0 if lone => Self { from: next, lines },
             tile if tile < lines => Self { from: next.wrapping_add(tile * product.steps * LINE), lines: 1 },
             _ => Self { from: next, lines: 0 },
         }
