@@ -3,7 +3,7 @@
     pip install trl==1.16.0 && python tests/reference/trl_losses.py > tests/reference/trl_losses.json
 
 `grpo` calls TRL's own `GRPOTrainer._compute_loss` with a stand-in for the trainer that hands it the log-probs; the
-gradients are torch's. TRL computes advantages inside its generation step, where they cannot be called on their own;
+gradients are torch's. With `mismatch`, the tokens were sampled by other weights. TRL computes advantages inside its generation step, where they cannot be called on their own;
 `advantages` repeats those lines with TRL's own `nanstd`. `sft` is transformers' `ForCausalLMLoss` with TRL's global
 number of items.
 """
@@ -36,13 +36,17 @@ def flat(x):
     return [value for row, length in zip(x.tolist(), LENGTHS) for value in row[:length]]
 
 
-def grpo(loss_type, beta, epsilon_high, drift, accumulation=1):
+def grpo(loss_type, beta, epsilon_high, drift, accumulation=1, mismatch=None):
     log_probs = (-1.5 + wave(0.0, 1.2)).requires_grad_()
     old = log_probs.detach() + wave(1.5, drift)
     reference = log_probs.detach() + wave(2.0, 0.7)
     entropy = 1.0 + wave(3.0, 0.5).abs()
     advantages = torch.tensor([1.25, -0.5, 0.0, -0.75])
     epsilon_high = epsilon_high or 0.2
+    # TRL computes the ratio inside its generation step, where it cannot be called on its own; these are its lines for
+    # `vllm_importance_sampling_mode="token_truncate"`.
+    sampling = old + wave(4.0, mismatch or 0.0)
+    ratio = torch.clamp(torch.exp((old - sampling) * MASK), max=2.0)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (log_probs, entropy, None),
@@ -54,7 +58,8 @@ def grpo(loss_type, beta, epsilon_high, drift, accumulation=1):
         epsilon_low=0.2,
         epsilon_high=epsilon_high,
         loss_type=loss_type,
-        use_vllm=False,
+        use_vllm=mismatch is not None,
+        vllm_importance_sampling_correction=True,
         max_completion_length=MAX_COMPLETION,
         current_gradient_accumulation_steps=accumulation,
         _entropy_bonus_enabled=False,
@@ -66,7 +71,7 @@ def grpo(loss_type, beta, epsilon_high, drift, accumulation=1):
     inputs = dict(
         prompt_ids=ids, prompt_mask=torch.ones_like(ids), completion_ids=ids, completion_mask=MASK,
         advantages=advantages, old_per_token_logps=old, ref_per_token_logps=reference,
-        num_items_in_batch=MASK.sum(),
+        num_items_in_batch=MASK.sum(), importance_sampling_ratio=ratio,
     )
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     loss.backward()
@@ -74,6 +79,7 @@ def grpo(loss_type, beta, epsilon_high, drift, accumulation=1):
         loss_type=loss_type, beta=beta, epsilon=0.2, epsilon_high=epsilon_high,
         log_probs=flat(log_probs), old_log_probs=flat(old), reference_log_probs=flat(reference), entropy=flat(entropy),
         advantages=advantages.tolist(), lengths=LENGTHS, max_completion_length=MAX_COMPLETION,
+        sampling_log_probs=None if mismatch is None else flat(sampling), ratio=flat(ratio),
         loss=loss.item(), gradient=flat(log_probs.grad),
         metrics={name: values[0] for name, values in trainer._metrics["train"].items()},
     )
@@ -120,6 +126,10 @@ print(json.dumps(dict(
         grpo(loss_type, beta, epsilon_high, drift)
         for loss_type in ("dapo", "grpo", "dr_grpo")
         for beta, epsilon_high, drift in ((0.0, None, 0.0), (0.0, 0.28, 0.9), (0.04, None, 0.9))
+    ] + [
+        grpo(loss_type, beta, None, drift, mismatch=1.4)
+        for loss_type in ("dapo", "grpo", "dr_grpo")
+        for beta, drift in ((0.0, 0.0), (0.04, 0.9))
     ],
     advantages=[
         advantages([1.0, 0.0, 0.25, 1.0, 0.5, 0.5, 0.5, 0.5, -2.0, 3.0, 0.125, 7.5], 4),

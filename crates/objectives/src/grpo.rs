@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! r_t = π(y_t) / π_old(y_t)
-//! L   = Σ_t w_t [ - min(r_t A, clip(r_t, 1 - ε, 1 + ε_high) A) + β KL_t ]
+//! s_t = min(π_old(y_t) / π_sampler(y_t), C)                1 where the sampler is π_old
+//! L   = Σ_t w_t [ - s_t min(r_t A, clip(r_t, 1 - ε, 1 + ε_high) A) + β KL_t ]
 //! ```
 //!
 //! GRPO: arXiv 2402.03300, equation 3. `A` is the advantage of the token's sequence ([`crate::Advantage`]), `w` the
 //! weight of the token ([`crate::Aggregation`]), `KL` the estimate of the divergence from the reference
-//! ([`KlEstimator`]). With ε, ε_high, β and the parts chosen freely, DAPO's and Dr. GRPO's losses are settings of this.
+//! ([`KlEstimator`]). `s` corrects for a sampler whose weights are not those of π_old, as truncated importance sampling (Yao et
+//! al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025); it is a constant. With ε, ε_high, β and the parts chosen freely, DAPO's and Dr. GRPO's losses are settings of this.
 //!
 //! Deviations from the paper:
 //! 1. Tokens of the batch count the same by default (`aggregation = "token"`, DAPO, and TRL's default); the paper's
@@ -24,6 +26,7 @@
 //!   (A > 0). On the first optimisation pass both are exactly 0.
 //! - `clip_ratio/region_mean`: fraction of tokens held at either bound.
 //! - `clip_ratio/low_min`, `clip_ratio/high_max`: the same fractions in the sequence where they are least and most.
+//! - `sampling/importance_sampling_ratio/min|mean|max`: of `s` over the loss tokens; absent where the sampler is π_old.
 
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -48,6 +51,10 @@ pub struct GrpoOptions {
     pub beta: f64,
     /// The estimate of that divergence.
     pub kl: KlEstimator,
+    /// Where the sampler's weights are not the trainer's (`rollout_weights = "int8"`): a token counts by how much more
+    /// probable it is to the trainer than to the sampler, at most this much.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub importance_sampling_clip_max: f64,
 }
 
 impl Default for GrpoOptions {
@@ -59,6 +66,7 @@ impl Default for GrpoOptions {
             epsilon_high: None,
             beta: 0.0,
             kl: KlEstimator::K3,
+            importance_sampling_clip_max: 2.0,
         }
     }
 }
@@ -86,6 +94,10 @@ impl GrpoOptions {
         if !(self.beta.is_finite() && self.beta >= 0.0) {
             return Err(Error::Range { what: "beta", got: self.beta, expected: "a number, at least 0" });
         }
+        let most = self.importance_sampling_clip_max;
+        if !(most.is_finite() && most > 0.0) {
+            return Err(Error::Range { what: "importance_sampling_clip_max", got: most, expected: "a number above 0" });
+        }
         Ok(())
     }
 }
@@ -95,8 +107,10 @@ impl GrpoOptions {
 pub struct PolicyBatch {
     /// log π(y_t) of the policy being trained, `[N]`, tracking gradients.
     pub log_probs: Tensor,
-    /// log π_old(y_t) of the policy that sampled the tokens, `[N]`.
+    /// log π_old(y_t) of the policy at the time of sampling, `[N]`.
     pub old_log_probs: Tensor,
+    /// log π_sampler(y_t) of what the tokens were drawn from, `[N]`, where that is not π_old.
+    pub sampling_log_probs: Option<Tensor>,
     /// log ρ(y_t) of the reference model, `[N]`; needed when β is not 0.
     pub reference_log_probs: Option<Tensor>,
     /// The entropy of the policy at each token, `[N]`, where it was computed.
@@ -124,6 +138,18 @@ pub fn grpo(options: &GrpoOptions, batch: &PolicyBatch) -> Result<Loss> {
     let ratio = bounded_exp(&log_probs.sub(&old_log_probs)?)?;
     let clipped = options.clip().apply(&ratio, &advantages)?;
     let mut loss = clipped.objective.neg()?;
+
+    if let Some(sampling) = &batch.sampling_log_probs {
+        let sampling = constant("sampling_log_probs", sampling, tokens)?;
+        let correction = bounded_exp(&old_log_probs.sub(&sampling)?)?.minimum(options.importance_sampling_clip_max)?;
+        let all = values(&correction)?;
+        statistics.extend([
+            Statistic { name: "sampling/importance_sampling_ratio/min", values: all.clone(), reduce: Reduce::Min },
+            Statistic { name: "sampling/importance_sampling_ratio/mean", values: all.clone(), reduce: Reduce::Mean },
+            Statistic { name: "sampling/importance_sampling_ratio/max", values: all, reduce: Reduce::Max },
+        ]);
+        loss = loss.mul(&correction)?;
+    }
 
     if options.needs_reference() {
         let reference = batch.reference_log_probs.as_ref();

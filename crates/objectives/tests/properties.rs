@@ -32,6 +32,7 @@ impl Numbers {
         PolicyBatch {
             log_probs: log_probs.clone(),
             old_log_probs: tensor(&self.old),
+            sampling_log_probs: None,
             reference_log_probs: Some(tensor(&self.reference)),
             entropy: Some(tensor(&self.old)),
             advantages: tensor(&self.advantages),
@@ -323,6 +324,11 @@ fn wrong_inputs_are_named() {
         &PolicyBatch { old_log_probs: tensor(&[-0.5]), ..numbers.batch(&log_probs) },
     );
     assert_eq!(error.unwrap_err().to_string(), "old_log_probs has length 1, expected 2");
+    let error = objectives::grpo(
+        &GrpoOptions::default(),
+        &PolicyBatch { sampling_log_probs: Some(tensor(&[-0.5])), ..numbers.batch(&log_probs) },
+    );
+    assert_eq!(error.unwrap_err().to_string(), "sampling_log_probs has length 1, expected 2");
     let error = objectives::grpo(
         &GrpoOptions { beta: 0.04, ..GrpoOptions::default() },
         &PolicyBatch { reference_log_probs: None, ..numbers.batch(&log_probs) },

@@ -42,7 +42,9 @@ fn metric(loss: &Loss, name: &str) -> f64 {
 fn grpo_agrees_with_trl() {
     let reference = reference();
     let cases = reference["grpo"].as_array().unwrap();
-    assert_eq!(cases.len(), 9);
+    assert_eq!(cases.len(), 15);
+    let corrected = cases.iter().filter(|case| case["sampling_log_probs"].is_array());
+    assert_eq!(corrected.count(), 6);
     for case in cases {
         let name = format!("{} beta {}", case["loss_type"], case["beta"]);
         let lengths = lengths(case);
@@ -65,6 +67,9 @@ fn grpo_agrees_with_trl() {
             &PolicyBatch {
                 log_probs: log_probs.as_tensor().clone(),
                 old_log_probs: variable(&numbers(&case["old_log_probs"])).as_tensor().clone(),
+                sampling_log_probs: case["sampling_log_probs"]
+                    .is_array()
+                    .then(|| variable(&numbers(&case["sampling_log_probs"])).as_tensor().clone()),
                 reference_log_probs: Some(variable(&numbers(&case["reference_log_probs"])).as_tensor().clone()),
                 entropy: Some(variable(&numbers(&case["entropy"])).as_tensor().clone()),
                 advantages: variable(&spread(&numbers(&case["advantages"]), &lengths)).as_tensor().clone(),
@@ -77,6 +82,16 @@ fn grpo_agrees_with_trl() {
         let gradient = loss.gradient(log_probs.as_tensor()).unwrap();
         for (got, expected) in gradient.iter().zip(numbers(&case["gradient"])) {
             close(*got, expected, 1e-12, &format!("{name} gradient"));
+        }
+        if case["sampling_log_probs"].is_array() {
+            let ratios = numbers(&case["ratio"]);
+            assert!(ratios.contains(&2.0), "the bound acts");
+            let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+            let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+            for (kind, expected) in [("min", least), ("mean", mean), ("max", 2.0)] {
+                let name = format!("sampling/importance_sampling_ratio/{kind}");
+                close(metric(&loss, &name), expected, 1e-12, &name);
+            }
         }
         for (key, expected) in case["metrics"].as_object().unwrap() {
             // TRL counts clipped tokens in f32.

@@ -306,7 +306,7 @@ impl Decoder {
             ids.extend_from_slice(tokens);
             workspace.positions.extend((first..first + tokens.len()).map(|position| position as u32));
         }
-        self.run(&ids, workspace, false, |layer, kept| {
+        self.run(&ids, self.generation, workspace, false, |layer, kept| {
             let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
             // All keys and values come first: a prompt may see those of another.
             let mut rest = &kept.qkv[..];
@@ -338,13 +338,14 @@ impl Decoder {
         Ok(())
     }
 
-    /// The logits of rows of hidden states: rows × vocabulary, the same bits as those inside the fused head.
+    /// The logits of rows of hidden states: rows × vocabulary. With full weights, they have the bits of those inside the
+    /// fused head.
     ///
     /// # Errors
     /// If the weights are not prepared.
     pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
         let precision = self.ready()?;
-        self.head.logits(self.products(precision), hidden, logits);
+        self.head.logits(self.products(precision, self.generation), hidden, logits);
         Ok(())
     }
 }

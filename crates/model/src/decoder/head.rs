@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
+use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
 use rayon::prelude::*;
 
-use super::linear::{Products, multiply, pack};
+use super::linear::{Products, multiply, pack, pack_int8};
 use super::parameters::Gradients;
 use super::workspace::{HeadScratch, resize};
 use super::{NonFinite, PackedTokens};
@@ -45,6 +45,8 @@ pub(super) struct Head {
     pub hidden: usize,
     pub vocabulary: usize,
     packed: Option<PackedMatrix>,
+    /// The same in 8 bits, where generation asks for it.
+    int8: Option<Int8Matrix>,
 }
 
 /// Rows of one chunk: even, so that chunks do not separate the pairs of a bf16 product.
@@ -57,12 +59,18 @@ type Slot = Option<usize>;
 
 impl Head {
     pub fn new(weight: Range<usize>, hidden: usize, vocabulary: usize) -> Self {
-        Self { weight, hidden, vocabulary, packed: None }
+        Self { weight, hidden, vocabulary, packed: None, int8: None }
     }
 
     pub fn pack(&mut self, precision: Precision, base: &[f32]) {
         let weight = Matrix::new(&base[self.weight.clone()], self.vocabulary, self.hidden);
         pack(&mut self.packed, precision, weight.transposed());
+    }
+
+    /// Packs the weight in 8 bits.
+    pub fn pack_int8(&mut self, precision: Precision, base: &[f32]) {
+        let weight = Matrix::new(&base[self.weight.clone()], self.vocabulary, self.hidden);
+        pack_int8(&mut self.int8, precision, weight.transposed());
     }
 
     /// Gives back the packed weight.
@@ -71,7 +79,7 @@ impl Head {
     }
 
     pub fn packed_bytes(&self) -> usize {
-        self.packed.as_ref().map_or(0, PackedMatrix::bytes)
+        self.packed.as_ref().map_or(0, PackedMatrix::bytes) + self.int8.as_ref().map_or(0, Int8Matrix::bytes)
     }
 
     fn chunk_rows(&self) -> usize {
@@ -83,7 +91,7 @@ impl Head {
         let rows = hidden.len() / self.hidden;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.vocabulary, self.hidden).transposed();
         let (hidden, logits) = (Matrix::new(hidden, rows, self.hidden), MatrixMut::new(logits, rows, self.vocabulary));
-        multiply(&self.packed, products.precision, hidden, weight, logits, false);
+        multiply(products, &self.packed, &self.int8, hidden, weight, logits, false);
     }
 
     /// Checks targets against the batch and the vocabulary.

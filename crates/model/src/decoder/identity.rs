@@ -4,12 +4,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kernels::Precision;
 
-/// Names what a decoder computes with: its weights, the precision they are packed for, whether its adapter is on. Within a
+use super::WeightFormat;
+
+/// Names what a decoder generates with: its weights, the precision and format they are packed in, whether its adapter is on. Within a
 /// process, decoders with equal names compute equal bits; after any change the name is one that never was before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WeightsId {
     pub(super) values: Values,
     pub(super) precision: Option<Precision>,
+    pub(super) format: WeightFormat,
     pub(super) adapter: bool,
 }
 

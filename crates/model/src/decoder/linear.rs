@@ -3,9 +3,22 @@
 
 use std::ops::Range;
 
-use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::parameters::{Gradients, Layout};
+
+/// How the weights of products are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    /// As the precision says.
+    #[default]
+    Full,
+    /// Rounded to 8 bits in blocks of 32 that share a scale. Adapters, norms, biases and input embeddings stay as they are.
+    Int8,
+}
 
 /// Projections that share their input; their weights are neighbours in the flat storage.
 #[derive(Clone)]
@@ -20,6 +33,8 @@ pub(super) struct Linear {
     bias: Option<Range<usize>>,
     /// The transposed weight, `inputs × outputs`; without it, products pack as they go.
     packed: Option<PackedMatrix>,
+    /// The same in 8 bits, where generation asks for it.
+    int8: Option<Int8Matrix>,
     pub adapter: Option<Adapter>,
 }
 
@@ -55,6 +70,8 @@ impl Adapter {
 #[derive(Clone, Copy)]
 pub(super) struct Products<'a> {
     pub precision: Precision,
+    /// The packed base weights that a forward reads.
+    pub format: WeightFormat,
     /// The base parameters, flat.
     pub base: &'a [f32],
     /// The adapter parameters, flat; `None` switches adapters off.
@@ -69,7 +86,16 @@ impl Linear {
         let bias =
             bias.then(|| modules.iter().map(|(name, n)| layout.push(format!("{name}.bias"), vec![*n])).collect());
         let outputs = modules.iter().map(|(_, n)| n).sum();
-        Self { modules, inputs, outputs, weight: join(weights), bias: bias.map(join), packed: None, adapter: None }
+        Self {
+            modules,
+            inputs,
+            outputs,
+            weight: join(weights),
+            bias: bias.map(join),
+            packed: None,
+            int8: None,
+            adapter: None,
+        }
     }
 
     /// Lays out adapters for the projections that `adapted` picks by name. Returns the ranges of the As and of the Bs.
@@ -104,6 +130,12 @@ impl Linear {
         pack(&mut self.packed, precision, weight.transposed());
     }
 
+    /// Packs the weight in 8 bits.
+    pub fn pack_int8(&mut self, precision: Precision, base: &[f32]) {
+        let weight = Matrix::new(&base[self.weight.clone()], self.outputs, self.inputs);
+        pack_int8(&mut self.int8, precision, weight.transposed());
+    }
+
     /// Gives back the packed weight.
     pub fn release_base(&mut self) {
         self.packed = None;
@@ -124,7 +156,7 @@ impl Linear {
 
     /// Bytes of the packed copies.
     pub fn packed_bytes(&self) -> usize {
-        self.packed.as_ref().map_or(0, PackedMatrix::bytes)
+        self.packed.as_ref().map_or(0, PackedMatrix::bytes) + self.int8.as_ref().map_or(0, Int8Matrix::bytes)
     }
 
     /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, or `y +=` without a bias. `low_rank` receives `scale · x Aᵀ`.
@@ -132,7 +164,7 @@ impl Linear {
         let rows = x.len() / self.inputs;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs).transposed();
         let (x_rows, y_rows) = (Matrix::new(x, rows, self.inputs), MatrixMut::new(y, rows, self.outputs));
-        multiply(&self.packed, products.precision, x_rows, weight, y_rows, accumulate);
+        multiply(products, &self.packed, &self.int8, x_rows, weight, y_rows, accumulate);
         if let Some(bias) = &self.bias {
             kernels::add_bias(y, &products.base[bias.clone()]);
         }
@@ -240,22 +272,36 @@ pub(super) fn pack(slot: &mut Option<PackedMatrix>, precision: Precision, right:
     }
 }
 
-/// `c = a b`, or `c += a b`, with `b` packed if it is; the bits are the same.
+/// Rounds `right` into `slot`, reusing its storage where the precision is the same.
+pub(super) fn pack_int8(slot: &mut Option<Int8Matrix>, precision: Precision, right: Matrix<'_>) {
+    let fits = slot.as_ref().is_some_and(|packed| packed.precision() == precision);
+    if !fits {
+        *slot = Some(Int8Matrix::new(precision, right.rows(), right.cols()));
+    }
+    if let Some(packed) = slot {
+        packed.pack(right);
+    }
+}
+
+/// `c = a b`, or `c += a b`, with the copy of `b` that `products` asks for; with the full one packed if it is, which does
+/// not change a bit.
 pub(super) fn multiply(
+    products: Products<'_>,
     packed: &Option<PackedMatrix>,
-    precision: Precision,
+    int8: &Option<Int8Matrix>,
     a: Matrix<'_>,
     b: Matrix<'_>,
     c: MatrixMut<'_>,
     accumulate: bool,
 ) {
-    match packed {
-        Some(packed) => packed.matmul(a, c, accumulate),
-        None => matmul(precision, a, b, c, accumulate),
+    match (products.format, packed) {
+        (WeightFormat::Int8, _) => prepared(int8).matmul(a, c, accumulate),
+        (WeightFormat::Full, Some(packed)) => packed.matmul(a, c, accumulate),
+        (WeightFormat::Full, None) => matmul(products.precision, a, b, c, accumulate),
     }
 }
 
-/// The packed weights of an adapter. `Decoder::forward` has checked that they are there.
-pub(super) fn prepared(packed: &Option<PackedMatrix>) -> &PackedMatrix {
+/// Packed weights that have no other form. `Decoder::ready` has checked that they are there.
+pub(super) fn prepared<T>(packed: &Option<T>) -> &T {
     packed.as_ref().expect("Decoder::ready has checked that the weights are packed")
 }

@@ -41,6 +41,7 @@ pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM,
 pub use estimate::Estimate;
 pub use head::{LogProbs, Target};
 pub use identity::WeightsId;
+pub use linear::WeightFormat;
 pub use non_finite::NonFinite;
 pub use parameters::{Gradients, ParameterInfo};
 pub use tokens::PackedTokens;
@@ -69,6 +70,10 @@ pub struct Decoder {
     adapter_stale: bool,
     /// Changes with every change of a weight.
     values: identity::Values,
+    /// The weights that generation reads.
+    generation: WeightFormat,
+    /// The precision for which the 8-bit weights are current.
+    int8: Option<Precision>,
 }
 
 #[derive(Clone)]
@@ -150,6 +155,8 @@ impl Decoder {
             base_stale: true,
             adapter_stale: true,
             values: identity::Values::fresh(),
+            generation: WeightFormat::Full,
+            int8: None,
             config,
         })
     }
@@ -197,6 +204,7 @@ impl Decoder {
             }
             None => {
                 self.base_stale = true;
+                self.int8 = None;
                 &mut self.base[range]
             }
         }
@@ -207,8 +215,8 @@ impl Decoder {
         Gradients::zeros(self.trainable().clone())
     }
 
-    /// Packs the weights for `precision`, as far as they have changed. This, or [`Decoder::prepare_for_training`], must
-    /// follow every change of a weight.
+    /// Packs the weights for `precision`, as far as they have changed. This, [`Decoder::prepare_for_training`] or
+    /// [`Decoder::prepare_for_generation`] must follow every change of a weight.
     pub fn prepare(&mut self, precision: Precision) {
         let repack = self.precision != Some(precision);
         if repack || !self.base_packed || self.base_stale {
@@ -226,6 +234,7 @@ impl Decoder {
         self.base_packed = true;
         self.base_stale = false;
         self.adapter_stale = false;
+        self.generation = WeightFormat::Full;
     }
 
     /// [`Decoder::prepare`] for passes over many rows alone. Weights that are trained change after every few of them, so
@@ -241,6 +250,25 @@ impl Decoder {
         self.precision = Some(precision);
         self.base_packed = false;
         self.base_stale = false;
+        self.generation = WeightFormat::Full;
+    }
+
+    /// [`Decoder::prepare`] for [`Decoder::prefill`], [`Decoder::decode`], [`Decoder::extend`] and [`Decoder::logits`] with
+    /// weights in this format; with [`WeightFormat::Int8`] anything else, which always reads the full weights, packs them as
+    /// it goes. The log-probabilities of what is sampled from 8-bit weights are not those that training computes for it.
+    pub fn prepare_for_generation(&mut self, precision: Precision, format: WeightFormat) {
+        if format == WeightFormat::Full {
+            return self.prepare(precision);
+        }
+        self.prepare_for_training(precision);
+        if self.int8 != Some(precision) {
+            for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+                linear.pack_int8(precision, &self.base);
+            }
+            self.head.pack_int8(precision, &self.base);
+            self.int8 = Some(precision);
+        }
+        self.generation = format;
     }
 
     /// The precision the weights are packed for.
@@ -251,7 +279,7 @@ impl Decoder {
     /// Names what is computed with: anything derived from the weights may be kept as long as this stays the same.
     pub fn weights_id(&self) -> WeightsId {
         let adapter = self.adapter.as_ref().is_some_and(|adapter| adapter.on);
-        WeightsId { values: self.values, precision: self.precision, adapter }
+        WeightsId { values: self.values, precision: self.precision, format: self.generation, adapter }
     }
 
     /// Bytes of the packed copies of the weights.
@@ -350,6 +378,7 @@ impl Decoder {
                 linear.merge(&mut self.base, &adapter.values);
             }
             self.base_stale = true;
+            self.int8 = None;
             self.values = identity::Values::fresh();
         }
     }
@@ -369,9 +398,9 @@ impl Decoder {
 
     // ---- Forward ----
 
-    fn products(&self, precision: Precision) -> Products<'_> {
+    fn products(&self, precision: Precision, format: WeightFormat) -> Products<'_> {
         let adapter = self.adapter.as_ref().filter(|adapter| adapter.on).map(|adapter| &adapter.values[..]);
-        Products { precision, base: &self.base, adapter }
+        Products { precision, format, base: &self.base, adapter }
     }
 
     /// Runs the decoder over a batch and leaves the hidden states after the final norm in the workspace. With `keep`,
@@ -383,13 +412,14 @@ impl Decoder {
     pub fn forward(&self, tokens: &PackedTokens, workspace: &mut Workspace, keep: bool) -> Result<()> {
         tokens.check(self.config.vocab_size, self.config.max_positions)?;
         workspace.positions = tokens.positions();
-        self.run(tokens.ids(), workspace, keep, |layer, kept| layer.attend(tokens.segments(), kept))
+        self.run(tokens.ids(), WeightFormat::Full, workspace, keep, |layer, kept| layer.attend(tokens.segments(), kept))
     }
 
     /// The stack over rows at `workspace.positions`; `attend` turns a layer's queries, keys and values into its attention.
     fn run(
         &self,
         ids: &[u32],
+        format: WeightFormat,
         workspace: &mut Workspace,
         keep: bool,
         mut attend: impl FnMut(&Layer, &mut Activations),
@@ -413,7 +443,7 @@ impl Decoder {
             let around = [keeps.input(layer.index), keeps.input(layer.index + 1)];
             let [input, output] = stream.get_disjoint_mut(around).expect("a layer's input and output are two entries");
             let kept = &mut kept_layers[keeps.activations(layer.index)];
-            let pass = Pass { products: self.products(precision), positions, table: &self.tables[layer.rope] };
+            let pass = Pass { products: self.products(precision, format), positions, table: &self.tables[layer.rope] };
             layer.forward_qkv(pass, input, kept, scratch);
             attend(layer, kept);
             layer.forward_rest(pass, input, output, kept, scratch);
@@ -443,7 +473,7 @@ impl Decoder {
         temperature: f32,
         want_entropy: bool,
     ) -> Result<LogProbs> {
-        let products = self.products(self.ready()?);
+        let products = self.products(self.ready()?, WeightFormat::Full);
         self.head.check(targets, workspace.rows, temperature)?;
         self.head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
     }
@@ -475,7 +505,7 @@ impl Decoder {
         if d_log_prob.len() != targets.len() || d_entropy.is_some_and(|d_entropy| d_entropy.len() != targets.len()) {
             return Err(Error::Invalid(format!("expected one gradient for each of {} targets", targets.len())));
         }
-        let products = self.products(precision);
+        let products = self.products(precision, WeightFormat::Full);
         let mut d_hidden = std::mem::take(&mut workspace.d_hidden);
         d_hidden.clear();
         workspace::resize(&mut d_hidden, workspace.rows * self.config.hidden_size);
@@ -524,7 +554,7 @@ impl Decoder {
         // What the layers kept is about to be overwritten.
         let keeps = std::mem::take(&mut workspace.kept);
         workspace.fit_backward(&self.config, self.low_rank());
-        let products = self.products(precision);
+        let products = self.products(precision, WeightFormat::Full);
         let Workspace { positions, stream, layers: kept_layers, scratch, d_residual, final_inverse_rms, .. } =
             workspace;
         d_residual.fill(0.0);

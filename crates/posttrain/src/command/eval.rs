@@ -25,7 +25,7 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
         return Err(failure.hint("recipes/quickstart.toml has both"));
     }
     let mut model = opener.open(&config.model.name, config.seed)?;
-    model.decoder.prepare(config.model.precision.into());
+    model.decoder.prepare_for_generation(config.model.precision.into(), arguments.weights.into());
     let language = Language {
         tokenizer: &model.tokenizer,
         template: model.template.as_ref(),

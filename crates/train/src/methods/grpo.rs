@@ -17,7 +17,10 @@
 //! Deviations from the paper and from TRL's `GRPOTrainer`:
 //! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
 //! 2. π_old comes from the sampler, with no second pass: sampler and trainer run the same kernels, so with equal weights the
-//!    two agree to the last bit. `sampling/sampling_logp_difference/*` measures this in every step and must be 0.
+//!    two agree to the last bit. `sampling/sampling_logp_difference/*` measures this in every step and must be 0. Only with
+//!    `rollout_weights = "int8"` is it not: π_old is then what the trainer's forward gives before the weights move (without a
+//!    pass of its own, if the step has one update), and the loss is corrected for the sampler's distribution by truncated
+//!    importance weights, as TRL's with `vllm_importance_sampling_mode = "token_truncate"`.
 //! 3. The reference model is the one the stage started from; with an adapter it is the model without the adapter.
 //! 4. The prompt of a group is computed once for all of its completions, forward and backward.
 //! 5. Log-probabilities are those of the temperature-scaled distribution over the whole vocabulary, in sampling and in
@@ -35,6 +38,7 @@
 //! - `loss`, `grad_norm`: means over the updates of the step. `entropy`, `kl`, `clip_ratio/*`: see [`mod@objectives::grpo`].
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
+//! - `sampling/importance_sampling_ratio/min|mean|max`, only with `rollout_weights = "int8"`: see [`mod@objectives::grpo`].
 //! - `sampling/prompt_tokens_computed`, `sampling/prompt_tokens_reused`: tokens of the prompts of all completions that went
 //!   through the model while sampling, and that were known from the other samples of the prompt or from prompts that begin
 //!   alike.
@@ -47,6 +51,7 @@ use base::Purpose;
 use candle_core::{Device, Tensor, Var};
 use data::Prompt;
 use envs::{Answer, Reward, Score, Status};
+use model::decoder::{Decoder, WeightFormat, Workspace};
 use objectives::{GlobalCounts, PolicyBatch};
 use rollout::{Episode, Finish, Generator, PromptTokens, Request};
 use schemars::JsonSchema;
@@ -88,6 +93,10 @@ pub struct GrpoOptions {
     /// Sequences decoded at once. Results do not depend on it.
     #[schemars(range(min = 1))]
     pub decode_batch_size: usize,
+    /// The weights that sample: `full` are those that are trained, bit for bit; `int8` is a copy rounded to 8 bits, of which
+    /// decoding reads about half the bytes. The loss is then corrected by `objective.importance_sampling_clip_max`, and
+    /// `sampling/sampling_logp_difference/*` says how far the copy is off.
+    pub rollout_weights: WeightFormat,
     /// How long the stage lasts and how the weights move.
     pub training: TrainingOptions,
 }
@@ -103,6 +112,7 @@ impl Default for GrpoOptions {
             objective: objectives::GrpoOptions::default(),
             sampling: rollout::SamplingOptions::default(),
             decode_batch_size: 32,
+            rollout_weights: WeightFormat::Full,
             training: TrainingOptions::default(),
         }
     }
@@ -212,7 +222,7 @@ impl Grpo {
                     .map(move |request| Request { sample: first + request.sample, ..request })
             })
             .collect();
-        step.decoder.prepare(step.precision);
+        step.decoder.prepare_for_generation(step.precision, self.options.rollout_weights);
         let random = step.random(Purpose::Sampling);
         let generator = Generator::new(&self.options.sampling, self.options.decode_batch_size, random);
         let observer = &mut step.observer;
@@ -272,20 +282,38 @@ impl Grpo {
             return Ok(None);
         }
         let started = Instant::now();
-        let temperature = self.options.sampling.log_prob_temperature();
         step.decoder.set_adapter(false);
-        let mut found = Vec::new();
-        for piece in batch.pieces(0..batch.units.len(), self.options.training.micro_batch_tokens) {
-            let pass = Pass::pack(&batch.units[piece]).map_err(step.model_error())?;
-            let decoder = step.reference.unwrap_or(step.decoder);
-            decoder.forward(&pass.tokens, step.workspace, false).map_err(step.model_error())?;
-            let log_probs =
-                decoder.log_probs(step.workspace, &pass.targets, temperature, false).map_err(step.model_error())?;
-            found.extend(pass.by_sequence(&log_probs.log_prob).into_iter().map(f64::from));
-        }
+        let found = self.log_probs(step.reference.unwrap_or(step.decoder), step.workspace, batch);
+        let found = found.map_err(step.model_error())?;
         step.decoder.set_adapter(true);
         step.spent(Phase::Reference, started);
-        Ok(Some(found))
+        Ok(Some(found.into_iter().map(f64::from).collect()))
+    }
+
+    /// Log-probabilities of all loss tokens under a model.
+    fn log_probs(&self, decoder: &Decoder, workspace: &mut Workspace, batch: &Batch<'_>) -> model::Result<Vec<f32>> {
+        let temperature = self.options.sampling.log_prob_temperature();
+        let mut found = Vec::new();
+        for piece in batch.pieces(0..batch.units.len(), self.options.training.micro_batch_tokens) {
+            let pass = Pass::pack(&batch.units[piece])?;
+            decoder.forward(&pass.tokens, workspace, false)?;
+            let log_probs = decoder.log_probs(workspace, &pass.targets, temperature, false)?;
+            found.extend(pass.by_sequence(&log_probs.log_prob));
+        }
+        Ok(found)
+    }
+
+    /// Where the log-probabilities of the weights before the updates come from.
+    fn old_log_probs(&self, step: &mut Step<'_>, batch: &Batch<'_>) -> Result<Old> {
+        let updates = self.options.num_iterations * self.options.num_minibatches;
+        Ok(match (self.options.rollout_weights, updates) {
+            (WeightFormat::Full, _) => Old::Sampler,
+            (WeightFormat::Int8, 1) => Old::FirstPass,
+            (WeightFormat::Int8, _) => {
+                let found = self.log_probs(step.decoder, step.workspace, batch);
+                Old::Computed(found.map_err(step.model_error())?)
+            }
+        })
     }
 
     /// Makes the updates of the step.
@@ -300,11 +328,12 @@ impl Grpo {
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
         let mut statistics = Folds::default();
         let updates = self.options.num_iterations * self.options.num_minibatches;
+        let old = self.old_log_probs(step, batch)?;
         for _ in 0..self.options.num_iterations {
             for part in even_parts(batch.units.len(), self.options.num_minibatches) {
                 // Before the first update the weights are those that sampled.
                 let first = losses.is_empty();
-                let found = self.gather_gradients(step, batch, part, reference, &mut statistics)?;
+                let found = self.gather_gradients(step, batch, part, &old, reference, &mut statistics)?;
                 if first {
                     metrics.extend(difference_metrics(&found.differences));
                 }
@@ -326,6 +355,7 @@ impl Grpo {
         step: &mut Step<'_>,
         batch: &Batch<'_>,
         part: Range<usize>,
+        old: &Old,
         reference: Option<&[f64]>,
         statistics: &mut Folds,
     ) -> Result<Gathered> {
@@ -346,15 +376,22 @@ impl Grpo {
             let found =
                 step.decoder.log_probs(step.workspace, &pass.targets, temperature, true).map_err(step.model_error())?;
             let log_probs = pass.by_sequence(&found.log_prob);
-            let old = &batch.old_log_probs[tokens.clone()];
-            differences.extend(log_probs.iter().zip(old).map(|(new, old)| (f64::from(*new) - f64::from(*old)).abs()));
+            let sampled = &batch.sampling_log_probs[tokens.clone()];
+            let difference = |(new, sampled): (&f32, &f32)| (f64::from(*new) - f64::from(*sampled)).abs();
+            differences.extend(log_probs.iter().zip(sampled).map(difference));
 
             let (loss, d_log_prob) = (|| {
-                let variable = Var::from_vec(log_probs, pass.targets.len(), &Device::Cpu)?;
+                let variable = Var::from_slice(&log_probs, pass.targets.len(), &Device::Cpu)?;
                 let constant = |values: &[f64]| Tensor::new(values, &Device::Cpu);
+                let (old, corrected) = match old {
+                    Old::Sampler => (sampled, false),
+                    Old::FirstPass => (&log_probs[..], true),
+                    Old::Computed(all) => (&all[tokens.clone()], true),
+                };
                 let inputs = PolicyBatch {
                     log_probs: variable.as_tensor().clone(),
                     old_log_probs: Tensor::new(old, &Device::Cpu)?,
+                    sampling_log_probs: corrected.then(|| Tensor::new(sampled, &Device::Cpu)).transpose()?,
                     reference_log_probs: reference.map(|values| constant(&values[tokens.clone()])).transpose()?,
                     entropy: Some(Tensor::new(pass.by_sequence(&found.entropy), &Device::Cpu)?),
                     advantages: constant(&batch.advantages[tokens.clone()])?,
@@ -436,6 +473,16 @@ impl Grpo {
     }
 }
 
+/// Where the log-probabilities of the weights before the updates come from.
+enum Old {
+    /// From sampling with the same weights.
+    Sampler,
+    /// From the forward of the only update.
+    FirstPass,
+    /// From a forward before the first of several updates: one for each loss token.
+    Computed(Vec<f32>),
+}
+
 /// What one update knows before the weights move.
 struct Gathered {
     loss: f64,
@@ -449,7 +496,8 @@ struct Batch<'a> {
     sizes: Vec<usize>,
     /// Where the loss tokens of each group begin, and where the last ends.
     starts: Vec<usize>,
-    old_log_probs: Vec<f32>,
+    /// As recorded while sampling.
+    sampling_log_probs: Vec<f32>,
     advantages: Vec<f64>,
 }
 
@@ -460,21 +508,21 @@ impl<'a> Batch<'a> {
             units: Vec::new(),
             sizes: Vec::new(),
             starts: vec![0],
-            old_log_probs: Vec::new(),
+            sampling_log_probs: Vec::new(),
             advantages: Vec::new(),
         };
         for (group, prompt) in prompts.iter().enumerate() {
             let members = group * generations..(group + 1) * generations;
             for index in members.clone() {
                 let counted = masks[index].iter().zip(&episodes[index].log_probs).filter(|(counted, _)| **counted);
-                batch.old_log_probs.extend(counted.map(|(_, log_prob)| log_prob));
-                batch.advantages.resize(batch.old_log_probs.len(), advantages[index]);
+                batch.sampling_log_probs.extend(counted.map(|(_, log_prob)| log_prob));
+                batch.advantages.resize(batch.sampling_log_probs.len(), advantages[index]);
             }
             let sequences = members.map(|index| Sequence { ids: &episodes[index].completion, mask: &masks[index] });
             let unit = Unit { prompt: &prompt.ids, sequences: sequences.collect() };
             batch.sizes.push(unit.rows());
             batch.units.push(unit);
-            batch.starts.push(batch.old_log_probs.len());
+            batch.starts.push(batch.sampling_log_probs.len());
         }
         batch
     }
