@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use engine::*;
 use kernels::Precision;
-use posttrain_model::decoder::{DecodeRow, Decoder, Prefill, Prompt, SequenceCache, Workspace};
+use posttrain_model::decoder::{DecodeRow, Decoder, Prefill, Prompt, SequenceCache, WeightFormat, Workspace};
 use posttrain_model::lora::LoraConfig;
 
 /// The bits of a prompt's last hidden state and of three tokens after it.
@@ -125,6 +125,10 @@ fn keys_and_values_of_other_weights_are_refused() {
     decoder.set_adapter(false);
     check(&decoder, &old, false);
     decoder.set_adapter(true);
+    check(&decoder, &old, true);
+    decoder.prepare_for_generation(Precision::F32, WeightFormat::Int8);
+    check(&decoder, &old, false);
+    decoder.prepare(Precision::F32);
     check(&decoder, &old, true);
     decoder.prepare(Precision::Bf16);
     check(&decoder, &old, false);

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use common::{Accuracy, Setup, metrics};
 use kernels::Precision;
 use model::ModelConfig;
-use model::decoder::Decoder;
+use model::decoder::{Decoder, WeightFormat};
 use model::weights::safetensors;
 use posttrain_train as train;
 use serde_json::{Map, Value};
@@ -107,6 +107,57 @@ fn sampler_and_trainer_agree_to_the_last_bit_in_every_step() {
             }
         }
     }
+}
+
+/// A sampler of 8-bit weights is off by little, is told apart from a trainer that has moved, and teaches all the same.
+#[test]
+fn sampling_with_int8_weights_is_measured_corrected_and_teaches() {
+    let mut setup = learning();
+    let grpo = setup.grpo.as_mut().unwrap();
+    grpo.rollout_weights = WeightFormat::Int8;
+    grpo.training.max_steps = Some(60);
+    setup.options.eval_steps = 60;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    setup.finish(&path);
+    let lines = metrics(&path);
+    let accuracy: Vec<f64> = lines.iter().filter_map(|line| line.get("eval_accuracy")?.as_f64()).collect();
+    let [_, after_sft, .., after_grpo] = accuracy[..] else { panic!("too few evaluations: {accuracy:?}") };
+    assert!(after_grpo > after_sft + 0.1, "{after_sft} to {after_grpo}");
+    let steps: Vec<_> = lines.iter().filter(|line| line.contains_key("reward")).collect();
+    assert_eq!(steps.len(), 60);
+    for line in steps {
+        let number = |name: &str| line[&format!("sampling/{name}")].as_f64().unwrap();
+        let (mean, max) = (number("sampling_logp_difference/mean"), number("sampling_logp_difference/max"));
+        assert!(mean > 0.0 && mean < 0.05 && max >= mean && max < 1.0, "{mean} {max}");
+        let [least, middle, most] =
+            ["min", "mean", "max"].map(|kind| number(&format!("importance_sampling_ratio/{kind}")));
+        assert!(least < middle && middle < most && most <= 2.0 && most.ln() <= max + 1e-6, "{least} {middle} {most}");
+        // π_old are the trainer's own weights: its first and only pass has moved nowhere.
+        assert_eq!(line["clip_ratio/region_mean"], 0);
+    }
+}
+
+/// Several updates need π_old before the first; the first of them is then what a single one would be.
+#[test]
+fn with_int8_rollouts_the_first_of_several_updates_is_that_of_one() {
+    let first = |iterations: usize| {
+        let mut setup = Setup { sft: None, evaluate: false, ..Setup::short() };
+        let grpo = setup.grpo.as_mut().unwrap();
+        grpo.rollout_weights = WeightFormat::Int8;
+        (grpo.num_iterations, grpo.num_minibatches) = (iterations, 1);
+        grpo.training.max_steps = Some(1);
+        let folder = tempfile::tempdir().unwrap();
+        setup.finish(&folder.path().join("run"));
+        metrics(&folder.path().join("run")).remove(0)
+    };
+    let (one, two) = (first(1), first(2));
+    for name in ["sampling_logp_difference/mean", "sampling_logp_difference/max", "importance_sampling_ratio/max"] {
+        let name = format!("sampling/{name}");
+        assert_eq!(one[&name], two[&name], "{name}");
+    }
+    assert_ne!(one["sampling/sampling_logp_difference/max"], 0);
+    assert_ne!(one["loss"], two["loss"]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use base::files::{self, Manifest};
 use common::{Setup, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::config::Family;
+use model::decoder::WeightFormat;
 use posttrain_train as train;
 use train::options::{GradientCheckpointing, OptimizerState};
 use train::{Error, Event, Observer, Outcome};
@@ -70,6 +71,13 @@ fn activation_checkpointing_does_not_matter() {
             assert_same(&kept, &path, &format!("{name}: sft {sft}, grpo {grpo}"));
         }
     }
+}
+
+#[test]
+fn cuts_and_threads_do_not_matter_with_int8_rollouts() {
+    let mut setup = Setup { precision: Precision::Bf16, ..Setup::short() };
+    setup.grpo.as_mut().unwrap().rollout_weights = WeightFormat::Int8;
+    check_cuts(&setup);
 }
 
 /// Asks the run to stop during a step.
