@@ -161,7 +161,7 @@ impl Head {
     }
 
     /// The gradient of `Σ d_log_prob · log_prob + d_entropy · entropy` with respect to the hidden states, added to
-    /// `d_hidden`, and to the head's weight where it is trained. Returns the log-probabilities, which fall out on the way.
+    /// `d_hidden`, and to the head's weight where it is trained. Returns the log-probabilities and entropies, which fall out on the way.
     #[allow(clippy::too_many_arguments, reason = "the operands of a loss head and its two gradients")]
     pub fn backward(
         &self,
@@ -219,7 +219,7 @@ impl Head {
                 matmul(products.precision, d_logits.transposed(), hidden, d_weight, true);
             }
         }
-        collect(&all_stats, targets, d_entropy.is_some())
+        collect(&all_stats, targets, true)
     }
 }
 

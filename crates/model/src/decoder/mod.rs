@@ -483,8 +483,8 @@ impl Decoder {
     /// The gradient of `Σ d_log_prob · log_prob + d_entropy · entropy`, added to `gradients`. The workspace must come from
     /// a [`Decoder::forward`] over the same tokens that kept its activations; it is used up.
     ///
-    /// Returns the log-probabilities, which are computed again on the way: with gradients known beforehand, as in
-    /// supervised training, no [`Decoder::log_probs`] is needed.
+    /// Returns the log-probabilities and entropies, which are computed again on the way: with gradients known beforehand, as
+    /// in supervised training, no [`Decoder::log_probs`] is needed.
     ///
     /// # Errors
     /// As [`Decoder::log_probs`]; a workspace without activations; an adapter that is switched off; and the first gradient

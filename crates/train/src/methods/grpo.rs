@@ -52,7 +52,7 @@ use candle_core::{Device, Tensor, Var};
 use data::Prompt;
 use envs::{Answer, Reward, Score, Status};
 use model::decoder::{Decoder, WeightFormat, Workspace};
-use objectives::{GlobalCounts, PolicyBatch};
+use objectives::{GlobalCounts, PolicyBatch, Reduce, Statistic};
 use rollout::{Episode, Finish, Generator, PromptTokens, Request};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -333,7 +333,8 @@ impl Grpo {
             for part in even_parts(batch.units.len(), self.options.num_minibatches) {
                 // Before the first update the weights are those that sampled.
                 let first = losses.is_empty();
-                let found = self.gather_gradients(step, batch, part, &old, reference, &mut statistics)?;
+                let known = first && matches!(old, Old::Sampler);
+                let found = self.gather_gradients(step, batch, part, &old, known, reference, &mut statistics)?;
                 if first {
                     metrics.extend(difference_metrics(&found.differences));
                 }
@@ -349,13 +350,16 @@ impl Grpo {
         Ok(())
     }
 
-    /// Adds up the gradients of one update: of the loss over the groups `part`.
+    /// Adds up the gradients of one update: of the loss over the groups `part`. With `known`, the log-probabilities are those
+    /// recorded while sampling, and the head's pass over them is left to the backward pass alone.
+    #[allow(clippy::too_many_arguments, reason = "one update: its groups, and the log-probabilities it is relative to")]
     fn gather_gradients(
         &self,
         step: &mut Step<'_>,
         batch: &Batch<'_>,
         part: Range<usize>,
         old: &Old,
+        known: bool,
         reference: Option<&[f64]>,
         statistics: &mut Folds,
     ) -> Result<Gathered> {
@@ -373,12 +377,14 @@ impl Grpo {
                 continue;
             }
             step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
-            let found =
-                step.decoder.log_probs(step.workspace, &pass.targets, temperature, true).map_err(step.model_error())?;
-            let log_probs = pass.by_sequence(&found.log_prob);
             let sampled = &batch.sampling_log_probs[tokens.clone()];
-            let difference = |(new, sampled): (&f32, &f32)| (f64::from(*new) - f64::from(*sampled)).abs();
-            differences.extend(log_probs.iter().zip(sampled).map(difference));
+            let log_probs = match known {
+                true => sampled.to_vec(),
+                false => {
+                    let found = step.decoder.log_probs(step.workspace, &pass.targets, temperature, false);
+                    pass.by_sequence(&found.map_err(step.model_error())?.log_prob)
+                }
+            };
 
             let (loss, d_log_prob) = (|| {
                 let variable = Var::from_slice(&log_probs, pass.targets.len(), &Device::Cpu)?;
@@ -393,7 +399,7 @@ impl Grpo {
                     old_log_probs: Tensor::new(old, &Device::Cpu)?,
                     sampling_log_probs: corrected.then(|| Tensor::new(sampled, &Device::Cpu)).transpose()?,
                     reference_log_probs: reference.map(|values| constant(&values[tokens.clone()])).transpose()?,
-                    entropy: Some(Tensor::new(pass.by_sequence(&found.entropy), &Device::Cpu)?),
+                    entropy: None,
                     advantages: constant(&batch.advantages[tokens.clone()])?,
                     weights: constant(&objective.aggregation.weights(&pass.lengths, &counts))?,
                     sequence: sequence_of_tokens(&pass.lengths),
@@ -406,9 +412,14 @@ impl Grpo {
             losses.extend(loss.values().map_err(step.objective_error())?);
             statistics.extend(&loss.statistics);
             let d_log_prob = pass.by_target(&d_log_prob);
-            step.decoder
+            let found = step
+                .decoder
                 .backward(&pass.tokens, step.workspace, &pass.targets, temperature, &d_log_prob, None, step.gradients)
                 .map_err(step.model_error())?;
+            let difference = |(new, sampled): (f32, &f32)| (f64::from(new) - f64::from(*sampled)).abs();
+            differences.extend(pass.by_sequence(&found.log_prob).into_iter().zip(sampled).map(difference));
+            let entropy = pass.by_sequence(&found.entropy).into_iter().map(f64::from).collect();
+            statistics.extend(&[Statistic { name: "entropy", values: entropy, reduce: Reduce::Mean }]);
         }
         check_losses(step.number, &losses, &lengths)?;
         Ok(Gathered { loss: losses.iter().sum(), differences })

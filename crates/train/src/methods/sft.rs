@@ -118,7 +118,6 @@ impl Method for Sft {
             let weights = Aggregation::Token.weights(&pass.lengths, &counts);
             // The loss is linear in the log-probabilities, so its gradient is known before they are.
             let d_log_prob: Vec<f64> = weights.iter().map(|weight| -weight).collect();
-            let d_entropy = vec![0.0; weights.len()];
             step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
             let found = step
                 .decoder
@@ -128,7 +127,7 @@ impl Method for Sft {
                     &pass.targets,
                     1.0,
                     &pass.by_target(&d_log_prob),
-                    Some(&d_entropy),
+                    None,
                     step.gradients,
                 )
                 .map_err(step.model_error())?;
