@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo run --release -p posttrain-model --example shared_prompts -- [--prompt N] [--precision f32|bf16] [--threads N]
-//!                                                                   [--repeats N]
+//!                                                                   [--repeats N] [--checkpointing]
 //! ```
 //! 4 prompts of N tokens (64) with 8 samples of 64 tokens each, forward and backward group by group, as in a step of GRPO.
 //! Reported are the rows computed, the seconds of each repeat, the workspace in bytes and, over all tensors, the largest
@@ -40,7 +40,8 @@ fn main() -> Result<()> {
 
     let mut decoder = Decoder::random(smollm2_135m(), 1)?;
     decoder.prepare_for_training(precision);
-    let pass = |share| run(&decoder, prompt, share, repeats);
+    let checkpointing = arguments.iter().any(|argument| argument == "--checkpointing");
+    let pass = |share| run(&decoder, prompt, share, repeats, checkpointing);
     let (shared, unshared) = (pass(true)?, pass(false)?);
     let result = serde_json::json!({
         "case": format!("shared-prompts-{prompt}-{precision_name}"),
@@ -64,6 +65,7 @@ fn smollm2_135m() -> ModelConfig {
     config.head_dim = 64;
     config.attention_scale = 0.125;
     config.layers = vec![config.layers[0]; 30];
+    config.max_positions = 8192;
     config
 }
 
@@ -88,8 +90,9 @@ impl Measured {
 }
 
 /// Forward and backward of all groups, after one pass for warming up.
-fn run(decoder: &Decoder, prompt: usize, share: bool, repeats: usize) -> Result<Measured> {
+fn run(decoder: &Decoder, prompt: usize, share: bool, repeats: usize, checkpointing: bool) -> Result<Measured> {
     let mut workspace = Workspace::new();
+    workspace.set_checkpointing(checkpointing);
     let mut gradients = decoder.gradients();
     let (mut rows, mut seconds) = (0, Vec::new());
     for _ in 0..=repeats {
