@@ -121,5 +121,5 @@ fn a_step_takes_what_it_is_said_to_take() {
     let kept = training_peak(&deep, keep(GradientCheckpointing::Off));
     let checkpointed = training_peak(&deep, keep(GradientCheckpointing::On));
     println!("a step of a deep model {kept}, checkpointed {checkpointed}");
-    assert!(2 * checkpointed < kept, "{checkpointed} bytes with checkpointing, {kept} without");
+    assert!(3 * checkpointed < 2 * kept, "{checkpointed} bytes with checkpointing, {kept} without");
 }
