@@ -85,7 +85,7 @@ def roofline(result):
         cells = [
             phase["name"],
             f"{phase['seconds'] * 1e3:.0f} ms",
-            f"{operations / 1e9:.3g} GFLOP" if operations else "",
+            f"{operations / 1e9:.{0 if operations >= 1e11 else 1}f} GFLOP" if operations else "",
             f"{moved / 1e9:.2f} GB",
             phase["limit"],
             f"{100 * phase['bound_seconds'] / phase['seconds']:.0f} %",
