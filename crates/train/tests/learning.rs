@@ -116,7 +116,6 @@ fn sampling_with_int8_weights_is_measured_corrected_and_teaches() {
     let grpo = setup.grpo.as_mut().unwrap();
     grpo.rollout_weights = WeightFormat::Int8;
     grpo.training.max_steps = Some(60);
-    setup.options.eval_steps = 60;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("run");
     setup.finish(&path);
