@@ -76,12 +76,13 @@ fn from_folder(folder: &Path) -> Result<Loaded> {
     }
     let mut config = ModelConfig::from_json_bytes(&files::read(&path)?).map_err(|error| error.in_file(&path))?;
     generation_tokens(&folder.join("generation_config.json"), &mut config)?;
-    let mut tensors = safetensors::read(folder)?;
+    // Hashing takes as long as reading: the two run beside each other.
+    let (tensors, sha256) = rayon::join(|| safetensors::read(folder), || folder_sha256(folder));
+    let mut tensors = tensors?;
     weights::check(&config, &mut tensors).map_err(|error| error.in_file(folder))?;
     let tokenizer = Tokenizer::from_folder(folder)?;
     let chat_template = ChatTemplate::from_folder(folder, &tokenizer)?;
-    Loaded::new(config, Some(tensors), tokenizer, chat_template, folder_sha256(folder)?)
-        .map_err(|error| error.in_file(folder))
+    Loaded::new(config, Some(tensors), tokenizer, chat_template, sha256?).map_err(|error| error.in_file(folder))
 }
 
 /// Adds the tokens that end a generation according to `generation_config.json`: chat models often name more there.

@@ -33,7 +33,7 @@ enum Moments {
 impl Moments {
     fn zeros(state: OptimizerState, length: usize) -> Self {
         match state {
-            OptimizerState::F32 => Self::F32 { first: vec![0.0; length], second: vec![0.0; length] },
+            OptimizerState::F32 => Self::F32 { first: kernels::zeros(length), second: kernels::zeros(length) },
             OptimizerState::Bf16 => Self::Bf16 { first: vec![0; length], second: vec![0; length] },
         }
     }

@@ -143,7 +143,7 @@ impl Decoder {
         };
         Ok(Self {
             tables: config.ropes.iter().map(table).collect(),
-            base: vec![0.0; layout.len],
+            base: kernels::zeros(layout.len),
             layout: Arc::new(layout),
             embedding,
             layers,

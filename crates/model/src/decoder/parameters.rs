@@ -71,7 +71,7 @@ pub struct Gradients {
 
 impl Gradients {
     pub(super) fn zeros(layout: Arc<Layout>) -> Self {
-        let data = vec![0.0; layout.len];
+        let data = kernels::zeros(layout.len);
         Self { layout, data, input_embedding: SparseRows::default() }
     }
 

@@ -238,7 +238,7 @@ impl Activations {
 pub(super) fn resize(buffer: &mut Vec<f32>, len: usize) {
     if buffer.capacity() < len {
         // A fresh allocation of zeros costs no copy of contents that nobody will read, and no pages until written.
-        *buffer = vec![0.0; len];
+        *buffer = kernels::zeros(len);
     } else {
         buffer.resize(len, 0.0);
     }
