@@ -134,17 +134,78 @@ pub(crate) fn pack_panel(isa: crate::Isa, precision: Precision, b: Matrix<'_>, o
     }
 }
 
+/// Writes the columns of `source` (`rows` neighbours each, one step or pair of steps after the other) as tiles of `height`
+/// rows. Goes along each row of the source once, where [`interleave`] would come back for every tile.
+#[inline(always)]
+fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]) {
+    /// Rows that are rounded before they go to their tiles; a multiple of every whole tile's height.
+    const RUN: usize = 144;
+    let Vectors { data, count, k, step_stride, .. } = source;
+    let steps = if PAIRS { k.div_ceil(2) } else { k };
+    let zeros = [0.0; RUN];
+    let mut run = [0.0; RUN];
+    let whole = RUN / height * height;
+    for start in (0..count).step_by(whole) {
+        let len = whole.min(count - start);
+        let run = &mut run[..len];
+        for step in 0..steps {
+            let element = if PAIRS { 2 * step } else { step };
+            let first = &data[element * step_stride + start..][..len];
+            if PAIRS {
+                let second = match element + 1 < k {
+                    true => &data[(element + 1) * step_stride + start..][..len],
+                    false => &zeros[..len],
+                };
+                for ((run, &first), &second) in run.iter_mut().zip(first).zip(second) {
+                    *run = pair(first, second);
+                }
+            } else {
+                run.copy_from_slice(first);
+            }
+            for (tile, rows) in run.chunks(height).enumerate() {
+                let out = &mut out[(start + tile * height) * steps + step * rows.len()..][..rows.len()];
+                // The usual height as a constant lets the copy become a few vector moves.
+                match (out.first_chunk_mut::<12>(), rows.first_chunk::<12>()) {
+                    (Some(out), Some(rows)) if height == 12 => *out = *rows,
+                    _ => out.copy_from_slice(rows),
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    fn spread_f32(source: Vectors<'_>, height: usize, out: &mut [f32]) {
+        spread::<false>(source, height, out);
+    }
+}
+
+multiversion! {
+    fn spread_bf16(source: Vectors<'_>, height: usize, out: &mut [f32]) {
+        spread::<true>(source, height, out);
+    }
+}
+
 /// Packs the rows of `a` as tiles of `height` rows, fewer in the last.
 pub(crate) fn pack_tiles(isa: crate::Isa, precision: Precision, a: Matrix<'_>, height: usize, out: &mut [f32]) {
     let steps = steps(precision, a.cols);
+    let vectors = |a| {
+        let Matrix { data, rows, cols, row_stride, col_stride } = a;
+        Vectors { data, count: rows, k: cols, stride: row_stride, step_stride: col_stride }
+    };
+    if a.row_stride == 1 {
+        return match precision {
+            Precision::F32 => spread_f32(isa, vectors(a), height, out),
+            Precision::Bf16 => spread_bf16(isa, vectors(a), height, out),
+        };
+    }
     for row in (0..a.rows).step_by(height) {
         let count = height.min(a.rows - row);
-        let tile = a.block(row, 0, count, a.cols);
-        let vectors = Vectors { data: tile.data, count, k: a.cols, stride: a.row_stride, step_stride: a.col_stride };
+        let tile = vectors(a.block(row, 0, count, a.cols));
         let out = &mut out[row * steps..][..count * steps];
         match precision {
-            Precision::F32 => interleave_f32(isa, vectors, count, out),
-            Precision::Bf16 => interleave_bf16(isa, vectors, count, out),
+            Precision::F32 => interleave_f32(isa, tile, count, out),
+            Precision::Bf16 => interleave_bf16(isa, tile, count, out),
         }
     }
 }
