@@ -123,7 +123,7 @@ pub struct Model {
 pub enum Weights {
     /// As the precision says
     Full,
-    /// Rounded to 8 bits in blocks of 32: about half the bytes to read of bf16, answers a little different
+    /// Rounded to 8 bits in blocks of 32: smaller than bf16, not faster, answers a little different
     Int8,
 }
 

@@ -93,8 +93,8 @@ pub struct GrpoOptions {
     /// Sequences decoded at once. Results do not depend on it.
     #[schemars(range(min = 1))]
     pub decode_batch_size: usize,
-    /// The weights that sample: `full` are those that are trained, bit for bit; `int8` is a copy rounded to 8 bits, of which
-    /// decoding reads about half the bytes. The loss is then corrected by `objective.importance_sampling_clip_max`, and
+    /// The weights that sample: `full` are those that are trained, bit for bit; `int8` is a copy rounded to 8 bits, half
+    /// as large as bf16's and not faster. The loss is then corrected by `objective.importance_sampling_clip_max`, and
     /// `sampling/sampling_logp_difference/*` says how far the copy is off.
     pub rollout_weights: WeightFormat,
     /// How long the stage lasts and how the weights move.
