@@ -176,7 +176,7 @@ pub fn write<'a, T: Into<TensorView<'a>>>(
     write_values(path, tensors.into_iter().map(values))
 }
 
-/// [`write`] for tensors of several types, each with its shape.
+/// [`write()`] for tensors of several types, each with its shape.
 pub fn write_values<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (&'a String, &'a [usize], Values<'a>)>,
