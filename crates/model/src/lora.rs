@@ -6,8 +6,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::config::{HeadTask, ScoreHead};
 use crate::error::{Error, Result};
 use crate::save::ADAPTER_CONFIG;
+use crate::weights::Tensors;
 
 /// The projections of a layer that can carry an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -93,12 +95,19 @@ impl LoraConfig {
         Ok(())
     }
 
-    /// The text of PEFT's `adapter_config.json`.
-    pub fn to_peft_json(&self, base_model: &str) -> String {
+    /// The text of PEFT's `adapter_config.json`, for an adapter of a model with this score head.
+    pub fn to_peft_json(&self, base_model: &str, score: Option<ScoreHead>) -> String {
         let modules: Vec<&str> = self.target_modules.iter().map(|module| module.name()).collect();
-        let json = serde_json::json!({
+        // PEFT trains and saves heads by these names for the two tasks of classification.
+        let (task, saved): (_, &[&str]) = match score.map(|score| score.task) {
+            None => ("CAUSAL_LM", &[]),
+            Some(HeadTask::Value) => ("CAUSAL_LM", &[SCORE]),
+            Some(HeadTask::Sequence) => (SEQUENCES, &["classifier", SCORE]),
+            Some(HeadTask::Token) => (TOKENS, &["classifier", SCORE]),
+        };
+        let mut json = serde_json::json!({
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": task,
             "base_model_name_or_path": base_model,
             "r": self.r,
             "lora_alpha": self.alpha,
@@ -110,6 +119,9 @@ impl LoraConfig {
             "inference_mode": true,
             "init_lora_weights": true,
         });
+        if !saved.is_empty() {
+            json["modules_to_save"] = saved.into();
+        }
         format!("{json:#}\n")
     }
 
@@ -134,21 +146,17 @@ impl LoraConfig {
                 "only LORA adapters can be read",
             ));
         }
-        for option in [
-            "use_dora",
-            "bias",
-            "fan_in_fan_out",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "layers_to_transform",
-        ] {
+        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"] {
             if json.get(option).is_some_and(|value| !is_off(value)) {
                 return Err(Error::unsupported(
                     format!("{ADAPTER_CONFIG}: {option}"),
                     "plain LoRA adapters can be read",
                 ));
             }
+        }
+        if saved_modules(&json).any(|module| !["classifier", SCORE].contains(&module)) {
+            let what = format!("{ADAPTER_CONFIG}: modules_to_save {}", json["modules_to_save"]);
+            return Err(Error::unsupported(what, "adapters that save a score head at most can be read"));
         }
         let number = |key: &str| {
             json.get(key)
@@ -174,9 +182,38 @@ impl LoraConfig {
     }
 }
 
+const SCORE: &str = "score";
+const SEQUENCES: &str = "SEQ_CLS";
+const TOKENS: &str = "TOKEN_CLS";
+
+fn saved_modules(config: &serde_json::Map<String, serde_json::Value>) -> impl Iterator<Item = &str> {
+    let list = config.get("modules_to_save").and_then(serde_json::Value::as_array);
+    list.into_iter().flatten().filter_map(serde_json::Value::as_str)
+}
+
+/// The score head that is part of an adapter, by its `adapter_config.json` and its tensors.
+///
+/// # Errors
+/// Text that is no such file.
+pub fn saved_head(text: &str, tensors: &Tensors) -> Result<Option<ScoreHead>> {
+    let json: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(text).map_err(|error| Error::malformed(ADAPTER_CONFIG, error))?;
+    let weight = tensors.get(&format!("{PEFT_PREFIX}{SCORE}.weight"));
+    let Some(outputs) = weight.filter(|_| saved_modules(&json).any(|module| module == SCORE)) else { return Ok(None) };
+    let task = match json.get("task_type").and_then(serde_json::Value::as_str) {
+        Some(SEQUENCES) => HeadTask::Sequence,
+        Some(TOKENS) => HeadTask::Token,
+        _ => HeadTask::Value,
+    };
+    Ok(Some(ScoreHead { outputs: outputs.shape[0], task }))
+}
+
+/// What PEFT puts in front of the name of every module.
+pub(crate) const PEFT_PREFIX: &str = "base_model.model.";
+
 /// PEFT's key of an adapter matrix: `module` is the adapted weight's name without `.weight`, `matrix` is `A` or `B`.
 pub(crate) fn peft_key(module: &str, matrix: char) -> String {
-    format!("base_model.model.{module}.lora_{matrix}.weight")
+    format!("{PEFT_PREFIX}{module}.lora_{matrix}.weight")
 }
 
 #[cfg(test)]
@@ -192,15 +229,15 @@ mod tests {
             use_rslora: true,
             target_modules: vec![TargetModule::QProj, TargetModule::DownProj],
         };
-        assert_eq!(LoraConfig::from_peft_json(&config.to_peft_json("base")).unwrap(), config);
+        assert_eq!(LoraConfig::from_peft_json(&config.to_peft_json("base", None)).unwrap(), config);
         assert!((config.scale() - 12.0 / 8f32.sqrt()).abs() < 1e-6);
     }
 
     #[test]
     fn peft_options_that_change_the_result_are_refused() {
-        let text = LoraConfig::default().to_peft_json("base").replace("\"bias\": \"none\"", "\"use_dora\": true");
+        let text = LoraConfig::default().to_peft_json("base", None).replace("\"bias\": \"none\"", "\"use_dora\": true");
         assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("use_dora"));
-        let text = LoraConfig::default().to_peft_json("base").replace("q_proj", "c_attn");
+        let text = LoraConfig::default().to_peft_json("base", None).replace("q_proj", "c_attn");
         assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("c_attn"));
     }
 }

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var, backprop::Grad
 
 use crate::config::{Activation, ModelConfig};
 use crate::decoder::{PackedTokens, Target};
-use crate::lora::{LoraConfig, peft_key};
+use crate::lora::{LoraConfig, PEFT_PREFIX, peft_key};
 use crate::weights::Tensors;
 
 /// A decoder whose weights are candle variables.
@@ -129,6 +129,18 @@ impl ReferenceDecoder {
         let log_p = log_softmax(&(self.logits(tokens)?.index_select(&rows, 0)? / temperature)?)?;
         let entropy = (log_p.exp()? * &log_p)?.sum(D::Minus1)?.neg()?;
         Ok((log_p.gather(&ids, 1)?.squeeze(1)?, entropy))
+    }
+
+    /// The outputs of the score head at `rows`, rows × outputs; an adapter's copy of the head goes before the base's.
+    ///
+    /// # Errors
+    /// A model without such a head.
+    pub fn scores(&self, tokens: &PackedTokens, rows: &[usize]) -> Result<Tensor> {
+        let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+        let hidden = self.hidden(tokens)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
+        let adapted = format!("{PEFT_PREFIX}score");
+        let own = self.variables.contains_key(&format!("{adapted}.weight"));
+        self.linear(&hidden, if own { &adapted } else { "score" })
     }
 
     fn norm(&self, x: &Tensor, module: &str) -> Result<Tensor> {

@@ -6,7 +6,7 @@ use base::files;
 use serde_json::{Map, Value, json};
 
 use crate::chat::ChatTemplate;
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, ScoreHead};
 use crate::error::Result;
 use crate::lora::LoraConfig;
 use crate::tokenizer::Tokenizer;
@@ -33,17 +33,19 @@ pub fn model<'a, T: Into<TensorView<'a>>>(
     self::tokenizer(folder, tokenizer, chat_template)
 }
 
-/// Writes an adapter as PEFT does, for the model called `base_model`, with the tokenizer.
+/// Writes an adapter as PEFT does, with the score head that is trained with it, for the model called `base_model`; and the
+/// tokenizer.
 pub fn adapter<'a, T: Into<TensorView<'a>>>(
     folder: &Path,
     config: &LoraConfig,
+    score: Option<ScoreHead>,
     base_model: &str,
     tensors: impl IntoIterator<Item = (&'a String, T)>,
     tokenizer: &Tokenizer,
     chat_template: Option<&ChatTemplate>,
 ) -> Result<()> {
     safetensors::write(&folder.join(ADAPTER), tensors, Dtype::F32)?;
-    files::write(&folder.join(ADAPTER_CONFIG), config.to_peft_json(base_model).as_bytes())?;
+    files::write(&folder.join(ADAPTER_CONFIG), config.to_peft_json(base_model, score).as_bytes())?;
     self::tokenizer(folder, tokenizer, chat_template)
 }
 

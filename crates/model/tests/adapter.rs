@@ -64,7 +64,7 @@ fn a_written_adapter_has_the_names_shapes_and_values_that_peft_wrote() {
     let (decoder, lora) = adapted();
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = Tokenizer::bytes().unwrap();
-    save::adapter(folder.path(), &lora, "llama", decoder.adapter_views(), &tokenizer, None).unwrap();
+    save::adapter(folder.path(), &lora, None, "llama", decoder.adapter_views(), &tokenizer, None).unwrap();
     let written = safetensors::read(&folder.path().join(save::ADAPTER)).unwrap();
     assert_eq!(written.len(), 2 * 7 * 2, "two matrices for each of seven projections in two layers");
     assert_eq!(written, safetensors::read(&reference("adapter").join(save::ADAPTER)).unwrap());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use base::files;
 use model::chat::ChatTemplate;
-use model::lora::LoraConfig;
+use model::lora::{self, LoraConfig};
 use model::tokenizer::Tokenizer;
 use model::weights::safetensors;
 use model::{Decoder, hub, save, source};
@@ -109,8 +109,13 @@ impl Opener {
 
     fn open_adapter(&self, folder: &str, config: &Path, seed: u64) -> Result<Opened, Failure> {
         let mut opened = self.open(&self.base_of(config)?, seed)?;
-        let (lora, tensors) = read_adapter(folder, config)?;
-        opened.decoder.load_adapter(&lora, tensors)?;
+        let text = files::read_to_string(config)?;
+        let tensors = safetensors::read(&adapter_weights(folder))?;
+        if let (None, Some(head)) = (opened.decoder.config().score, lora::saved_head(&text, &tensors)?) {
+            // Its values come with the adapter.
+            opened.decoder.add_score(head, 0.0, 0)?;
+        }
+        opened.decoder.load_adapter(&LoraConfig::from_peft_json(&text)?, tensors)?;
         opened.sha256 =
             files::sha256_of(format!("{} {}", opened.sha256, files::sha256(&adapter_weights(folder))?).as_bytes());
         opened.name = folder.to_owned();
@@ -135,9 +140,4 @@ fn named_base(config: &Path) -> Result<String, Failure> {
         .as_str()
         .map(str::to_owned)
         .ok_or_else(|| Failure::new(format!("{}: `base_model_name_or_path` is missing", config.display())))
-}
-
-fn read_adapter(folder: &str, config: &Path) -> Result<(LoraConfig, model::weights::Tensors), Failure> {
-    let lora = LoraConfig::from_peft_json(&files::read_to_string(config)?)?;
-    Ok((lora, safetensors::read(&adapter_weights(folder))?))
 }

@@ -18,7 +18,10 @@ pub fn write(
     base_model: &str,
 ) -> model::Result<()> {
     match decoder.adapter_config() {
-        Some(config) => save::adapter(folder, config, base_model, decoder.adapter_views(), tokenizer, chat_template),
+        Some(config) => {
+            let (score, tensors) = (decoder.config().score, decoder.adapter_views());
+            save::adapter(folder, config, score, base_model, tensors, tokenizer, chat_template)
+        }
         None => save::model(folder, decoder.config(), decoder.views(), Dtype::F32, tokenizer, chat_template),
     }
 }

@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Activation, Family, LayerAttention, MAX_LAYERS, ModelConfig, RopeConfig, RopeScaling, Sizes};
+use super::{
+    Activation, Family, HeadTask, LayerAttention, MAX_LAYERS, ModelConfig, RopeConfig, RopeScaling, ScoreHead, Sizes,
+};
 use crate::error::{Error, Result};
 
 impl ModelConfig {
@@ -18,7 +20,7 @@ impl ModelConfig {
             return Err(Error::malformed("JSON", "expected an object"));
         };
         let keys = Keys { object, prefix: "" };
-        let family = family(&keys)?;
+        let (family, task) = family(&keys)?;
         refuse_variations(&keys, family)?;
 
         let heads = keys.required_size("num_attention_heads")?;
@@ -55,6 +57,10 @@ impl ModelConfig {
         config.bos_token_id = keys.token("bos_token_id")?;
         config.eos_token_ids = keys.tokens("eos_token_id")?;
         config.pad_token_id = keys.token("pad_token_id")?;
+        let value = keys.flag("value_head")?.unwrap_or(false).then_some(HeadTask::Value);
+        if let Some(task) = task.or(value) {
+            config.score = Some(ScoreHead { outputs: labels(&keys)?, task });
+        }
         config.validate()?;
         Ok(config)
     }
@@ -69,7 +75,10 @@ impl ModelConfig {
     pub fn to_json(&self) -> Value {
         let window = self.layers.iter().find_map(|layer| layer.window);
         let mut object = json!({
-            "architectures": [self.family.architecture()],
+            "architectures": [match self.score {
+                Some(score) => score.task.architecture(self.family),
+                None => self.family.architecture().to_owned(),
+            }],
             "model_type": self.family.model_type(),
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -121,6 +130,15 @@ impl ModelConfig {
                 object["layer_types"] = layer_types.into();
             }
         }
+        if let Some(score) = self.score {
+            let names: Vec<String> = (0..score.outputs).map(|label| format!("LABEL_{label}")).collect();
+            object["num_labels"] = score.outputs.into();
+            object["id2label"] = names.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
+            object["label2id"] = names.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
+            if score.task == HeadTask::Value {
+                object["value_head"] = true.into();
+            }
+        }
         if matches!(self.family, Family::Qwen2) {
             // transformers knows this family's biases by its name; the key belongs to the others.
             object.as_object_mut().map(|object| object.remove("attention_bias"));
@@ -163,12 +181,32 @@ fn rope_scaling(scaling: &RopeScaling) -> Value {
     }
 }
 
-fn family(keys: &Keys) -> Result<Family> {
+/// The number of outputs of a score head: of its labels if they are named; transformers takes 2 if nothing is said.
+fn labels(keys: &Keys) -> Result<usize> {
+    match keys.typed("id2label", "an object", Value::as_object)? {
+        Some(labels) => Ok(labels.len()),
+        None => Ok(keys.size("num_labels")?.unwrap_or(2)),
+    }
+}
+
+/// The family, and what its score head is for if the class has one.
+fn family(keys: &Keys) -> Result<(Family, Option<HeadTask>)> {
     let supported = || {
         let names: Vec<_> = Family::ALL.iter().map(|family| family.architecture()).collect();
-        format!("supported architectures: {}", names.join(", "))
+        format!(
+            "supported architectures: {}, and their ForSequenceClassification and ForTokenClassification",
+            names.join(", ")
+        )
     };
-    let named = |name: &str| Family::ALL.into_iter().find(|family| family.architecture() == name);
+    let named = |name: &str| {
+        Family::ALL.into_iter().find_map(|family| match family.architecture() == name {
+            true => Some((family, None)),
+            false => {
+                let task = HeadTask::CLASSES.into_iter().find(|task| task.architecture(family) == name);
+                task.map(|task| (family, Some(task)))
+            }
+        })
+    };
     if let Some(Value::Array(list)) = keys.object.get("architectures") {
         let names: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
         if !names.is_empty() {
@@ -178,6 +216,7 @@ fn family(keys: &Keys) -> Result<Family> {
     }
     match keys.object.get("model_type").and_then(Value::as_str) {
         Some(name) => (Family::ALL.into_iter().find(|family| family.model_type() == name))
+            .map(|family| (family, None))
             .ok_or_else(|| Error::unsupported(format!("model type {name}"), supported())),
         None => Err(Error::malformed("architectures", "missing, and so is model_type")),
     }

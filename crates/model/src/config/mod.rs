@@ -6,11 +6,13 @@
 
 mod json;
 mod rope;
+mod score;
 
 use std::fmt;
 
 pub use kernels::Activation;
 pub use rope::{RopeConfig, RopeScaling};
+pub use score::{HeadTask, ScoreHead};
 
 use crate::error::{Error, Result};
 
@@ -124,6 +126,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// Padding, where the model has one.
     pub pad_token_id: Option<u32>,
+    /// The head that gives numbers instead of tokens, where the model has one.
+    pub score: Option<ScoreHead>,
 }
 
 /// No model has more layers; a larger count is a damaged file.
@@ -153,7 +157,7 @@ impl ModelConfig {
     }
 
     /// Every tensor of the model by its Hugging Face name, with its shape (`[out, in]` for linear layers): embedding,
-    /// layers in order, final norm, and the head unless it is tied.
+    /// layers in order, final norm, the language model's head unless it is tied or absent, the score head.
     pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let (d, ffn) = (self.hidden_size, self.intermediate_size);
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
@@ -183,9 +187,10 @@ impl ModelConfig {
             }
         }
         shapes.push(("model.norm.weight".to_owned(), vec![d]));
-        if !self.tied_head {
+        if !self.tied_head && self.has_language_head() {
             shapes.push(("lm_head.weight".to_owned(), vec![self.vocab_size, d]));
         }
+        shapes.extend(self.score.iter().flat_map(|score| score.tensor_shapes("", d)));
         shapes
     }
 
@@ -215,6 +220,7 @@ impl ModelConfig {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             pad_token_id: None,
+            score: None,
         }
     }
 
@@ -329,6 +335,7 @@ impl ModelConfig {
                 return Err(Error::malformed(format!("layer {index}"), "a window of 0 or an unknown rotary table"));
             }
         }
+        self.score.map_or(Ok(()), ScoreHead::validate)?;
         self.ropes.iter().try_for_each(RopeConfig::validate)
     }
 }

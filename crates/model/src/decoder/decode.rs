@@ -342,10 +342,10 @@ impl Decoder {
     /// fused head.
     ///
     /// # Errors
-    /// If the weights are not prepared.
+    /// If the weights are not prepared, or the model does not predict tokens.
     pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
         let precision = self.ready()?;
-        self.head.logits(self.products(precision, self.generation), hidden, logits);
+        self.language_head()?.logits(self.products(precision, self.generation), hidden, logits);
         Ok(())
     }
 }

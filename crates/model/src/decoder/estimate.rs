@@ -44,7 +44,8 @@ impl Estimate {
         let layers = config.layer_count();
         let linears = [(d, q + 2 * kv), (q, d), (d, 2 * mlp), (mlp, d)];
         let products = layers * linears.iter().map(|(inputs, outputs)| inputs * outputs).sum::<usize>();
-        let head = config.vocab_size * d;
+        let vocabulary = if config.has_language_head() { config.vocab_size } else { 0 };
+        let head = vocabulary * d;
         let base = config.parameter_count();
         let adapter = lora.map(|lora| adapter_size(config, lora));
         let trained = adapter.unwrap_or(base);
@@ -59,7 +60,10 @@ impl Estimate {
         }
         let stream = (layers + 1) * d;
         let shared = 5 * d + (q + 2 * kv) + q + 2 * mlp + if config.sandwich_norms { d } else { 0 };
-        let logits = chunk_rows(config.vocab_size).min(rows) * (config.vocab_size + 2 * d);
+        let logits = match vocabulary {
+            0 => 0,
+            size => chunk_rows(size).min(rows) * (size + 2 * d),
+        };
         let activations = |slots: usize| 4 * (rows * (stream + slots * kept + shared) + logits);
 
         let packed_bytes = match precision {
@@ -90,7 +94,7 @@ impl Estimate {
     }
 }
 
-/// Number of weights of an adapter.
+/// Number of weights of an adapter, and of the score head that is trained with it.
 fn adapter_size(config: &ModelConfig, lora: &LoraConfig) -> usize {
     use crate::lora::TargetModule as Module;
     let (d, q, kv, mlp) = (config.hidden_size, config.q_size(), config.kv_size(), config.intermediate_size);
@@ -100,5 +104,6 @@ fn adapter_size(config: &ModelConfig, lora: &LoraConfig) -> usize {
         Module::OProj => q + d,
         Module::GateProj | Module::UpProj | Module::DownProj => d + mlp,
     };
-    config.layer_count() * lora.r * lora.target_modules.iter().map(sides).sum::<usize>()
+    let score = config.score.map_or(0, |head| head.outputs * (d + usize::from(head.has_bias())));
+    config.layer_count() * lora.r * lora.target_modules.iter().map(sides).sum::<usize>() + score
 }

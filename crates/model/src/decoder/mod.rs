@@ -17,6 +17,7 @@ mod layer;
 mod linear;
 mod non_finite;
 mod parameters;
+mod score;
 mod tokens;
 mod workspace;
 
@@ -27,14 +28,15 @@ use base::{Purpose, Random};
 use kernels::{Precision, RopeTable};
 use rayon::prelude::*;
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, ScoreHead};
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, peft_key};
+use crate::lora::{LoraConfig, PEFT_PREFIX, peft_key};
 use crate::weights::{TensorView, Tensors};
 use head::Head;
 use layer::{Layer, Pass};
 use linear::Products;
 use parameters::{EMBEDDING, Layout};
+use score::Score;
 use workspace::{Activations, Kept};
 
 pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM, SequenceCache, common_beginning};
@@ -44,6 +46,7 @@ pub use identity::WeightsId;
 pub use linear::WeightFormat;
 pub use non_finite::NonFinite;
 pub use parameters::{Gradients, ParameterInfo};
+pub use score::ScoreGradients;
 pub use tokens::PackedTokens;
 pub use workspace::Workspace;
 
@@ -59,7 +62,9 @@ pub struct Decoder {
     embedding: Range<usize>,
     layers: Vec<Layer>,
     final_norm: Range<usize>,
-    head: Head,
+    /// The language model's head; a classifier has none.
+    head: Option<Head>,
+    score: Option<Score>,
     tables: Arc<[RopeTable]>,
     adapter: Option<AdapterState>,
     /// The precision of the products.
@@ -81,6 +86,8 @@ struct AdapterState {
     config: LoraConfig,
     layout: Arc<Layout>,
     values: Vec<f32>,
+    /// The score head that is trained with the adapter, in place of the base's.
+    score: Option<Score>,
     on: bool,
 }
 
@@ -134,10 +141,11 @@ impl Decoder {
         let embedding = layout.push(EMBEDDING.to_owned(), vec![config.vocab_size, d]);
         let layers = (0..config.layer_count()).map(|index| Layer::new(&mut layout, &config, index)).collect();
         let final_norm = layout.push("model.norm.weight".to_owned(), vec![d]);
-        let head = match config.tied_head {
+        let head = config.has_language_head().then(|| match config.tied_head {
             true => embedding.clone(),
             false => layout.push("lm_head.weight".to_owned(), vec![config.vocab_size, d]),
-        };
+        });
+        let score = config.score.map(|head| Score::new(&mut layout, "", head, d));
         let table = |rope: &crate::config::RopeConfig| {
             RopeTable::new(&rope.inverse_frequencies(config.head_dim), 1.0, config.max_positions)
         };
@@ -148,7 +156,8 @@ impl Decoder {
             embedding,
             layers,
             final_norm,
-            head: Head::new(head, d, config.vocab_size),
+            head: head.map(|weight| Head::new(weight, d, config.vocab_size)),
+            score,
             adapter: None,
             precision: None,
             base_packed: false,
@@ -223,7 +232,9 @@ impl Decoder {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
                 linear.pack_base(precision, &self.base);
             }
-            self.head.pack(precision, &self.base);
+            if let Some(head) = &mut self.head {
+                head.pack(precision, &self.base);
+            }
         }
         if let Some(adapter) = self.adapter.as_ref().filter(|_| repack || self.adapter_stale) {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
@@ -246,7 +257,7 @@ impl Decoder {
             return self.prepare(precision);
         }
         self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(linear::Linear::release_base);
-        self.head.release();
+        self.head.iter_mut().for_each(Head::release);
         self.precision = Some(precision);
         self.base_packed = false;
         self.base_stale = false;
@@ -265,7 +276,9 @@ impl Decoder {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
                 linear.pack_int8(precision, &self.base);
             }
-            self.head.pack_int8(precision, &self.base);
+            if let Some(head) = &mut self.head {
+                head.pack_int8(precision, &self.base);
+            }
             self.int8 = Some(precision);
         }
         self.generation = format;
@@ -285,7 +298,7 @@ impl Decoder {
     /// Bytes of the packed copies of the weights.
     pub fn packed_bytes(&self) -> usize {
         let linears = self.layers.iter().flat_map(Layer::linears).map(linear::Linear::packed_bytes);
-        linears.sum::<usize>() + self.head.packed_bytes()
+        linears.sum::<usize>() + self.head.as_ref().map_or(0, Head::packed_bytes)
     }
 
     /// Checks that the packed weights are current.
@@ -294,6 +307,61 @@ impl Decoder {
         match self.precision {
             Some(precision) if !stale => Ok(precision),
             _ => Err(Error::Invalid("the decoder's weights changed and were not prepared".into())),
+        }
+    }
+
+    // ---- Score head ----
+
+    /// Adds a score head with weights drawn from a normal distribution of this deviation (0: all zero) and a bias of zero.
+    /// A head that scores sequences or tokens takes the place of the language model's.
+    ///
+    /// # Errors
+    /// A head that is none, or one on top of another; a decoder with an adapter, whose part the head would have to be.
+    pub fn add_score(&mut self, head: ScoreHead, deviation: f64, seed: u64) -> Result<()> {
+        if self.config.score.is_some() || self.adapter.is_some() {
+            let what = if self.adapter.is_some() { "an adapter" } else { "a score head" };
+            return Err(Error::Invalid(format!("a score head cannot be added to a decoder that has {what} already")));
+        }
+        let mut decoder = Self::zeros(ModelConfig { score: Some(head), ..self.config.clone() })?;
+        for entry in &decoder.layout.entries {
+            let values = &mut decoder.base[entry.range.clone()];
+            if let Some(own) = self.layout.get(&entry.name) {
+                values.copy_from_slice(&self.base[own.range.clone()]);
+            } else if entry.shape.len() > 1 {
+                let random = Random::new(seed, Purpose::Init).step(2);
+                fill(values, |i| (random.normal(i) * deviation) as f32);
+            }
+        }
+        *self = decoder;
+        Ok(())
+    }
+
+    /// The score head that counts, with the storage it lies in: the adapter's while the adapter is on.
+    fn score(&self) -> Result<(&Score, &[f32])> {
+        let adapted = self.adapter.as_ref().filter(|adapter| adapter.on);
+        let adapted = adapted.and_then(|adapter| Some((adapter.score.as_ref()?, &adapter.values[..])));
+        let own = || self.score.as_ref().map(|score| (score, &self.base[..]));
+        adapted.or_else(own).ok_or_else(|| Error::Invalid("the model has no score head".into()))
+    }
+
+    fn language_head(&self) -> Result<&Head> {
+        let missing = || Error::Invalid("the model has no language-model head: it scores and does not write".into());
+        self.head.as_ref().ok_or_else(missing)
+    }
+
+    /// The outputs of the score head at the given rows, ascending, of the last forward or decode: rows × outputs.
+    ///
+    /// # Errors
+    /// A model without such a head, weights that are not prepared, rows outside the batch or out of order, and the first
+    /// score that is not finite.
+    pub fn scores(&self, workspace: &Workspace, rows: &[usize]) -> Result<Vec<f32>> {
+        self.ready()?;
+        let (score, values) = self.score()?;
+        score::check_rows(rows, workspace.rows)?;
+        let scores = score.forward(values, &workspace.hidden, rows);
+        match NonFinite::find(None, "score", &scores, scores.len() / rows.len().max(1)) {
+            Some(found) => Err(NonFinite { row: rows[found.row], ..found }.into()),
+            None => Ok(scores),
         }
     }
 
@@ -313,14 +381,19 @@ impl Decoder {
         for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
             linear.attach(&mut layout, config.r, config.scale(), adapted, peft_key);
         }
+        // As PEFT's `modules_to_save`: a copy of the head is trained, and saved with the adapter.
+        let score = self.config.score.map(|head| Score::new(&mut layout, PEFT_PREFIX, head, self.config.hidden_size));
         let mut values = vec![0.0; layout.len];
+        if let (Some(own), Some(base)) = (&score, &self.score) {
+            values[own.range()].copy_from_slice(&self.base[base.range()]);
+        }
         let random = Random::new(seed, Purpose::Init).step(1);
         for (index, entry) in layout.entries.iter().enumerate().filter(|(_, entry)| entry.name.contains("lora_A")) {
             let bound = 1.0 / (entry.shape[1] as f64).sqrt();
             let random = random.prompt(index as u32);
             fill(&mut values[entry.range.clone()], |i| ((2.0 * random.at(i).uniform() - 1.0) * bound) as f32);
         }
-        self.adapter = Some(AdapterState { config: config.clone(), layout: Arc::new(layout), values, on: true });
+        self.adapter = Some(AdapterState { config: config.clone(), layout: Arc::new(layout), values, score, on: true });
         self.adapter_stale = true;
         self.values = identity::Values::fresh();
         Ok(())
@@ -376,6 +449,9 @@ impl Decoder {
         if let Some(adapter) = self.adapter.take() {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
                 linear.merge(&mut self.base, &adapter.values);
+            }
+            if let (Some(own), Some(base)) = (&adapter.score, &self.score) {
+                self.base[base.range()].copy_from_slice(&adapter.values[own.range()]);
             }
             self.base_stale = true;
             self.int8 = None;
@@ -474,8 +550,9 @@ impl Decoder {
         want_entropy: bool,
     ) -> Result<LogProbs> {
         let products = self.products(self.ready()?, WeightFormat::Full);
-        self.head.check(targets, workspace.rows, temperature)?;
-        self.head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
+        let head = self.language_head()?;
+        head.check(targets, workspace.rows, temperature)?;
+        head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
     }
 
     // ---- Backward ----
@@ -500,33 +577,110 @@ impl Decoder {
         d_entropy: Option<&[f32]>,
         gradients: &mut Gradients,
     ) -> Result<LogProbs> {
+        let none = ScoreGradients { rows: &[], d_scores: &[] };
+        self.backward_with_scores(tokens, workspace, targets, temperature, d_log_prob, d_entropy, none, gradients)
+    }
+
+    /// The gradient of `Σ d_scores · score`, added to `gradients`; otherwise as [`Decoder::backward`].
+    ///
+    /// # Errors
+    /// As [`Decoder::scores`] and [`Decoder::backward`].
+    pub fn backward_scores(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        scores: ScoreGradients<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
+            self.backward_score_head(workspace, scores, d_hidden, gradients)
+        })
+    }
+
+    /// [`Decoder::backward`] and [`Decoder::backward_scores`] in one, for a body that two heads share.
+    ///
+    /// # Errors
+    /// As both.
+    #[allow(clippy::too_many_arguments, reason = "the gradients of two heads, and where to put the result")]
+    pub fn backward_with_scores(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        targets: &[Target],
+        temperature: f32,
+        d_log_prob: &[f32],
+        d_entropy: Option<&[f32]>,
+        scores: ScoreGradients<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<LogProbs> {
         let precision = self.ready()?;
-        self.head.check(targets, workspace.rows, temperature)?;
+        let head = self.language_head()?;
+        head.check(targets, workspace.rows, temperature)?;
         if d_log_prob.len() != targets.len() || d_entropy.is_some_and(|d_entropy| d_entropy.len() != targets.len()) {
             return Err(Error::Invalid(format!("expected one gradient for each of {} targets", targets.len())));
         }
         let products = self.products(precision, WeightFormat::Full);
+        self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
+            let found = head.backward(
+                products,
+                tokens,
+                &workspace.hidden,
+                targets,
+                temperature,
+                d_log_prob,
+                d_entropy,
+                d_hidden,
+                gradients,
+                &mut workspace.head,
+            )?;
+            self.backward_score_head(workspace, scores, d_hidden, gradients)?;
+            Ok(found)
+        })
+    }
+
+    /// Backward of the heads, which `heads` adds to the gradient of the hidden states, and then of what is below them.
+    fn backward_heads<T>(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        gradients: &mut Gradients,
+        heads: impl FnOnce(&mut Workspace, &mut [f32], &mut Gradients) -> Result<T>,
+    ) -> Result<T> {
+        self.check_adapter_is_on()?;
         let mut d_hidden = std::mem::take(&mut workspace.d_hidden);
         d_hidden.clear();
         workspace::resize(&mut d_hidden, workspace.rows * self.config.hidden_size);
-        let log_probs = self.head.backward(
-            products,
-            tokens,
-            &workspace.hidden,
-            targets,
-            temperature,
-            d_log_prob,
-            d_entropy,
-            &mut d_hidden,
-            gradients,
-            &mut workspace.head,
-        );
-        let result = log_probs.and_then(|log_probs| {
+        let result = heads(workspace, &mut d_hidden, gradients).and_then(|found| {
             self.backward_hidden(tokens, workspace, &d_hidden, gradients)?;
-            Ok(log_probs)
+            Ok(found)
         });
         workspace.d_hidden = d_hidden;
         result
+    }
+
+    fn backward_score_head(
+        &self,
+        workspace: &Workspace,
+        scores: ScoreGradients<'_>,
+        d_hidden: &mut [f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if scores.rows.is_empty() {
+            return Ok(());
+        }
+        let (score, values) = self.score()?;
+        score.check(scores, workspace.rows)?;
+        score.backward(values, &workspace.hidden, scores, d_hidden, gradients);
+        Ok(())
+    }
+
+    fn check_adapter_is_on(&self) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) if !adapter.on => {
+                Err(Error::Invalid("backward trains the adapter, which is switched off".into()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The part of [`Decoder::backward`] below the head, from the gradient of [`Workspace::hidden`]: for heads other than
@@ -548,9 +702,7 @@ impl Decoder {
                 "backward needs a forward over the same tokens that kept its activations".into(),
             ));
         }
-        if self.adapter.as_ref().is_some_and(|adapter| !adapter.on) {
-            return Err(Error::Invalid("backward trains the adapter, which is switched off".into()));
-        }
+        self.check_adapter_is_on()?;
         // What the layers kept is about to be overwritten.
         let keeps = std::mem::take(&mut workspace.kept);
         workspace.fit_backward(&self.config, self.low_rank());

@@ -48,7 +48,7 @@ pub fn run(arguments: &Merge, opener: Opener) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Logits in f32 after a spread of tokens of the vocabulary.
+/// Logits, or the scores of a model that writes no tokens, in f32 after a spread of tokens of the vocabulary.
 fn probe(decoder: &mut Decoder) -> Result<Vec<f32>, Failure> {
     decoder.prepare(kernels::Precision::F32);
     let vocabulary = decoder.config().vocab_size as u32;
@@ -57,6 +57,9 @@ fn probe(decoder: &mut Decoder) -> Result<Vec<f32>, Failure> {
     tokens.push(&ids, None)?;
     let mut workspace = Workspace::new();
     decoder.forward(&tokens, &mut workspace, false)?;
+    if !decoder.config().has_language_head() {
+        return Ok(decoder.scores(&workspace, &Vec::from_iter(0..ids.len()))?);
+    }
     let mut logits = vec![0.0; ids.len() * vocabulary as usize];
     decoder.logits(&workspace.hidden()[..ids.len() * decoder.config().hidden_size], &mut logits)?;
     Ok(logits)
