@@ -67,13 +67,20 @@ impl Loss {
     /// The derivative of the loss with respect to `input`, one of the `[N]` tensors the objective was given. The
     /// tensor must track gradients; where the loss does not depend on it, the derivative is 0.
     pub fn gradient(&self, input: &Tensor) -> Result<Vec<f64>> {
-        if input.elem_count() == 0 {
-            return Ok(Vec::new());
+        Ok(self.gradients(&[input])?.pop().unwrap_or_default())
+    }
+
+    /// [`Loss::gradient`] for several inputs at once.
+    pub fn gradients(&self, inputs: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
+        if self.per_token.elem_count() == 0 {
+            return Ok(inputs.iter().map(|input| vec![0.0; input.elem_count()]).collect());
         }
-        match self.per_token.sum_all()?.backward()?.get(input) {
+        let found = self.per_token.sum_all()?.backward()?;
+        let of = |input: &&Tensor| match found.get(input) {
             Some(gradient) => values(gradient),
             None => Ok(vec![0.0; input.elem_count()]),
-        }
+        };
+        inputs.iter().map(of).collect()
     }
 }
 

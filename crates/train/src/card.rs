@@ -6,6 +6,7 @@ use base::files;
 
 use crate::checkpoint::State;
 use crate::evaluation::Evaluation;
+use crate::methods;
 use crate::run::Run;
 
 /// The text of `README.md`, with the front matter the Hugging Face hub reads. It holds nothing that depends on the clock.
@@ -57,8 +58,8 @@ pub(crate) fn text(run: &Run<'_>, stages: &[&str], state: &State) -> String {
     }
     line(format!("| Method | {} |", stages.join(", then ")));
     for stage in stages {
-        if let Some((paper, link)) = paper(stage) {
-            line(format!("| Paper ({stage}) | [{paper}]({link}) |"));
+        if let Some((_, preset)) = methods::find(stage) {
+            line(format!("| Paper ({stage}) | {} |", preset.paper));
         }
     }
     match adapter {
@@ -100,15 +101,4 @@ fn evaluation_table(before: Option<&Evaluation>, after: &Evaluation) -> Vec<Stri
         });
     }
     rows
-}
-
-/// The paper a method comes from.
-fn paper(method: &str) -> Option<(&'static str, &'static str)> {
-    match method {
-        "grpo" => Some((
-            "Shao et al., DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models, 2024",
-            "https://arxiv.org/abs/2402.03300",
-        )),
-        _ => None,
-    }
 }

@@ -75,7 +75,7 @@ pub enum Error {
         /// The stage, from 1.
         stage: usize,
         /// Its method.
-        method: &'static str,
+        method: String,
     },
     /// A new run was asked for where one already is.
     #[error("{folder} already holds a run")]

@@ -25,12 +25,14 @@ pub mod optimizer;
 pub mod options;
 pub mod order;
 pub mod pass;
+pub mod rollouts;
 pub mod run;
 pub mod schedule;
 pub mod summary;
 pub mod table;
 pub mod tensorboard;
 pub mod timing;
+pub mod update;
 
 pub use error::{Error, Result};
 pub use evaluation::{Evaluation, EvaluationError, Evaluator, Measure};

@@ -1,5 +1,6 @@
 //! What a training method is to the loop.
 
+use std::path::Path;
 use std::time::Instant;
 
 use base::Random;
@@ -17,11 +18,11 @@ use crate::timing::{Clock, Phase};
 
 /// A way to train: one step of it, given everything a step may need.
 ///
-/// A method keeps no state from step to step. What a step does is a function of the weights, the optimiser and the numbers
-/// in [`Step`]; that is what makes a resumed run equal to one that was never stopped.
+/// What a step does is a function of the weights, the optimiser, the numbers in [`Step`], and what the method writes in
+/// [`Method::save`], which is nothing unless it says so; that is what makes a resumed run equal to one that was never stopped.
 pub trait Method {
-    /// The name, as in a configuration.
-    fn name(&self) -> &'static str;
+    /// The name of the published method, as in a configuration.
+    fn name(&self) -> &str;
 
     /// How long the stage lasts and how the weights move.
     fn training(&self) -> &TrainingOptions;
@@ -42,6 +43,23 @@ pub trait Method {
     /// # Errors
     /// Whatever makes it impossible to go on.
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report>;
+
+    /// Writes what the method carries from step to step beside the policy and its optimiser, into the folder of a
+    /// checkpoint: a value model, a reference that moves, episodes to be replayed. File names begin with the method's.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    fn save(&self, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    /// Reads back what [`Method::save`] wrote.
+    ///
+    /// # Errors
+    /// A file that is missing or does not fit.
+    fn load(&mut self, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What one step has to tell.
@@ -122,6 +140,7 @@ impl Step<'_> {
     /// # Errors
     /// A gradient that is infinite or NaN, by parameter and row.
     pub fn update(&mut self) -> Result<f64> {
+        let started = Instant::now();
         self.gradients.finish();
         if let Some(found) = self.gradients.non_finite() {
             return Err(self.model_error()(found.into()));
@@ -132,6 +151,7 @@ impl Step<'_> {
         }
         self.optimizer.update(self.decoder, self.gradients, norm, self.learning_rate);
         self.gradients.clear();
+        self.spent(Phase::Train, started);
         Ok(norm)
     }
 }

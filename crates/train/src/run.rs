@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
     fn open(run: Run<'a>, directory: Directory, restored: Option<Restored>) -> Result<Self> {
         for (stage, method) in run.stages.iter().enumerate() {
             if method.rows() == 0 {
-                return Err(Error::NoData { stage: stage + 1, method: method.name() });
+                return Err(Error::NoData { stage: stage + 1, method: method.name().to_owned() });
             }
         }
         let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
@@ -305,10 +305,13 @@ impl<'a> Session<'a> {
         let noise = Random::new(self.run.seed, Purpose::Rounding).sample(self.state.stage as u32);
         let mut optimizer = Optimizer::new(method.training(), &self.run.decoder, noise);
         if let Some(restored) = self.restored.take() {
-            optimizer.restore(restored.optimizer, self.state.updates).map_err(|reason| Error::Mismatch {
-                folder: self.directory.checkpoint(self.state.global_step),
-                reason,
-            })?;
+            let folder = self.directory.checkpoint(self.state.global_step);
+            if self.state.stage_step > 0 {
+                method.load(&folder)?;
+            }
+            optimizer
+                .restore(restored.optimizer, self.state.updates)
+                .map_err(|reason| Error::Mismatch { folder, reason })?;
         }
         let mut gradients = self.run.decoder.gradients();
         self.workspace.set_checkpointing(method.training().gradient_checkpointing == GradientCheckpointing::On);
@@ -342,7 +345,7 @@ impl<'a> Session<'a> {
                 self.run.observer.observe(Event::Stopping { step: self.state.global_step });
             }
             if stopping || self.scheduled(self.state.global_step) {
-                self.save(&optimizer)?;
+                self.save(&optimizer, method)?;
             }
             if stopping {
                 return Ok(false);
@@ -426,11 +429,14 @@ impl<'a> Session<'a> {
         every(save_steps, step) || (save_steps > 0 && step == self.state.max_steps)
     }
 
-    fn save(&mut self, optimizer: &Optimizer) -> Result<()> {
+    fn save(&mut self, optimizer: &Optimizer, method: &dyn Method) -> Result<()> {
         let started = Instant::now();
         self.state.metrics_bytes = self.metrics.sync()?;
         self.state.events_bytes = self.events.sync()?;
-        checkpoint::save(&self.directory, &self.state, optimizer, |folder| self.write_model(folder))?;
+        checkpoint::save(&self.directory, &self.state, optimizer, |folder| {
+            self.write_model(folder)?;
+            method.save(folder)
+        })?;
         self.rotate(false)?;
         self.clock.add(Phase::Save, started);
         let folder = self.directory.checkpoint(self.state.global_step);

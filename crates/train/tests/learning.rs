@@ -28,6 +28,7 @@ fn learning() -> Setup {
                 warmup_ratio: 0.1,
                 ..Default::default()
             },
+            ..Default::default()
         }),
         grpo: Some(GrpoOptions {
             prompts_per_step: 16,

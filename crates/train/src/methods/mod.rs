@@ -1,34 +1,140 @@
-//! Training methods, one file each. A new method is a new file here: it implements [`crate::method::Method`].
+//! Training methods, one file a family. A family is one [`crate::Method`] with options; the published methods are its
+//! [presets](Preset): names for settings of these options.
+//!
+//! A new method is a new line in the `PRESETS` of its family, or a new file here with a line in [`FAMILIES`]. Help, the
+//! pages in docs/methods and `posttrain explain` are made of the presets and of the prologues of the files.
 
 pub mod grpo;
 pub mod sft;
 
-use objectives::{Fold, Statistic};
+/// A published method: a family's options under a name of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Preset {
+    /// What users call it: the section of a recipe.
+    pub name: &'static str,
+    /// The name in words.
+    pub title: &'static str,
+    /// Authors, year and arXiv number.
+    pub paper: &'static str,
+    /// The loss in plain text; other symbols are explained in the family's page.
+    pub formula: &'static str,
+    /// TOML of the options that make it this method, laid below what the recipe says.
+    pub settings: &'static str,
+}
 
-use crate::metrics::Metrics;
+/// Methods that share one implementation.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// The section of a recipe that holds its options.
+    pub section: &'static str,
+    /// The name in words.
+    pub title: &'static str,
+    /// The published methods; the first is what the section means when it names none.
+    pub presets: &'static [Preset],
+    /// Source files whose prologues describe it: the method's own first, then those of its objective.
+    sources: &'static [&'static str],
+}
 
-/// The statistics of an objective, folded over the pieces of a step.
-#[derive(Debug, Default)]
-struct Folds(Vec<(&'static str, Fold)>);
+impl Family {
+    /// What the family's files say of it, as Markdown.
+    pub fn prologue(&self) -> String {
+        self.sources.iter().map(|source| prologue(source)).collect::<Vec<_>>().join("\n")
+    }
 
-impl Folds {
-    /// Takes the values of the next piece.
-    fn extend(&mut self, statistics: &[Statistic]) {
-        for statistic in statistics {
-            let place = self.0.iter().position(|(name, _)| *name == statistic.name).unwrap_or_else(|| {
-                self.0.push((statistic.name, Fold::new(statistic.reduce)));
-                self.0.len() - 1
-            });
-            self.0[place].1.extend(&statistic.values);
+    /// The preset of this name.
+    pub fn preset(&self, name: &str) -> Option<&'static Preset> {
+        self.presets.iter().find(|preset| preset.name == name)
+    }
+}
+
+/// All families, in the order in which their stages follow each other in a run.
+pub const FAMILIES: &[Family] = &[
+    Family {
+        section: "sft",
+        title: "Supervised fine-tuning",
+        presets: sft::PRESETS,
+        sources: &[include_str!("sft.rs"), include_str!("../../../objectives/src/sft.rs")],
+    },
+    Family {
+        section: "policy",
+        title: "Policy gradients",
+        presets: grpo::PRESETS,
+        sources: &[
+            include_str!("grpo.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/grpo.rs"),
+            include_str!("../../../objectives/src/advantage.rs"),
+            include_str!("../../../objectives/src/aggregation.rs"),
+            include_str!("../../../objectives/src/kl.rs"),
+        ],
+    },
+];
+
+/// The family and the preset behind a name a user may write: that of a method, or of a section.
+pub fn find(name: &str) -> Option<(&'static Family, &'static Preset)> {
+    let named = |family: &'static Family| Some((family, family.preset(name)?));
+    FAMILIES.iter().find_map(named).or_else(|| {
+        let family = FAMILIES.iter().find(|family| family.section == name)?;
+        Some((family, family.presets.first()?))
+    })
+}
+
+/// The module documentation at the head of a source file, without the link marks that only rustdoc understands.
+fn prologue(source: &str) -> String {
+    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
+    let text: String = lines.map(|line| line.strip_prefix(' ').unwrap_or(line).to_owned() + "\n").collect();
+    plain_links(&text)
+}
+
+/// Turns ``[`name`]`` and ``[`name`](path)`` into `` `name` ``.
+fn plain_links(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, link)) = rest.split_once("[`") {
+        let Some((name, after)) = link.split_once("`]") else { break };
+        plain += before;
+        plain += &format!("`{}`", name.rsplit(['@', ':']).next().unwrap_or(name));
+        rest = match after.strip_prefix('(').and_then(|target| target.split_once(')')) {
+            Some((_, after)) => after,
+            None => after,
+        };
+    }
+    plain + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_name_is_of_one_method() {
+        let mut names = BTreeSet::new();
+        for family in FAMILIES {
+            assert!(!family.presets.is_empty(), "{} has no method", family.section);
+            for preset in family.presets {
+                assert!(names.insert(preset.name), "{} is the name of two methods", preset.name);
+                assert!(
+                    FAMILIES.iter().all(|other| other.section == family.section || other.section != preset.name),
+                    "{} is a method of {} and another section",
+                    preset.name,
+                    family.section
+                );
+                assert_eq!(find(preset.name).map(|(_, preset)| preset.name), Some(preset.name));
+                for text in [preset.title, preset.paper, preset.formula] {
+                    assert!(!text.is_empty(), "{} says too little", preset.name);
+                }
+            }
         }
     }
 
-    /// Writes down what was folded; a mean over nothing is left out.
-    fn record(&self, metrics: &mut Metrics) {
-        for (name, fold) in &self.0 {
-            if let Some(value) = fold.value() {
-                metrics.set(*name, value);
-            }
+    #[test]
+    fn prologues_read_as_markdown() {
+        assert_eq!(prologue("//! A [`Thing`] of [`mod@other::part`](x).\n//!\n//! ok\n\nuse x;\n"), "A `Thing` of `part`.\n\nok\n");
+        assert_eq!(plain_links("[a](b) [`c"), "[a](b) [`c");
+        for family in FAMILIES {
+            assert!(family.prologue().len() > 200 && !family.prologue().contains("[`"), "{}", family.section);
         }
     }
 }

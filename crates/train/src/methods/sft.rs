@@ -18,25 +18,36 @@
 
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
 use data::Example;
 use objectives::{Aggregation, GlobalCounts, SftBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Folds;
+use super::Preset;
 use crate::error::Result;
-use crate::method::{Method, Report, Step, check_losses};
+use crate::method::{Method, Report, Step};
 use crate::metrics::Metrics;
 use crate::options::{OptionError, TrainingOptions, check};
-use crate::order::{Order, split};
-use crate::pass::{Pass, Sequence, Unit};
+use crate::order::Order;
+use crate::pass::{Sequence, Unit};
 use crate::timing::Phase;
+use crate::update::{self, Batch, Folds, Known, Reading, Scope};
+
+/// The published methods of the family.
+pub const PRESETS: &[Preset] = &[Preset {
+    name: "sft",
+    title: "supervised fine-tuning",
+    paper: "Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
+    formula: "L = - (1/T) Σ_t log π(y_t | y_<t)",
+    settings: "",
+}];
 
 /// Options of supervised fine-tuning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SftOptions {
+    /// The published method whose settings are the defaults: one of those that `posttrain methods` lists for the section.
+    pub method: String,
     /// Examples of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
@@ -46,7 +57,7 @@ pub struct SftOptions {
 
 impl Default for SftOptions {
     fn default() -> Self {
-        Self { batch_size: 16, training: TrainingOptions::default() }
+        Self { method: "sft".into(), batch_size: 16, training: TrainingOptions::default() }
     }
 }
 
@@ -76,8 +87,8 @@ impl Sft {
 }
 
 impl Method for Sft {
-    fn name(&self) -> &'static str {
-        "sft"
+    fn name(&self) -> &str {
+        &self.options.method
     }
 
     fn training(&self) -> &TrainingOptions {
@@ -93,67 +104,36 @@ impl Method for Sft {
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
-        let started = Instant::now();
         let rows = Order::new(self.examples.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
-        let units: Vec<Unit<'_>> = rows
-            .iter()
-            .map(|&row| {
-                let example = &self.examples[row];
-                Unit { prompt: &[], sequences: vec![Sequence { ids: &example.ids, mask: &example.loss_mask }] }
-            })
-            .collect();
-        let lengths: Vec<usize> = units.iter().flat_map(Unit::lengths).collect();
-        let counts = GlobalCounts::of(&lengths, 0);
-        let sizes: Vec<usize> = units.iter().map(Unit::rows).collect();
+        let units = rows.iter().map(|&row| {
+            let example = &self.examples[row];
+            Unit { prompt: &[], sequences: vec![Sequence { ids: &example.ids, mask: &example.loss_mask }] }
+        });
+        let batch = Batch::new(units.collect());
+        let counts = GlobalCounts::of(batch.lengths(), 0);
+        let reading = Reading::plain(self.options.training.micro_batch_tokens);
 
-        let mut losses = Vec::new();
         let mut statistics = Folds::default();
+        let started = Instant::now();
         step.decoder.prepare_for_training(step.precision);
-        for piece in split(&sizes, self.options.training.micro_batch_tokens) {
-            let done = piece.end;
-            let pass = Pass::pack(&units[piece]).map_err(step.model_error())?;
-            if pass.targets.is_empty() {
-                continue;
-            }
-            let weights = Aggregation::Token.weights(&pass.lengths, &counts);
-            // The loss is linear in the log-probabilities, so its gradient is known before they are.
-            let d_log_prob: Vec<f64> = weights.iter().map(|weight| -weight).collect();
-            step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
-            let found = step
-                .decoder
-                .backward(
-                    &pass.tokens,
-                    step.workspace,
-                    &pass.targets,
-                    1.0,
-                    &pass.by_target(&d_log_prob),
-                    None,
-                    step.gradients,
-                )
-                .map_err(step.model_error())?;
-            let batch = (|| {
-                let on_cpu = |values: Vec<f32>| Tensor::new(values, &Device::Cpu);
-                Ok(SftBatch {
-                    log_probs: on_cpu(pass.by_sequence(&found.log_prob))?,
-                    weights: Tensor::new(weights, &Device::Cpu)?,
-                    entropy: Some(on_cpu(pass.by_sequence(&found.entropy))?),
-                    correct: Some(pass.by_sequence(&found.most_probable)),
-                })
-            })();
-            let loss = batch.and_then(|batch| objectives::sft(&batch)).map_err(step.objective_error())?;
-            losses.extend(loss.values().map_err(step.objective_error())?);
-            statistics.extend(&loss.statistics);
-            step.progress(Phase::Train, done, units.len());
-        }
-        check_losses(step.number, &losses, &lengths)?;
-        let grad_norm = step.update()?;
         step.spent(Phase::Train, started);
+        let all = 0..batch.units();
+        let gathered =
+            update::gradients(step, &batch, all, reading, (Scope::Piece, Known::Linear), &mut statistics, |piece| {
+                let found = piece.found;
+                objectives::sft(&SftBatch {
+                    log_probs: piece.log_probs.clone(),
+                    weights: piece.constant(&Aggregation::Token.weights(piece.lengths, &counts))?,
+                    entropy: (!found.entropy.is_empty()).then(|| piece.constant(&found.entropy)).transpose()?,
+                    correct: (!found.most_probable.is_empty()).then(|| found.most_probable.clone()),
+                })
+            })?;
+        let grad_norm = step.update()?;
 
         let mut metrics = Metrics::new();
-        metrics.set("loss", losses.iter().sum());
+        metrics.set("loss", gathered.loss);
         metrics.set("grad_norm", grad_norm);
         statistics.record(&mut metrics);
-        let tokens = units.iter().flat_map(|unit| &unit.sequences).map(|sequence| sequence.ids.len() as u64).sum();
-        Ok(Report { metrics, tokens, episodes: None })
+        Ok(Report { metrics, tokens: batch.all_tokens(), episodes: None })
     }
 }

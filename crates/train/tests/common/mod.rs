@@ -137,7 +137,7 @@ impl Setup {
         Self {
             precision: Precision::F32,
             lora: false,
-            sft: Some(SftOptions { batch_size: 12, training: training(3) }),
+            sft: Some(SftOptions { batch_size: 12, training: training(3), ..SftOptions::default() }),
             grpo: Some(GrpoOptions {
                 prompts_per_step: 4,
                 num_generations: 4,

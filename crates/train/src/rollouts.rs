@@ -1,0 +1,260 @@
+//! Sampling and scoring: prompts in, scored groups of episodes out.
+//!
+//! A *group* is the completions of one prompt. Every method that learns from the model's own answers samples them here, so
+//! that the order of the draws, the metrics and the table of episodes are the same for all of them.
+//!
+//! Metrics, named as TRL names them; lengths are in tokens:
+//! - `reward`: mean reward. `reward_std`: mean over groups of the standard deviation within the group.
+//! - `frac_reward_zero_std`: share of groups whose rewards are all equal.
+//! - `rewards/NAME/mean`, `rewards/NAME/std`: each part of the reward over all completions it applies to.
+//! - `status/ok|wrong|malformed|timeout|error`: share of completions with this verdict.
+//! - `completions/mean_length|min_length|max_length`, and the same as `*_terminated_length` over completions that ended by
+//!   themselves. `completions/clipped_ratio`: share that ran out of tokens.
+//! - `sampling/prompt_tokens_computed`, `sampling/prompt_tokens_reused`: tokens of the prompts of all completions that went
+//!   through the model while sampling, and that were known from the other samples of the prompt or from prompts that begin
+//!   alike.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use base::Random;
+use data::Prompt;
+use envs::{Answer, Reward, Score, Status};
+use model::decoder::{Decoder, WeightFormat};
+use model::tokenizer::Tokenizer;
+use rollout::{Episode, Finish, Generator, LogitsHook, PromptTokens, Request, SamplingOptions};
+
+use crate::error::{Error, Result};
+use crate::method::Step;
+use crate::metrics::{Metrics, mean, standard_deviation};
+use crate::observer::{Event, Observer};
+use crate::table::{Column, Table};
+use crate::timing::Phase;
+
+/// How groups are sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct Rollouts<'a> {
+    /// How a token is drawn and when a completion ends.
+    pub sampling: &'a SamplingOptions,
+    /// Completions of each prompt.
+    pub num_generations: usize,
+    /// Sequences decoded at once.
+    pub decode_batch_size: usize,
+    /// The weights that sample.
+    pub weights: WeightFormat,
+}
+
+impl Rollouts<'_> {
+    /// Samples with the model that is trained. `random` names the draws, usually [`Step::random`] of a purpose.
+    ///
+    /// # Errors
+    /// Those of generation.
+    pub fn sample<'p>(&self, step: &mut Step<'_>, random: Random, prompts: &[&'p Prompt]) -> Result<Groups<'p>> {
+        step.decoder.prepare_for_generation(step.precision, self.weights);
+        let started = Instant::now();
+        let found = self.generate(step.decoder, None, step.tokenizer, step.observer, random, prompts);
+        step.spent(Phase::Rollout, started);
+        found.map_err(|source| Error::Rollout { step: step.number, source })
+    }
+
+    /// Samples with another model, which must be prepared, or with several in one through a hook.
+    ///
+    /// # Errors
+    /// Those of generation.
+    pub fn sample_from<'p>(
+        &self,
+        decoder: &Decoder,
+        hook: Option<&dyn LogitsHook>,
+        step: &mut Step<'_>,
+        random: Random,
+        prompts: &[&'p Prompt],
+    ) -> Result<Groups<'p>> {
+        let started = Instant::now();
+        let found = self.generate(decoder, hook, step.tokenizer, step.observer, random, prompts);
+        step.spent(Phase::Rollout, started);
+        found.map_err(|source| Error::Rollout { step: step.number, source })
+    }
+
+    fn generate<'p>(
+        &self,
+        decoder: &Decoder,
+        hook: Option<&dyn LogitsHook>,
+        tokenizer: &Tokenizer,
+        observer: &mut dyn Observer,
+        random: Random,
+        prompts: &[&'p Prompt],
+    ) -> rollout::Result<Groups<'p>> {
+        let generations = self.num_generations as u32;
+        // A prompt may come twice in a step, at the seam of two epochs: its samples then get other numbers.
+        let mut seen = BTreeMap::new();
+        let requests: Vec<Request> = prompts
+            .iter()
+            .flat_map(|prompt| {
+                let times = seen.entry(prompt.id).and_modify(|times| *times += 1).or_insert(0);
+                let first = *times * generations;
+                Request::samples(prompt.id, &prompt.ids, generations)
+                    .map(move |request| Request { sample: first + request.sample, ..request })
+            })
+            .collect();
+        let generator = Generator { hook, ..Generator::new(self.sampling, self.decode_batch_size, random) };
+        let mut prompt_tokens = PromptTokens::default();
+        let episodes = generator.generate(decoder, tokenizer, &requests, |progress| {
+            prompt_tokens = progress.prompt_tokens;
+            observer.observe(Event::Progress {
+                phase: Phase::Rollout,
+                done: progress.finished,
+                total: progress.total,
+            });
+        })?;
+        Ok(Groups { prompts: prompts.to_vec(), size: self.num_generations, episodes, prompt_tokens })
+    }
+}
+
+/// Episodes of several prompts: the first `size` are those of the first prompt, and so on.
+#[derive(Debug)]
+pub struct Groups<'p> {
+    /// The prompts, each with what its answers are judged by.
+    pub prompts: Vec<&'p Prompt>,
+    /// Episodes of each prompt.
+    pub size: usize,
+    /// All episodes, group after group.
+    pub episodes: Vec<Episode>,
+    /// What the prompts cost.
+    pub prompt_tokens: PromptTokens,
+}
+
+impl<'p> Groups<'p> {
+    /// The prompt of an episode.
+    pub fn prompt_of(&self, episode: usize) -> &'p Prompt {
+        self.prompts[episode / self.size]
+    }
+
+    /// The number of episodes of each group.
+    pub fn lengths(&self) -> Vec<usize> {
+        vec![self.size; self.prompts.len()]
+    }
+
+    /// Scores every completion against the row of its own prompt; `None` where no reward applies to it.
+    ///
+    /// # Errors
+    /// A reward that cannot be computed.
+    pub fn score(&self, step: &mut Step<'_>, reward: &dyn Reward) -> Result<Vec<Option<Score>>> {
+        let started = Instant::now();
+        let answers: Vec<Answer<'_>> = self
+            .episodes
+            .iter()
+            .enumerate()
+            .map(|(index, episode)| {
+                let prompt = self.prompt_of(index);
+                Answer {
+                    prompt_text: &prompt.text,
+                    completion: &episode.text,
+                    completion_ids: &episode.completion,
+                    columns: &prompt.columns,
+                }
+            })
+            .collect();
+        let reward_error = |source| Error::Reward { step: step.number, source };
+        let scores = reward.score(&answers).map_err(reward_error)?;
+        if scores.len() != answers.len() {
+            let (reward, expected, found) = (reward.name().to_owned(), answers.len(), scores.len());
+            return Err(reward_error(envs::RewardError::Count { reward, expected, found }));
+        }
+        step.spent(Phase::Score, started);
+        Ok(scores)
+    }
+
+    /// The metrics of sampling, of lengths, and of what the episodes were paid.
+    pub fn metrics(&self, scores: &[Option<Score>]) -> Metrics {
+        let mut metrics = Metrics::new();
+        metrics.set("sampling/prompt_tokens_computed", self.prompt_tokens.computed as f64);
+        metrics.set("sampling/prompt_tokens_reused", self.prompt_tokens.reused as f64);
+        self.reward_metrics(scores, &mut metrics);
+        self.length_metrics(&mut metrics);
+        metrics
+    }
+
+    fn reward_metrics(&self, scores: &[Option<Score>], metrics: &mut Metrics) {
+        let rewards: Vec<Option<f64>> = values(scores);
+        let groups: Vec<Vec<f64>> =
+            rewards.chunks(self.size).map(|group| group.iter().flatten().copied().collect()).collect();
+        let deviations: Vec<f64> =
+            groups.iter().map(|group| standard_deviation(group)).filter(|deviation| deviation.is_finite()).collect();
+        let constant = |group: &&Vec<f64>| group.iter().all(|reward| *reward == group[0]);
+        metrics.set("reward", mean(&groups.concat()));
+        metrics.set("reward_std", mean(&deviations));
+        metrics.set("frac_reward_zero_std", groups.iter().filter(constant).count() as f64 / groups.len() as f64);
+        for name in part_names(scores) {
+            let values: Vec<f64> = scores.iter().filter_map(|score| part(score.as_ref()?, name)).collect();
+            metrics.set(format!("rewards/{name}/mean"), mean(&values));
+            metrics.set(format!("rewards/{name}/std"), standard_deviation(&values));
+        }
+        for status in Status::ALL {
+            let count = scores.iter().flatten().filter(|score| score.status == status).count();
+            metrics.set(format!("status/{}", status.name()), count as f64 / scores.len() as f64);
+        }
+    }
+
+    fn length_metrics(&self, metrics: &mut Metrics) {
+        let all: Vec<f64> = self.episodes.iter().map(|episode| episode.completion.len() as f64).collect();
+        let ended = self.episodes.iter().filter(|episode| episode.finish == Finish::Stop);
+        let terminated: Vec<f64> = ended.map(|episode| episode.completion.len() as f64).collect();
+        for (kind, lengths) in [("length", &all), ("terminated_length", &terminated)] {
+            metrics.set(format!("completions/mean_{kind}"), mean(lengths));
+            metrics.set(format!("completions/min_{kind}"), lengths.iter().copied().fold(f64::NAN, f64::min));
+            metrics.set(format!("completions/max_{kind}"), lengths.iter().copied().fold(f64::NAN, f64::max));
+        }
+        metrics.set("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all.len() as f64);
+    }
+
+    /// One row an episode. `values` holds what the method made of each of them, by name: its advantage, say.
+    pub fn table(&self, step: u64, scores: &[Option<Score>], values: &[(&str, &[f64])]) -> Table {
+        let episodes = &self.episodes;
+        let signed = |ids: &[u32]| ids.iter().map(|&id| id as i32).collect();
+        let mut table = Table::default();
+        table.push("step", Column::Integer(vec![step as i64; episodes.len()]));
+        table.push("prompt_id", Column::Integer(episodes.iter().map(|e| i64::from(e.prompt_id)).collect()));
+        table.push("sample", Column::Integer(episodes.iter().map(|e| i64::from(e.sample)).collect()));
+        let texts = (0..episodes.len()).map(|index| self.prompt_of(index).text.clone()).collect();
+        table.push("prompt", Column::Text(texts));
+        table.push("completion", Column::Text(episodes.iter().map(|episode| episode.text.clone()).collect()));
+        let rewards = scores.iter().map(|score| score.as_ref().map(|score| score.value)).collect();
+        table.push("reward", Column::Number(rewards));
+        for name in part_names(scores) {
+            let values = scores.iter().map(|score| part(score.as_ref()?, name)).collect();
+            table.push(format!("rewards/{name}"), Column::Number(values));
+        }
+        let status = |score: &Option<Score>| score.as_ref().map_or("", |score| score.status.name()).to_owned();
+        table.push("status", Column::Text(scores.iter().map(status).collect()));
+        for (name, values) in values {
+            table.push(*name, Column::Number(values.iter().copied().map(Some).collect()));
+        }
+        table.push("truncated", Column::Flag(episodes.iter().map(|e| e.finish == Finish::Length).collect()));
+        table.push("prompt_ids", Column::Integers(episodes.iter().map(|e| signed(&e.prompt)).collect()));
+        table.push("completion_ids", Column::Integers(episodes.iter().map(|e| signed(&e.completion)).collect()));
+        table.push("log_probs", Column::Numbers(episodes.iter().map(|e| e.log_probs.clone()).collect()));
+        let columns = |index| serde_json::Value::Object(self.prompt_of(index).columns.clone()).to_string();
+        table.push("columns", Column::Text((0..episodes.len()).map(columns).collect()));
+        table
+    }
+}
+
+/// The value of each score; `None` where no reward applied.
+pub fn values(scores: &[Option<Score>]) -> Vec<Option<f64>> {
+    scores.iter().map(|score| score.as_ref().map(|score| score.value)).collect()
+}
+
+/// The names of the parts of the scores, in the order of their first appearance.
+fn part_names(scores: &[Option<Score>]) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in scores.iter().flatten().flat_map(|score| &score.parts) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+fn part(score: &Score, name: &str) -> Option<f64> {
+    score.parts.iter().find(|(part, _)| part == name).map(|(_, value)| *value)
+}
