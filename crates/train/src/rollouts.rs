@@ -100,11 +100,7 @@ impl Rollouts<'_> {
         let mut prompt_tokens = PromptTokens::default();
         let episodes = generator.generate(decoder, tokenizer, &requests, |progress| {
             prompt_tokens = progress.prompt_tokens;
-            observer.observe(Event::Progress {
-                phase: Phase::Rollout,
-                done: progress.finished,
-                total: progress.total,
-            });
+            observer.observe(Event::Progress { phase: Phase::Rollout, done: progress.finished, total: progress.total });
         })?;
         Ok(Groups { prompts: prompts.to_vec(), size: self.num_generations, episodes, prompt_tokens })
     }

@@ -264,12 +264,12 @@ pub fn gradients(
         Scope::Batch if pieces.len() > 1 => {
             let found = match known {
                 Known::LogProbs(values) => only(values[batch.tokens_of(&part)].to_vec()),
-                Known::Nothing | Known::Linear => batch
-                    .log_probs(step.decoder, step.workspace, part.clone(), reading)
-                    .map_err(step.model_error())?,
+                Known::Nothing | Known::Linear => {
+                    batch.log_probs(step.decoder, step.workspace, part.clone(), reading).map_err(step.model_error())?
+                }
             };
-            let evaluated = Evaluated::of(batch, part.clone(), reading, &found, &mut objective)
-                .map_err(step.objective_error())?;
+            let evaluated =
+                Evaluated::of(batch, part.clone(), reading, &found, &mut objective).map_err(step.objective_error())?;
             losses.extend_from_slice(&evaluated.losses);
             statistics.extend(&evaluated.statistics);
             Some(evaluated)
@@ -328,8 +328,8 @@ pub fn gradients(
         let mut after = LogProbs::default();
         extend(&mut after, &pass, &found);
         if whole.is_none() && matches!(known, Known::Linear) {
-            let evaluated = Evaluated::of(batch, piece.clone(), reading, &after, &mut objective)
-                .map_err(step.objective_error())?;
+            let evaluated =
+                Evaluated::of(batch, piece.clone(), reading, &after, &mut objective).map_err(step.objective_error())?;
             losses.extend_from_slice(&evaluated.losses);
             statistics.extend(&evaluated.statistics);
         }
@@ -360,7 +360,8 @@ impl Evaluated {
         objective: &mut impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
     ) -> objectives::Result<Self> {
         let (sequences, tokens) = (batch.sequences_of(&units), batch.tokens_of(&units));
-        let variable = |values: &[f32]| Ok::<_, objectives::Error>(Var::from_slice(values, values.len(), &Device::Cpu)?);
+        let variable =
+            |values: &[f32]| Ok::<_, objectives::Error>(Var::from_slice(values, values.len(), &Device::Cpu)?);
         let log_probs = variable(&found.log_prob)?;
         let entropy = match reading.entropy {
             true => Some(variable(&found.entropy)?),

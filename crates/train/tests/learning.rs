@@ -228,14 +228,15 @@ fn every_metric_has_its_usual_name() {
         names(&path, |line| line["step"] == 4),
         words(
             "step epoch sampling/prompt_tokens_computed sampling/prompt_tokens_reused \
-             sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max \
-             loss grad_norm kl \
-             clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean entropy \
              reward reward_std frac_reward_zero_std rewards/exact/mean rewards/exact/std \
              status/ok status/wrong status/malformed status/timeout status/error \
              completions/mean_length completions/min_length completions/max_length \
              completions/mean_terminated_length completions/min_terminated_length completions/max_terminated_length \
-             completions/clipped_ratio learning_rate num_tokens"
+             completions/clipped_ratio \
+             sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max \
+             loss grad_norm kl \
+             clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean \
+             entropy learning_rate num_tokens"
         )
     );
     let evaluation = names(&path, |line| line.keys().any(|name| name.starts_with("eval_")));

@@ -86,7 +86,7 @@ impl Observer for Peak {
 
 fn training_peak(config: &ModelConfig, training: TrainingOptions) -> usize {
     let training = TrainingOptions { max_steps: Some(4), ..training };
-    let sft = SftOptions { batch_size: 64, training };
+    let sft = SftOptions { batch_size: 64, training, ..SftOptions::default() };
     let mut setup = Setup { sft: Some(sft), grpo: None, evaluate: false, ..Setup::short() };
     setup.options.save_steps = 0;
     let decoder = Decoder::random(config.clone(), 1).unwrap();

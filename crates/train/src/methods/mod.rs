@@ -131,7 +131,10 @@ mod tests {
 
     #[test]
     fn prologues_read_as_markdown() {
-        assert_eq!(prologue("//! A [`Thing`] of [`mod@other::part`](x).\n//!\n//! ok\n\nuse x;\n"), "A `Thing` of `part`.\n\nok\n");
+        assert_eq!(
+            prologue("//! A [`Thing`] of [`mod@other::part`](x).\n//!\n//! ok\n\nuse x;\n"),
+            "A `Thing` of `part`.\n\nok\n"
+        );
         assert_eq!(plain_links("[a](b) [`c"), "[a](b) [`c");
         for family in FAMILIES {
             assert!(family.prologue().len() > 200 && !family.prologue().contains("[`"), "{}", family.section);
