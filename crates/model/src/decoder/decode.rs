@@ -306,7 +306,7 @@ impl Decoder {
             ids.extend_from_slice(tokens);
             workspace.positions.extend((first..first + tokens.len()).map(|position| position as u32));
         }
-        self.run(&ids, self.generation, workspace, false, |layer, kept| {
+        self.run(&ids, self.generation, workspace, false, None, |layer, kept| {
             let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
             // All keys and values come first: a prompt may see those of another.
             let mut rest = &kept.qkv[..];

@@ -1,8 +1,9 @@
 //! The fused head: log-probabilities, entropies and their gradients straight from hidden states.
 //!
 //! Logits exist for one chunk of rows at a time and are never stored. Backward computes them again, which costs one
-//! product and saves `tokens × vocabulary` floats.
+//! product and saves `tokens × vocabulary` floats. What needs whole distributions sees the same chunks as [`LogitRow`]s.
 
+use std::convert::Infallible;
 use std::ops::Range;
 
 use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
@@ -32,6 +33,23 @@ pub struct LogProbs {
     pub entropy: Vec<f32>,
     /// Whether no token is more probable than the target, for each target.
     pub most_probable: Vec<bool>,
+}
+
+/// Checks a temperature.
+pub(super) fn check_temperature(temperature: f32) -> Result<()> {
+    match temperature.is_finite() && temperature > 0.0 {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!("expected a positive temperature, got {temperature}"))),
+    }
+}
+
+/// One row of logits on its way through the fused head.
+#[derive(Debug)]
+pub struct LogitRow<'a> {
+    /// The place of the row's target in the list that was asked for.
+    pub target: usize,
+    /// The logit of every token.
+    pub logits: &'a mut [f32],
 }
 
 /// Floats of logits held at a time (128 MiB); a chunk has as many rows as fit, within limits.
@@ -95,10 +113,7 @@ impl Head {
     }
 
     /// Checks targets against the batch and the vocabulary.
-    pub fn check(&self, targets: &[Target], rows: usize, temperature: f32) -> Result<()> {
-        if !(temperature.is_finite() && temperature > 0.0) {
-            return Err(Error::Invalid(format!("expected a positive temperature, got {temperature}")));
-        }
+    pub fn check(&self, targets: &[Target], rows: usize) -> Result<()> {
         for (index, target) in targets.iter().enumerate() {
             if target.row >= rows || target.token as usize >= self.vocabulary {
                 let (row, token, vocabulary) = (target.row, target.token, self.vocabulary);
@@ -144,63 +159,95 @@ impl Head {
         want_entropy: bool,
         scratch: &mut HeadScratch,
     ) -> Result<LogProbs> {
-        let mut stats = vec![RowStats::default(); targets.len()];
+        let mut all_stats = vec![RowStats::default(); targets.len()];
+        let Ok(()) = self.visit(products, hidden, targets, scratch, |rows| -> std::result::Result<(), Infallible> {
+            let stats = rows.into_par_iter().map(|row| {
+                let token = targets[row.target].token as usize;
+                (row.target, kernels::log_softmax_row(row.logits, 1.0 / temperature, token))
+            });
+            for (target, stats) in stats.collect::<Vec<_>>() {
+                all_stats[target] = stats;
+            }
+            Ok(())
+        });
+        collect(&all_stats, targets, want_entropy)
+    }
+
+    /// Hands the logits of `targets` to `visit`, chunk after chunk, until it fails.
+    pub fn visit<E>(
+        &self,
+        products: Products<'_>,
+        hidden: &[f32],
+        targets: &[Target],
+        scratch: &mut HeadScratch,
+        mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
-        let chunk = self.chunk_rows();
-        for (slots, (targets_chunk, stats)) in
-            slots.chunks(chunk).zip(targets.chunks(chunk).zip(stats.chunks_mut(chunk)))
-        {
+        for slots in slots.chunks(self.chunk_rows()) {
             self.chunk_logits(products, slots, targets, hidden, scratch);
-            scratch.logits.par_chunks(self.vocabulary).zip(targets_chunk).zip(stats).for_each(
-                |((logits, target), stats)| {
-                    *stats = kernels::log_softmax_row(logits, 1.0 / temperature, target.token as usize);
-                },
-            );
+            visit(rows(slots, &mut scratch.logits, self.vocabulary))?;
         }
-        collect(&stats, targets, want_entropy)
+        Ok(())
     }
 
     /// The gradient of `Σ d_log_prob · log_prob + d_entropy · entropy` with respect to the hidden states, added to
     /// `d_hidden`, and to the head's weight where it is trained. Returns the log-probabilities and entropies, which fall out on the way.
-    #[allow(clippy::too_many_arguments, reason = "the operands of a loss head and its two gradients")]
+    #[allow(clippy::too_many_arguments, reason = "the gradients of one head on top of those of its logits")]
     pub fn backward(
         &self,
         products: Products<'_>,
         tokens: &PackedTokens,
-        hidden: &[f32],
         targets: &[Target],
         temperature: f32,
         d_log_prob: &[f32],
         d_entropy: Option<&[f32]>,
-        d_hidden: &mut [f32],
-        gradients: &mut Gradients,
+        ends: &mut Ends<'_>,
         scratch: &mut HeadScratch,
     ) -> Result<LogProbs> {
-        let (d, vocabulary) = (self.hidden, self.vocabulary);
         let mut all_stats = vec![RowStats::default(); targets.len()];
+        let Ok(()) = self.backward_visit(
+            products,
+            tokens,
+            targets,
+            ends,
+            scratch,
+            |rows| -> std::result::Result<(), Infallible> {
+                let stats = rows.into_par_iter().map(|row| {
+                    let token = targets[row.target].token as usize;
+                    let stats = kernels::log_softmax_row(row.logits, 1.0 / temperature, token);
+                    let d_entropy = d_entropy.map_or(0.0, |d_entropy| d_entropy[row.target]);
+                    let (scale, d_log_prob) = (1.0 / temperature, d_log_prob[row.target]);
+                    kernels::log_softmax_backward_row(row.logits, scale, token, stats, d_log_prob, d_entropy);
+                    (row.target, stats)
+                });
+                for (target, stats) in stats.collect::<Vec<_>>() {
+                    all_stats[target] = stats;
+                }
+                Ok(())
+            },
+        );
+        collect(&all_stats, targets, true)
+    }
+
+    /// [`Head::visit`] where `visit` replaces the logits by the gradient of a loss with respect to them, which goes on to
+    /// the hidden states and to the head's weight where it is trained.
+    pub fn backward_visit<E>(
+        &self,
+        products: Products<'_>,
+        tokens: &PackedTokens,
+        targets: &[Target],
+        ends: &mut Ends<'_>,
+        scratch: &mut HeadScratch,
+        mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let (d, vocabulary) = (self.hidden, self.vocabulary);
         let slots = pair_slots(targets, tokens);
         for slots in slots.chunks(self.chunk_rows()) {
-            self.chunk_logits(products, slots, targets, hidden, scratch);
-            let stats: Vec<Option<RowStats>> = scratch
-                .logits
-                .par_chunks_mut(vocabulary)
-                .zip(slots)
-                .map(|(logits, slot)| {
-                    let Some(index) = *slot else {
-                        logits.fill(0.0);
-                        return None;
-                    };
-                    let token = targets[index].token as usize;
-                    let stats = kernels::log_softmax_row(logits, 1.0 / temperature, token);
-                    let d_entropy = d_entropy.map_or(0.0, |d_entropy| d_entropy[index]);
-                    let scale = 1.0 / temperature;
-                    kernels::log_softmax_backward_row(logits, scale, token, stats, d_log_prob[index], d_entropy);
-                    Some(stats)
-                })
-                .collect();
-            for (slot, stats) in slots.iter().zip(stats) {
-                if let (Some(index), Some(stats)) = (slot, stats) {
-                    all_stats[*index] = stats;
+            self.chunk_logits(products, slots, targets, ends.hidden, scratch);
+            visit(rows(slots, &mut scratch.logits, vocabulary))?;
+            for (slot, logits) in slots.iter().zip(scratch.logits.chunks_exact_mut(vocabulary)) {
+                if slot.is_none() {
+                    logits.fill(0.0);
                 }
             }
             let d_logits = Matrix::new(&scratch.logits, slots.len(), vocabulary);
@@ -209,18 +256,34 @@ impl Head {
             matmul(products.precision, d_logits, weight, MatrixMut::new(&mut scratch.d_hidden, slots.len(), d), false);
             for (slot, gradient) in slots.iter().zip(scratch.d_hidden.chunks_exact(d)) {
                 if let Some(index) = slot {
-                    let row = &mut d_hidden[targets[*index].row * d..][..d];
+                    let row = &mut ends.d_hidden[targets[*index].row * d..][..d];
                     row.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += gradient);
                 }
             }
             if products.trains_base() {
                 let hidden = Matrix::new(&scratch.hidden, slots.len(), d);
-                let d_weight = MatrixMut::new(gradients.range_mut(&self.weight), vocabulary, d);
+                let d_weight = MatrixMut::new(ends.gradients.range_mut(&self.weight), vocabulary, d);
                 matmul(products.precision, d_logits.transposed(), hidden, d_weight, true);
             }
         }
-        collect(&all_stats, targets, true)
+        Ok(())
     }
+}
+
+/// Where the head's backward comes from and goes to.
+pub(super) struct Ends<'a> {
+    /// The hidden states of all rows of the batch.
+    pub hidden: &'a [f32],
+    /// The gradient of the hidden states, added to.
+    pub d_hidden: &'a mut [f32],
+    /// The gradients of the weights, added to.
+    pub gradients: &'a mut Gradients,
+}
+
+/// The rows of a chunk that belong to targets.
+fn rows<'a>(slots: &[Slot], logits: &'a mut [f32], vocabulary: usize) -> Vec<LogitRow<'a>> {
+    let all = slots.iter().zip(logits.chunks_exact_mut(vocabulary));
+    all.filter_map(|(slot, logits)| slot.map(|target| LogitRow { target, logits })).collect()
 }
 
 /// The targets with a gap wherever a sequence would otherwise start at an odd row of the head's products, so that a bf16

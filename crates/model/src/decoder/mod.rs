@@ -32,7 +32,7 @@ use crate::config::{ModelConfig, ScoreHead};
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, PEFT_PREFIX, peft_key};
 use crate::weights::{TensorView, Tensors};
-use head::Head;
+use head::{Ends, Head, check_temperature};
 use layer::{Layer, Pass};
 use linear::Products;
 use parameters::{EMBEDDING, Layout};
@@ -41,7 +41,7 @@ use workspace::{Activations, Kept};
 
 pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM, SequenceCache, common_beginning};
 pub use estimate::Estimate;
-pub use head::{LogProbs, Target};
+pub use head::{LogProbs, LogitRow, Target};
 pub use identity::WeightsId;
 pub use linear::WeightFormat;
 pub use non_finite::NonFinite;
@@ -80,6 +80,9 @@ pub struct Decoder {
     /// The precision for which the 8-bit weights are current.
     int8: Option<Precision>,
 }
+
+/// What happens to the input embedding of each row, given by number, before the first layer.
+pub type EmbeddingChange<'a> = &'a (dyn Fn(usize, &mut [f32]) + Sync);
 
 #[derive(Clone)]
 struct AdapterState {
@@ -486,18 +489,35 @@ impl Decoder {
     /// Tokens outside the vocabulary, sequences longer than the context, weights that are not prepared, and the first
     /// value that is not finite.
     pub fn forward(&self, tokens: &PackedTokens, workspace: &mut Workspace, keep: bool) -> Result<()> {
-        tokens.check(self.config.vocab_size, self.config.max_positions)?;
-        workspace.positions = tokens.positions();
-        self.run(tokens.ids(), WeightFormat::Full, workspace, keep, |layer, kept| layer.attend(tokens.segments(), kept))
+        self.forward_with_embeddings(tokens, workspace, keep, None)
     }
 
-    /// The stack over rows at `workspace.positions`; `attend` turns a layer's queries, keys and values into its attention.
+    /// [`Decoder::forward`] with `change` applied to the input embedding of every row after it was looked up and
+    /// scaled. Backward takes what `change` adds for a constant.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn forward_with_embeddings(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        keep: bool,
+        change: Option<EmbeddingChange<'_>>,
+    ) -> Result<()> {
+        tokens.check(self.config.vocab_size, self.config.max_positions)?;
+        workspace.positions = tokens.positions();
+        let attend = |layer: &Layer, kept: &mut Activations| layer.attend(tokens.segments(), kept);
+        self.run(tokens.ids(), WeightFormat::Full, workspace, keep, change, attend)
+    }
+
+    /// The stack over rows at `workspace.positions`; `change` sees every row's embedding first, `attend` turns a layer's queries, keys and values into its attention.
     fn run(
         &self,
         ids: &[u32],
         format: WeightFormat,
         workspace: &mut Workspace,
         keep: bool,
+        change: Option<EmbeddingChange<'_>>,
         mut attend: impl FnMut(&Layer, &mut Activations),
     ) -> Result<()> {
         let precision = self.ready()?;
@@ -514,6 +534,9 @@ impl Decoder {
         }
         if self.config.embedding_scale != 1.0 {
             kernels::scale(&mut stream[0], self.config.embedding_scale);
+        }
+        if let Some(change) = change {
+            stream[0].par_chunks_exact_mut(d).enumerate().for_each(|(row, embedding)| change(row, embedding));
         }
         for layer in &self.layers {
             let around = [keeps.input(layer.index), keeps.input(layer.index + 1)];
@@ -551,8 +574,26 @@ impl Decoder {
     ) -> Result<LogProbs> {
         let products = self.products(self.ready()?, WeightFormat::Full);
         let head = self.language_head()?;
-        head.check(targets, workspace.rows, temperature)?;
+        head.check(targets, workspace.rows)?;
+        check_temperature(temperature)?;
         head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
+    }
+
+    /// Hands the logits of `targets`, in ascending order of row, to `visit`: one chunk of rows at a time, from the last
+    /// forward. Logits are never all in memory; what `visit` leaves in them is lost.
+    ///
+    /// # Errors
+    /// Targets outside the batch or the vocabulary or out of order; within, the first error of `visit`, which ends the walk.
+    pub fn visit_logits<E>(
+        &self,
+        workspace: &mut Workspace,
+        targets: &[Target],
+        visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<(), E>> {
+        let products = self.products(self.ready()?, WeightFormat::Full);
+        let head = self.language_head()?;
+        head.check(targets, workspace.rows)?;
+        Ok(head.visit(products, &workspace.hidden, targets, &mut workspace.head, visit))
     }
 
     // ---- Backward ----
@@ -615,27 +656,48 @@ impl Decoder {
     ) -> Result<LogProbs> {
         let precision = self.ready()?;
         let head = self.language_head()?;
-        head.check(targets, workspace.rows, temperature)?;
+        head.check(targets, workspace.rows)?;
+        check_temperature(temperature)?;
         if d_log_prob.len() != targets.len() || d_entropy.is_some_and(|d_entropy| d_entropy.len() != targets.len()) {
             return Err(Error::Invalid(format!("expected one gradient for each of {} targets", targets.len())));
         }
         let products = self.products(precision, WeightFormat::Full);
         self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
-            let found = head.backward(
-                products,
-                tokens,
-                &workspace.hidden,
-                targets,
-                temperature,
-                d_log_prob,
-                d_entropy,
-                d_hidden,
-                gradients,
-                &mut workspace.head,
-            )?;
+            let mut ends = Ends { hidden: &workspace.hidden, d_hidden: &mut *d_hidden, gradients: &mut *gradients };
+            let scratch = &mut workspace.head;
+            let found =
+                head.backward(products, tokens, targets, temperature, d_log_prob, d_entropy, &mut ends, scratch)?;
             self.backward_score_head(workspace, scores, d_hidden, gradients)?;
             Ok(found)
         })
+    }
+
+    /// [`Decoder::backward`] for losses of whole distributions: `visit` receives the logits of `targets` one chunk of rows
+    /// at a time, as [`Decoder::visit_logits`] would hand them, and replaces every one by the gradient of the loss with
+    /// respect to it. The loss of a row may depend on that row and on constants alone, so that no split changes anything.
+    ///
+    /// # Errors
+    /// As [`Decoder::backward`]; within, the first error of `visit`, after which `gradients` hold part of a sum.
+    pub fn backward_logits<E>(
+        &self,
+        tokens: &PackedTokens,
+        workspace: &mut Workspace,
+        targets: &[Target],
+        gradients: &mut Gradients,
+        visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<(), E>> {
+        let products = self.products(self.ready()?, WeightFormat::Full);
+        let head = self.language_head()?;
+        head.check(targets, workspace.rows)?;
+        let mut failed = None;
+        let done = self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
+            let mut ends = Ends { hidden: &workspace.hidden, d_hidden, gradients };
+            head.backward_visit(products, tokens, targets, &mut ends, &mut workspace.head, visit).map_err(|error| {
+                failed = Some(error);
+                Error::Invalid("the loss of a chunk of logits failed".into())
+            })
+        });
+        failed.map_or_else(|| done.map(Ok), |error| Ok(Err(error)))
     }
 
     /// Backward of the heads, which `heads` adds to the gradient of the hidden states, and then of what is below them.
