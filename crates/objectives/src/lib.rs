@@ -16,15 +16,21 @@
 pub mod advantage;
 pub mod aggregation;
 pub mod clip;
+pub mod distillation;
+pub mod distribution;
 pub mod grpo;
 pub mod kl;
 pub mod loss;
 pub mod sft;
+pub mod unlearning;
 
 pub use advantage::{Advantage, Advantages};
 pub use aggregation::{Aggregation, GlobalCounts};
 pub use clip::Clip;
+pub use distillation::DistillationOptions;
+pub use distribution::Distribution;
 pub use grpo::{GrpoOptions, PolicyBatch, grpo};
 pub use kl::KlEstimator;
 pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
-pub use sft::{SftBatch, sft};
+pub use sft::{SftBatch, SftObjective, sft};
+pub use unlearning::UnlearningOptions;
