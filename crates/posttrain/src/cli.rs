@@ -56,6 +56,10 @@ pub enum Command {
     Models,
     /// Fold the LoRA adapter of a run into the weights
     Merge(Merge),
+    /// List the training methods
+    Methods,
+    /// Say what a training method is: formula, paper, settings, every default, metrics
+    Explain(Explain),
     /// Explain options, print their schema
     Config {
         /// What to print.
@@ -94,6 +98,17 @@ pub struct Train {
     /// Replace a run that is already there
     #[arg(long)]
     pub overwrite: bool,
+}
+
+/// `posttrain explain`
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// A method, or a section of a recipe
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Print the page of docs/methods; with the name of a section, that of all its methods
+    #[arg(long)]
+    pub markdown: bool,
 }
 
 /// `posttrain resume`

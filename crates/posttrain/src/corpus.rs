@@ -10,7 +10,7 @@ use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use train::run::DataSource;
 
-use crate::config::{Config, TaskOptions};
+use crate::config::{Config, Rows, TaskOptions};
 use crate::failure::Failure;
 use crate::terminal::Terminal;
 
@@ -47,16 +47,26 @@ impl Corpus {
         let mut corpus = Self::for_evaluation(config, language, terminal)?;
         let rows = train_rows(config, &mut corpus.sources)?;
         let samples = data::sample::parse(rows)?;
-        if config.sft.is_some() {
-            let rendered = language.renderer(&config.rendering).examples(&samples)?;
-            note_drops(&rendered.drops, "training examples", terminal);
-            corpus.examples = rendered.items;
-        }
-        if let Some(grpo) = &config.grpo {
-            let language = language.with_room("grpo.sampling", grpo.sampling.max_new_tokens)?;
-            let rendered = language.renderer(&config.rendering).prompts(&samples)?;
-            note_drops(&rendered.drops, "prompts", terminal);
-            corpus.prompts = rendered.items;
+        for stage in config.stages() {
+            let language = match stage.sampling() {
+                Some(sampling) => {
+                    language.with_room(&format!("{}.sampling", stage.section()), sampling.max_new_tokens)?
+                }
+                None => language,
+            };
+            let renderer = language.renderer(&config.rendering);
+            match stage.rows() {
+                Rows::Examples => {
+                    let rendered = renderer.examples(&samples)?;
+                    note_drops(&rendered.drops, "training examples", terminal);
+                    corpus.examples = rendered.items;
+                }
+                Rows::Prompts => {
+                    let rendered = renderer.prompts(&samples)?;
+                    note_drops(&rendered.drops, "prompts", terminal);
+                    corpus.prompts = rendered.items;
+                }
+            }
         }
         Ok(corpus)
     }

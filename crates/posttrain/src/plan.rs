@@ -53,7 +53,8 @@ impl Memory {
     /// `available` bytes otherwise.
     pub fn new(config: &Config, model: &ModelConfig, work: Workload, available: Option<u64>) -> Self {
         let kept = Self::with(config, model, work, false);
-        let open = config.trainings().any(|training| training.gradient_checkpointing == GradientCheckpointing::Auto);
+        let open =
+            config.stages().iter().any(|stage| stage.training().gradient_checkpointing == GradientCheckpointing::Auto);
         match open && available.is_some_and(|available| available < kept.total()) {
             true => Self::with(config, model, work, true),
             false => kept,
@@ -79,36 +80,33 @@ impl Memory {
             "key-value cache",
             "reference model",
         ];
-        let compared = config.grpo.as_ref().is_some_and(|grpo| grpo.objective.needs_reference());
+        let compared = config.stages().iter().any(|stage| stage.needs_reference());
         let reference = if compared && config.lora.is_none() { one.weights + one.packed } else { 0 };
         // Bytes for these purposes, by phase of the run.
         let mut phases = Vec::new();
-        // A batch is cut into pieces of so many tokens, but never within an example or a group.
-        if let Some(sft) = &config.sft {
-            let rows = sft.training.micro_batch_tokens.min(sft.batch_size * work.longest).max(work.longest);
-            // Weights that are trained here are packed as they are used.
-            let packed = if config.lora.is_some() { one.packed } else { 0 };
-            let activations = activations(&sft.training, rows);
-            phases.push([one.weights, packed, one.gradients, optimizer(&sft.training), activations, 0, 0]);
-        }
-        if let Some(grpo) = &config.grpo {
-            let group = work.longest + grpo.num_generations * grpo.sampling.max_new_tokens;
-            let rows = grpo.training.micro_batch_tokens.min(grpo.prompts_per_step * group).max(group);
-            let slots = grpo.decode_batch_size.min(grpo.prompts_per_step * grpo.num_generations);
+        for stage in config.stages() {
+            let (training, done) = (stage.training(), stage.work());
+            let new_tokens = stage.sampling().map_or(0, |sampling| sampling.max_new_tokens);
+            // A batch is cut into pieces of so many tokens, but never within the sequences of a prompt.
+            let unit = work.longest + done.sequences_per_row * new_tokens;
+            let rows = training.micro_batch_tokens.min(done.rows_per_step * unit).max(unit);
+            // Weights that are trained are packed as they are used, unless they also sample.
+            let packed = if config.lora.is_some() || stage.sampling().is_some() { one.packed } else { 0 };
+            let slots = done.decode_batch_size.min(done.rows_per_step * done.sequences_per_row);
             phases.push([
                 one.weights,
-                one.packed,
+                packed,
                 one.gradients,
-                optimizer(&grpo.training),
-                activations(&grpo.training, rows),
-                cache(slots, grpo.sampling.max_new_tokens),
-                reference,
+                optimizer(training),
+                activations(training, rows),
+                cache(slots, new_tokens),
+                if stage.needs_reference() { reference } else { 0 },
             ]);
         }
         if config.has_evaluation() {
             let slots = config.evaluation.batch_size.min(work.test_rows);
             let cache = cache(slots, config.evaluation.sampling.max_new_tokens);
-            let optimizer = config.trainings().map(optimizer).max().unwrap_or(0);
+            let optimizer = config.stages().iter().map(|stage| optimizer(stage.training())).max().unwrap_or(0);
             phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference]);
         }
         let largest = phases.into_iter().max_by_key(|phase| phase.iter().sum::<usize>()).unwrap_or_default();
@@ -181,26 +179,25 @@ impl Plan {
             let flops = work.test_rows as f64 * (work.row_tokens + tokens) * one.forward_flops_per_token;
             time.push(("evaluations, before and after".to_owned(), 2.0 * flops / (rate * DECODING_EFFICIENCY)));
         }
-        if let Some(sft) = &config.sft {
-            let here = estimate(work.longest as f64);
-            let steps = sft.training.steps(work.train_rows, sft.batch_size) as f64;
-            let tokens = steps * sft.batch_size as f64 * work.row_tokens;
-            let flops = tokens * training(&here, &sft.training);
-            time.push((format!("sft, {steps} steps"), flops / (rate * TRAINING_EFFICIENCY)));
-        }
-        if let Some(grpo) = &config.grpo {
-            let tokens = completion(&grpo.sampling);
-            let here = estimate(work.row_tokens + tokens);
-            let steps = grpo.training.steps(work.train_rows, grpo.prompts_per_step) as f64;
+        for stage in config.stages() {
+            let (options, done) = (stage.training(), stage.work());
+            let tokens = stage.sampling().map_or(0.0, completion);
+            let here = match stage.sampling() {
+                Some(_) => estimate(work.row_tokens + tokens),
+                None => estimate(work.longest as f64),
+            };
+            let steps = options.steps(work.train_rows, done.rows_per_step) as f64;
             // A prompt is computed once for all its completions, in sampling and in training.
-            let prompts = grpo.prompts_per_step as f64;
-            let packed = prompts * (work.row_tokens + grpo.num_generations as f64 * tokens);
-            let decode = packed * here.forward_flops_per_token / (rate * DECODING_EFFICIENCY);
-            let mut passes = packed * grpo.num_iterations as f64 * training(&here, &grpo.training);
-            if grpo.objective.needs_reference() {
+            let packed = done.rows_per_step as f64 * (work.row_tokens + done.sequences_per_row as f64 * tokens);
+            let mut passes = packed * done.passes as f64 * training(&here, options);
+            if stage.needs_reference() {
                 passes += packed * here.forward_flops_per_token;
             }
-            time.push((format!("grpo, {steps} steps"), steps * (decode + passes / (rate * TRAINING_EFFICIENCY))));
+            let mut seconds = passes / (rate * TRAINING_EFFICIENCY);
+            if stage.sampling().is_some() {
+                seconds += packed * here.forward_flops_per_token / (rate * DECODING_EFFICIENCY);
+            }
+            time.push((format!("{}, {steps} steps", stage.method()), steps * seconds));
         }
         Self { memory, time }
     }
@@ -257,12 +254,12 @@ mod tests {
         model.layers = vec![model.layers[0]; 12];
         let work = Workload { train_rows: 100, test_rows: 0, row_tokens: 30.0, longest: 50 };
         let mut config =
-            Config { sft: Some(SftOptions::default()), grpo: Some(GrpoOptions::default()), ..Config::default() };
+            Config { sft: Some(SftOptions::default()), policy: Some(GrpoOptions::default()), ..Config::default() };
         let memory = |config: &Config, available| Memory::new(config, &model, work, available);
         let settled = |config: &Config, available| {
             let mut settled = config.clone();
             memory(config, available).settle(&mut settled);
-            settled.trainings().map(|training| training.gradient_checkpointing).collect::<Vec<_>>()
+            settled.stages().iter().map(|stage| stage.training().gradient_checkpointing).collect::<Vec<_>>()
         };
         use GradientCheckpointing::{Off, On};
         let kept = memory(&config, None);
@@ -277,7 +274,7 @@ mod tests {
 
         config.sft.as_mut().unwrap().training.gradient_checkpointing = Off;
         assert_eq!(settled(&config, too_little), [Off, On]);
-        config.grpo.as_mut().unwrap().training.gradient_checkpointing = On;
+        config.policy.as_mut().unwrap().training.gradient_checkpointing = On;
         assert_eq!(settled(&config, enough), [Off, On]);
         assert!(!memory(&config, Some(0)).checkpointing, "nothing is left to decide");
     }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{SMALL, root, write};
-use posttrain::config::load::{Layers, convert};
+use posttrain::config::load::Layers;
 use posttrain::config::tree::Node;
 use posttrain::config::{Config, schema};
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 /// What every recipe must go through without a panic.
 fn read(text: &str) -> Result<Config, String> {
     let tree = Node::from_text("recipe.toml", text.to_owned()).map_err(|failure| failure.render(false))?;
-    convert(&tree).map_err(|failure| failure.render(false))
+    Config::from_tree(tree).map_err(|failure| failure.render(false))
 }
 
 #[test]
@@ -112,7 +112,7 @@ proptest! {
         let mut tree = Node::from_text("recipe.toml", "[sft]".into()).map_err(|failure| failure.to_string()).unwrap();
         let assignment = format!("sft.training.learning_rate={rate:?}");
         tree.merge(Node::from_assignment(&assignment).map_err(|failure| failure.to_string()).unwrap());
-        let config: Config = convert(&tree).map_err(|failure| failure.to_string()).unwrap();
+        let config = Config::from_tree(tree).map_err(|failure| failure.to_string()).unwrap();
         prop_assert_eq!(config.sft.unwrap().training.learning_rate, rate);
     }
 }

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod merge;
+pub mod methods;
 pub mod models;
 pub mod train;
 
@@ -30,6 +31,8 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Pull(arguments) => models::pull(arguments, terminal),
         Command::Models => models::list(),
         Command::Merge(arguments) => merge::run(arguments, opener),
+        Command::Methods => methods::list(),
+        Command::Explain(arguments) => methods::explain(&arguments.name, arguments.markdown),
         Command::Config { command } => config::run(command),
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(arguments, opener),

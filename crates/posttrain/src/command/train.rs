@@ -9,8 +9,8 @@ use train::methods::sft::Sft;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
 use crate::cli;
-use crate::config::Config;
 use crate::config::load::Layers;
+use crate::config::{Config, Stage};
 use crate::corpus::{Corpus, Language};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
@@ -124,12 +124,12 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     memory.settle(&mut config);
 
     let mut stages: Vec<Box<dyn Method>> = Vec::new();
-    if let Some(sft) = &config.sft {
-        stages.push(Box::new(Sft::new(sft.clone(), corpus.examples)?));
-    }
-    if let Some(grpo) = &config.grpo {
-        let reward = Weighted::from_configs(&config.rewards)?;
-        stages.push(Box::new(Grpo::new(grpo.clone(), corpus.prompts, Box::new(reward))?));
+    for stage in config.stages() {
+        let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
+        stages.push(match stage {
+            Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
+            Stage::Policy(options) => Box::new(Grpo::new(options.clone(), corpus.prompts.clone(), reward()?)?),
+        });
     }
     let mut measurer = match corpus.test.is_empty() {
         true => None,

@@ -7,7 +7,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::check::{Schema, check};
 use super::tree::{Kind, Node};
 use crate::failure::Failure;
 
@@ -104,10 +103,8 @@ impl Layers {
     }
 }
 
-/// Checks a tree against the schema of `T` and converts it.
-pub fn convert<T: JsonSchema + DeserializeOwned>(tree: &Node) -> Result<T, Failure> {
-    check(tree, Schema::new(&schema::<T>()), "")?;
-    // The schema knows keys, types and ranges. What is left is what a type itself refuses.
+/// Converts a tree that was checked: the schema knows keys, types and ranges; what is left is what a type itself refuses.
+pub fn typed<T: DeserializeOwned>(tree: &Node) -> Result<T, Failure> {
     serde_json::from_value(tree.to_json())
         .map_err(|error| Failure::new(format!("the configuration is not valid: {error}")))
 }
@@ -155,7 +152,14 @@ fn without_nulls(value: Value) -> Value {
 mod tests {
     use serde::Deserialize;
 
+    use super::super::check::{Schema, check};
     use super::*;
+
+    /// Checks a tree against the schema of `T` and converts it.
+    fn convert<T: JsonSchema + DeserializeOwned>(tree: &Node) -> Result<T, Failure> {
+        check(tree, Schema::new(&schema::<T>()), "")?;
+        typed(tree)
+    }
 
     /// Options of a test.
     #[derive(Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -2,7 +2,9 @@
 
 pub mod check;
 pub mod load;
+pub mod methods;
 pub mod reference;
+mod stages;
 pub mod tree;
 
 use std::path::PathBuf;
@@ -17,10 +19,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::grpo::GrpoOptions;
 use train::methods::sft::SftOptions;
-use train::options::{RunOptions, TrainingOptions};
+use train::options::RunOptions;
 
 use crate::failure::Failure;
-use load::{Layers, blame, convert, to_toml};
+use check::{Schema, check};
+use load::{Layers, blame, to_toml};
+pub use stages::{Rows, Stage, Work};
 use tree::Node;
 
 /// A recipe: everything that decides what a run computes.
@@ -50,9 +54,9 @@ pub struct Config {
     /// Supervised fine-tuning, the first stage when present.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sft: Option<SftOptions>,
-    /// Group relative policy optimisation, the stage after.
+    /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub grpo: Option<GrpoOptions>,
+    pub policy: Option<GrpoOptions>,
     /// How the model is measured on held-out problems.
     pub evaluation: EvaluateOptions,
     /// When a run saves, evaluates and writes down what it sampled.
@@ -124,9 +128,11 @@ fn default_completion() -> String {
     "{answer}".into()
 }
 
-/// The schema of a recipe.
+/// The schema of a recipe, with a section for every method.
 pub fn schema() -> serde_json::Value {
-    load::schema::<Config>()
+    let mut schema = load::schema::<Config>();
+    methods::add_sections(&mut schema);
+    schema
 }
 
 impl Config {
@@ -135,26 +141,38 @@ impl Config {
     /// # Errors
     /// A file that cannot be read, an unknown key, a value of the wrong type or without meaning; each in its place.
     pub fn load(layers: &Layers) -> Result<Self, Failure> {
-        let tree = layers.merged()?;
-        let config: Self = convert(&tree)?;
+        Self::from_tree(layers.merged()?)
+    }
+
+    /// Checks and converts what was written.
+    ///
+    /// # Errors
+    /// As [`Config::load`], files apart.
+    pub fn from_tree(written: Node) -> Result<Self, Failure> {
+        check(&written, Schema::new(&schema()), "")?;
+        let tree = methods::resolve(written)?;
+        let config: Self = load::typed(&tree)?;
         config.validate(&tree)?;
         Ok(config)
     }
 
     fn validate(&self, tree: &Node) -> Result<(), Failure> {
-        let option = |section: &'static str| {
-            move |error: train::options::OptionError| {
-                let error = error.within(section);
+        for stage in self.stages() {
+            stage.validate().map_err(|error| {
                 let key = error.key.clone();
                 blame(error.into(), tree, &key)
+            })?;
+            if let Some(sampling) = stage.sampling() {
+                self.check_sampling(sampling, tree, &format!("{}.sampling", stage.section()))?;
             }
-        };
-        if let Some(sft) = &self.sft {
-            sft.validate().map_err(option("sft"))?;
-        }
-        if let Some(grpo) = &self.grpo {
-            grpo.validate().map_err(option("grpo"))?;
-            self.check_sampling(&grpo.sampling, tree, "grpo.sampling")?;
+            if stage.needs_rewards() && self.rewards.is_empty() {
+                let failure = Failure::new(format!(
+                    "`{}` has no reward to learn from: expected at least one `[[rewards]]`",
+                    stage.method()
+                ));
+                let failure = failure.hint("add for example\n\n[[rewards]]\ntype = \"number\"");
+                return Err(blame(failure, tree, stage.section()));
+            }
         }
         self.check_sampling(&self.evaluation.sampling, tree, "evaluation.sampling")?;
         if let Some(lora) = &self.lora {
@@ -165,10 +183,6 @@ impl Config {
         }
         for (i, reward) in self.rewards.iter().enumerate() {
             reward.build().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
-        }
-        if self.grpo.is_some() && self.rewards.is_empty() {
-            let failure = Failure::new("`grpo` has no reward to learn from: expected at least one `[[rewards]]`");
-            return Err(blame(failure.hint("add for example\n\n[[rewards]]\ntype = \"number\""), tree, "grpo"));
         }
         Ok(())
     }
@@ -186,9 +200,9 @@ impl Config {
 
     /// What training needs beyond what measuring needs.
     pub fn check_trainable(&self) -> Result<(), Failure> {
-        if self.sft.is_none() && self.grpo.is_none() {
-            let failure = Failure::new("the recipe has no stage to train: expected `[sft]`, `[grpo]` or both");
-            return Err(failure.hint("`posttrain config explain grpo` describes one; recipes/ has complete ones"));
+        if self.stages().is_empty() {
+            let failure = Failure::new("the recipe has no stage to train: expected for example `[sft]` or `[grpo]`");
+            return Err(failure.hint("`posttrain methods` lists them; recipes/ has complete ones"));
         }
         if self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() {
             let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
@@ -213,20 +227,5 @@ impl Config {
         let text = serde_json::to_string(&canonical)
             .map_err(|error| Failure::new(format!("cannot hash the configuration: {error}")))?;
         Ok(base::files::sha256_of(text.as_bytes()))
-    }
-
-    /// How the stages train, in order.
-    pub fn trainings(&self) -> impl Iterator<Item = &TrainingOptions> {
-        self.sft.iter().map(|sft| &sft.training).chain(self.grpo.iter().map(|grpo| &grpo.training))
-    }
-
-    /// The same, to be changed.
-    pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
-        self.sft.iter_mut().map(|sft| &mut sft.training).chain(self.grpo.iter_mut().map(|grpo| &mut grpo.training))
-    }
-
-    /// The names of the stages, in order.
-    pub fn stages(&self) -> Vec<&'static str> {
-        self.sft.iter().map(|_| "sft").chain(self.grpo.iter().map(|_| "grpo")).collect()
     }
 }

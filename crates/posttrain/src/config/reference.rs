@@ -1,8 +1,10 @@
 //! The reference of all options, derived from their schema: `config explain`, `docs/config.md`.
 
 use serde_json::Value;
+use train::methods::FAMILIES;
 
 use super::check::Schema;
+use super::methods::METHOD_OF;
 use crate::failure::Failure;
 
 /// One option or section of the reference.
@@ -13,13 +15,21 @@ struct Entry<'a> {
     description: &'a str,
     default: Option<&'a Value>,
     schema: Schema<'a>,
+    /// The section of the family, for a section named after a method.
+    method_of: Option<&'a str>,
 }
 
 impl<'a> Entry<'a> {
     fn new(parent: &str, key: &str, written: &'a Value, schema: Schema<'a>) -> Self {
         let description = written["description"].as_str().or_else(|| schema.value()["description"].as_str());
         let key = if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") };
-        Self { key, description: description.unwrap_or_default(), default: written.get("default"), schema }
+        Self {
+            key,
+            description: description.unwrap_or_default(),
+            default: written.get("default"),
+            schema,
+            method_of: written[METHOD_OF].as_str(),
+        }
     }
 
     /// The options inside: of a table, of the elements of an array of tables.
@@ -120,6 +130,30 @@ fn last(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)
 }
 
+/// Every option of a section, one line each, with the defaults that `settings` (TOML) change.
+pub fn options(schema: Schema<'_>, section: &str, settings: &str) -> String {
+    let settings: toml::Table = toml::from_str(settings).unwrap_or_default();
+    let mut lines = Vec::new();
+    let mut open: Vec<Entry<'_>> =
+        children(schema, "").into_iter().filter(|entry| entry.key == section).rev().collect();
+    while let Some(entry) = open.pop() {
+        if entry.is_section() {
+            open.extend(entry.children().into_iter().rev());
+            continue;
+        }
+        let key = entry.key.strip_prefix(section).unwrap_or(&entry.key).trim_start_matches('.').to_owned();
+        let set = key.split('.').try_fold(&toml::Value::Table(settings.clone()), |at, part| at.get(part)).cloned();
+        let default = set.map_or_else(|| entry.default(), |value| value.to_string());
+        lines.push((key, default, entry.summary()));
+    }
+    let width = lines.iter().map(|(key, _, _)| key.len()).max().unwrap_or(0);
+    let line = |(key, default, summary): &(String, String, String)| match default.is_empty() {
+        true => format!("  {key:width$}  {summary}\n"),
+        false => format!("  {key:width$}  {summary} (default {default})\n"),
+    };
+    lines.iter().map(line).collect()
+}
+
 /// One line an option.
 fn list(entries: &[Entry<'_>]) -> String {
     let width = entries.iter().map(|entry| entry.key.len()).max().unwrap_or(0);
@@ -141,8 +175,8 @@ pub fn markdown(schema: Schema<'_>) -> String {
          the order given, then `--set section.key=value` flags; an unknown key is an error. `posttrain config explain KEY`\n\
          prints one entry, `posttrain config schema` the JSON schema for editors.\n",
     );
-    let top = children(schema, "");
-    let (sections, plain): (Vec<_>, Vec<_>) = top.into_iter().partition(Entry::is_section);
+    let top = children(schema, "").into_iter().filter(|entry| entry.method_of.is_none());
+    let (sections, plain): (Vec<_>, Vec<_>) = top.partition(Entry::is_section);
     text += "\n## Top level\n";
     text += &table(&plain);
     for section in sections {
@@ -156,6 +190,10 @@ fn describe(entry: &Entry<'_>, level: usize, text: &mut String) {
     let heading = "#".repeat(level);
     *text +=
         &format!("\n{heading} `{}{}{}`\n\n{}\n", brackets.0, entry.key, brackets.1, entry.paragraphs().join("\n\n"));
+    if let Some(family) = FAMILIES.iter().find(|family| family.section == entry.key) {
+        let names: Vec<String> = family.presets.iter().map(|preset| format!("`{}`", preset.name)).collect();
+        *text += &format!("\nMethods ([what they are](methods/{}.md)): {}.\n", family.section, names.join(", "));
+    }
     let (sections, plain): (Vec<_>, Vec<_>) = entry.children().into_iter().partition(Entry::is_section);
     *text += &table(&plain);
     for (tag, name, variant) in entry.variants() {

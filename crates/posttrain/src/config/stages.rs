@@ -1,0 +1,134 @@
+//! The stages of a recipe: what the sections of the families have in common.
+
+use train::methods::grpo::GrpoOptions;
+use train::methods::sft::SftOptions;
+use train::options::{OptionError, TrainingOptions};
+
+use super::Config;
+
+/// A stage, with its options.
+#[derive(Clone, Copy, Debug)]
+pub enum Stage<'a> {
+    /// `[sft]`
+    Sft(&'a SftOptions),
+    /// `[policy]`
+    Policy(&'a GrpoOptions),
+}
+
+/// What a stage learns from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Prompts with completions to imitate.
+    Examples,
+    /// Prompts, to which the model finds answers itself, and what these are judged by.
+    Prompts,
+}
+
+/// What a step of a stage computes, for the estimates of memory and time.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Rows of data.
+    pub rows_per_step: usize,
+    /// Sequences of each row, which share its prompt.
+    pub sequences_per_row: usize,
+    /// Times that each sequence is trained on.
+    pub passes: usize,
+    /// Sequences sampled at once; 0 where nothing is sampled.
+    pub decode_batch_size: usize,
+}
+
+impl<'a> Stage<'a> {
+    /// The section of the recipe.
+    pub fn section(self) -> &'static str {
+        match self {
+            Self::Sft(_) => "sft",
+            Self::Policy(_) => "policy",
+        }
+    }
+
+    /// The published method.
+    pub fn method(self) -> &'a str {
+        match self {
+            Self::Sft(options) => &options.method,
+            Self::Policy(options) => &options.method,
+        }
+    }
+
+    /// How it trains.
+    pub fn training(self) -> &'a TrainingOptions {
+        match self {
+            Self::Sft(options) => &options.training,
+            Self::Policy(options) => &options.training,
+        }
+    }
+
+    /// What it learns from.
+    pub fn rows(self) -> Rows {
+        match self {
+            Self::Sft(_) => Rows::Examples,
+            Self::Policy(_) => Rows::Prompts,
+        }
+    }
+
+    /// How it samples, where it does.
+    pub fn sampling(self) -> Option<&'a rollout::SamplingOptions> {
+        match self {
+            Self::Sft(_) => None,
+            Self::Policy(options) => Some(&options.sampling),
+        }
+    }
+
+    /// How much it computes.
+    pub fn work(self) -> Work {
+        match self {
+            Self::Sft(options) => {
+                Work { rows_per_step: options.batch_size, sequences_per_row: 1, passes: 1, decode_batch_size: 0 }
+            }
+            Self::Policy(options) => Work {
+                rows_per_step: options.prompts_per_step,
+                sequences_per_row: options.num_generations,
+                passes: options.num_iterations,
+                decode_batch_size: options.decode_batch_size,
+            },
+        }
+    }
+
+    /// Whether it learns from `[[rewards]]`.
+    pub fn needs_rewards(self) -> bool {
+        matches!(self, Self::Policy(_))
+    }
+
+    /// Whether it compares with the model it started from.
+    pub fn needs_reference(self) -> bool {
+        match self {
+            Self::Sft(_) => false,
+            Self::Policy(options) => options.objective.needs_reference(),
+        }
+    }
+
+    /// Refuses values that mean nothing.
+    pub fn validate(self) -> Result<(), OptionError> {
+        match self {
+            Self::Sft(options) => options.validate(),
+            Self::Policy(options) => options.validate(),
+        }
+        .map_err(|error| error.within(self.section()))
+    }
+}
+
+impl Config {
+    /// The stages, in the order in which they run.
+    pub fn stages(&self) -> Vec<Stage<'_>> {
+        let stages = [self.sft.as_ref().map(Stage::Sft), self.policy.as_ref().map(Stage::Policy)];
+        stages.into_iter().flatten().collect()
+    }
+
+    /// How the stages train, to be changed.
+    pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
+        let trainings = [
+            self.sft.as_mut().map(|options| &mut options.training),
+            self.policy.as_mut().map(|options| &mut options.training),
+        ];
+        trainings.into_iter().flatten()
+    }
+}
