@@ -50,7 +50,7 @@ impl Corpus {
         for stage in config.stages() {
             let language = match stage.sampling() {
                 Some(sampling) => {
-                    language.with_room(&format!("{}.sampling", stage.section()), sampling.max_new_tokens)?
+                    language.with_room(&format!("{}.sampling", stage.method()), sampling.max_new_tokens)?
                 }
                 None => language,
             };

@@ -159,11 +159,12 @@ impl Config {
     fn validate(&self, tree: &Node) -> Result<(), Failure> {
         for stage in self.stages() {
             stage.validate().map_err(|error| {
-                let key = error.key.clone();
+                let key = error.key.replacen(stage.method(), stage.section(), 1);
                 blame(error.into(), tree, &key)
             })?;
             if let Some(sampling) = stage.sampling() {
-                self.check_sampling(sampling, tree, &format!("{}.sampling", stage.section()))?;
+                let key = format!("{}.sampling", stage.section());
+                self.check_sampling(sampling, tree, &format!("{}.sampling", stage.method()), &key)?;
             }
             if stage.needs_rewards() && self.rewards.is_empty() {
                 let failure = Failure::new(format!(
@@ -174,7 +175,8 @@ impl Config {
                 return Err(blame(failure, tree, stage.section()));
             }
         }
-        self.check_sampling(&self.evaluation.sampling, tree, "evaluation.sampling")?;
+        let key = "evaluation.sampling";
+        self.check_sampling(&self.evaluation.sampling, tree, key, key)?;
         if let Some(lora) = &self.lora {
             lora.validate().map_err(|error| blame(error.into(), tree, "lora"))?;
         }
@@ -187,9 +189,10 @@ impl Config {
         Ok(())
     }
 
-    fn check_sampling(&self, options: &SamplingOptions, tree: &Node, key: &str) -> Result<(), Failure> {
+    /// Checks the table at `key`, which the error calls `name`.
+    fn check_sampling(&self, options: &SamplingOptions, tree: &Node, name: &str, key: &str) -> Result<(), Failure> {
         options.validate().map_err(|error| {
-            let failure = Failure::new(format!("`{key}`: {error}"));
+            let failure = Failure::new(format!("`{name}`: {error}"));
             let failure = match error.hint() {
                 Some(hint) => failure.hint(hint),
                 None => failure,

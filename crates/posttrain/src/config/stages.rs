@@ -106,13 +106,13 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Refuses values that mean nothing.
+    /// Refuses values that mean nothing. The error names the option as one of the method's own section.
     pub fn validate(self) -> Result<(), OptionError> {
         match self {
             Self::Sft(options) => options.validate(),
             Self::Policy(options) => options.validate(),
         }
-        .map_err(|error| error.within(self.section()))
+        .map_err(|error| error.within(self.method()))
     }
 }
 
