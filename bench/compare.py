@@ -1,9 +1,10 @@
 """Runs both sides of a comparison alternately on this machine and writes bench/results/CASE.json.
 
-    python3 bench/compare.py [--python VENV/bin/python] [--rounds N] [CASE ...]
+    python3 bench/compare.py [--python VENV/bin/python] [--device cuda] [--rounds N] [CASE ...]
 
 Every measurement is a fresh process, ours and the peer's in turn; the ratio is that of the medians over all of them. What a
 case does stands in bench/README.md. Models and data that the cases share are made on the first run, in bench/work/.
+With `--device cuda` both sides compute on the GPU, and results go to bench/results/cuda/.
 """
 
 import argparse
@@ -29,6 +30,7 @@ arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argpars
 arguments.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
 arguments.add_argument("--python", default=sys.executable, help="the Python with the packages of bench/requirements.txt")
 arguments.add_argument("--rounds", type=int, help="processes of each side [default: the case's own]")
+arguments.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [default: cpu]")
 arguments.add_argument("--threads", type=int, default=os.cpu_count())
 arguments.add_argument("--prefix", default="", help="a command that runs each measured process, `nice -n -5` for example")
 arguments.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -78,18 +80,26 @@ def last_json(done):
 
 def speed(*flags):
     """Our engine alone: crates/model/examples/speed.rs."""
-    return lambda: last_json(run([SPEED, *flags, "--threads", options.threads, "--repeats", 2]))
+    return lambda: last_json(run([SPEED, *flags, *both(), "--repeats", 2]))
+
+
+def both():
+    """Flags of every process of either side."""
+    device = [] if options.device == "cpu" else ["--device", options.device]
+    return ["--threads", options.threads, *device]
 
 
 def peer(script, *flags):
     """A script that prints its measurements."""
-    return lambda: last_json(run([options.python, BENCH / "peers" / script, *flags, "--threads", options.threads]))
+    return lambda: last_json(run([options.python, BENCH / "peers" / script, *flags, *both()]))
 
 
 def train(recipe, *assignments):
     """Our binary on a recipe, into a fresh folder. Returns the finished process and the lines of timing.jsonl."""
     folder = WORK / "run"
     shutil.rmtree(folder, ignore_errors=True)
+    if options.device != "cpu":
+        assignments = [*assignments, f"model.device='{options.device}'"]
     sets = [flag for assignment in assignments for flag in ("--set", assignment)]
     command = [POSTTRAIN, "train", BENCH / "recipes" / recipe, "--output", folder, "--quiet", "--threads", options.threads, *sets]
     timing = folder / "timing.jsonl"
@@ -159,7 +169,7 @@ def start(inner):
 
 def our_generate():
     flags = ["--model", WORK / "random", "--raw", "--temperature", 1, "--max-new-tokens", 64, "--precision", "bf16"]
-    done = run([POSTTRAIN, "generate", *flags, "--quiet", "--threads", options.threads], stdin=WORK / "prompts16.jsonl")
+    done = run([POSTTRAIN, "generate", *flags, "--quiet", *both()], stdin=WORK / "prompts16.jsonl")
     answers = done.stdout.strip().splitlines()
     assert len(answers) == 16 and all(json.loads(answer)["completions"][0] for answer in answers)
     return {"seconds": [done.seconds]}
@@ -181,6 +191,8 @@ class Case:
     rounds: int = 3
     # Whether bench/work/ is needed.
     shared: bool = True
+    # Whether both sides can compute on a GPU.
+    gpu: bool = True
 
 
 GRPO = "grpo.toml"
@@ -199,10 +211,10 @@ CASES = {
     "start": Case(our_start("sft.toml", MODEL, "sft.training.max_steps=1"), start(peer("sft.py", "--steps", "1")), "seconds", 20.0),
     "generate-e2e": Case(our_generate, wall(peer("generate_file.py")), "seconds", 5.0),
     "decode-1-q8": Case(
-        speed("decode", "--sequences", 1), peer("llama_cpp.py"), "weight_bytes_per_second", 1.0
+        speed("decode", "--sequences", 1), peer("llama_cpp.py"), "weight_bytes_per_second", 1.0, gpu=False
     ),
     "decode-1-candle": Case(
-        speed("decode", "--sequences", 1), lambda: last_json(run([CANDLE, WORK / "q8_0.gguf"])), "weight_bytes_per_second", 1.0
+        speed("decode", "--sequences", 1), lambda: last_json(run([CANDLE, WORK / "q8_0.gguf"])), "weight_bytes_per_second", 1.0, gpu=False
     ),
 }  # fmt: skip
 CANDLE = BENCH / "peers/candle/target/release/candle-decode"
@@ -211,8 +223,9 @@ CANDLE = BENCH / "peers/candle/target/release/candle-decode"
 def prepare(names):
     """Builds what is measured, and makes what the cases share."""
     cargo = ["cargo", "build", "--release", "--quiet"]
-    subprocess.run([*cargo, "-p", "posttrain"], cwd=ROOT, check=True)
-    subprocess.run([*cargo, "-p", "posttrain-model", "--example", "speed"], cwd=ROOT, check=True)
+    features = [] if options.device == "cpu" else ["--features", "cuda"]
+    subprocess.run([*cargo, "-p", "posttrain", *features], cwd=ROOT, check=True)
+    subprocess.run([*cargo, "-p", "posttrain-model", *features, "--example", "speed"], cwd=ROOT, check=True)
     if "decode-1-candle" in names:
         subprocess.run(cargo, cwd=BENCH / "peers/candle", check=True)
     WORK.mkdir(exist_ok=True)
@@ -273,8 +286,10 @@ def compare(name, case, commit):
     memory = [result[side].get("peak_memory_bytes") for side in ("ours", "peer")]
     result["memory_ratio"] = memory[0] / memory[1] if all(memory) else None
     result["targets"] = {"speed_ratio_at_least": case.speed_target, "memory_ratio_at_most": case.memory_target}
-    result |= {"threads": options.threads, "rounds": rounds, "machine": machine(), "commit": commit}
-    (BENCH / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"threads": options.threads, "rounds": rounds, "device": options.device, "machine": machine(), "commit": commit}
+    folder = BENCH / "results" / ("" if options.device == "cpu" else "cuda")
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     line = f"{name:16} ours {ours:.4g}  peer {peer:.4g} {case.unit}  {result['speed_ratio']:.2f}x (target {case.speed_target}x)"
     if result["memory_ratio"]:
         line += f"  memory {result['memory_ratio']:.2f}" + (f" (target {case.memory_target})" if case.memory_target else "")
@@ -287,7 +302,10 @@ def main():
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
         sys.exit(f"unknown case {unknown[0]}; there are: {', '.join(CASES)}")
-    names = options.cases or list(CASES)
+    possible = [name for name, case in CASES.items() if case.gpu or options.device == "cpu"]
+    names = options.cases or possible
+    if impossible := [name for name in names if name not in possible]:
+        sys.exit(f"{impossible[0]} is for processors alone")
     prepare(names)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     for name in names:

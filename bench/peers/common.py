@@ -32,15 +32,21 @@ some her would make like him into time has look two more write go see number no 
 who oil its now find long down day did get come made may part""".split()
 
 
-def model(dtype=torch.float32):
+def model(dtype=torch.float32, device="cpu"):
     """A decoder of SmolLM2-135M's shape with random weights: speed does not depend on their values."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE, attn_implementation="sdpa")
-    return transformers.LlamaForCausalLM(config).to(dtype)
+    return transformers.LlamaForCausalLM(config).to(device, dtype)
 
 
 def setup(threads):
     torch.set_num_threads(threads)
+
+
+def synchronize():
+    """Waits for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_memory():
@@ -52,10 +58,12 @@ def measure(work, tokens, repeats, warmup=1):
     """Tokens per second of each repeat."""
     for _ in range(warmup):
         work()
+    synchronize()
     rates = []
     for _ in range(repeats):
         started = time.perf_counter()
         work()
+        synchronize()
         rates.append(tokens / (time.perf_counter() - started))
     return rates
 
@@ -64,6 +72,9 @@ def report(**measured):
     """One JSON line: what was measured, memory and versions; the keys are those of the Rust side."""
     packages = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "trl") if name in sys.modules}
     versions = {"python": platform.python_version(), **packages}
+    if torch.cuda.is_initialized():
+        versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
+        measured["gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps(measured | {"peak_memory_bytes": peak_memory(), "versions": versions}), flush=True)
 
 
@@ -72,4 +83,5 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return parser

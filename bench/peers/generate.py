@@ -14,8 +14,8 @@ def main():
     arguments = arguments.parse_args()
     common.setup(arguments.threads)
 
-    model = common.model(torch.bfloat16 if arguments.bf16 else torch.float32).eval()
-    ids = torch.randint(0, common.SHAPE["vocab_size"], (SEQUENCES, PROMPT))
+    model = common.model(torch.bfloat16 if arguments.bf16 else torch.float32, arguments.device).eval()
+    ids = torch.randint(0, common.SHAPE["vocab_size"], (SEQUENCES, PROMPT), device=arguments.device)
 
     @torch.inference_mode()
     def generate():

@@ -11,9 +11,9 @@ common.setup(arguments.threads)
 
 folder = common.WORK / "random"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(arguments.device).eval()
 prompts = [json.loads(line)["prompt"] for line in (common.WORK / "prompts16.jsonl").read_text().splitlines()]
-batch = tokenizer(prompts, return_tensors="pt")
+batch = tokenizer(prompts, return_tensors="pt").to(arguments.device)
 with torch.inference_mode():
     output = model.generate(
         **batch, do_sample=True, temperature=1.0, top_k=0, min_new_tokens=64, max_new_tokens=64, pad_token_id=2

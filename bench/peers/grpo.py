@@ -49,7 +49,7 @@ trainer = GRPOTrainer(
         bf16=arguments.autocast,
         model_init_kwargs={"dtype": "float32" if arguments.autocast else "bfloat16"},
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=arguments.device == "cpu",
         report_to="none",
         save_strategy="no",
         logging_strategy="no",

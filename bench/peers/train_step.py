@@ -50,11 +50,12 @@ def main():
     model = common.model()
     if arguments.lora:
         attach_lora(model)
+    model.to(arguments.device)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    ids = torch.randint(0, common.SHAPE["vocab_size"], (SEQUENCES, LENGTH))
-    cast = torch.autocast("cpu", torch.bfloat16) if arguments.autocast else contextlib.nullcontext()
+    ids = torch.randint(0, common.SHAPE["vocab_size"], (SEQUENCES, LENGTH), device=arguments.device)
+    cast = torch.autocast(torch.device(arguments.device).type, torch.bfloat16) if arguments.autocast else contextlib.nullcontext()
 
     def step():
         with cast:

@@ -52,6 +52,11 @@ impl RopeTable {
         Self { half, values }
     }
 
+    /// For each position its cosines, then its sines.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     /// How many positions the table covers.
     pub fn max_positions(&self) -> usize {
         self.values.len().checked_div(2 * self.half).unwrap_or(0)

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p posttrain-model --example speed -- train|generate|decode [--precision f32|bf16] [--lora]
-//!     [--threads N] [--repeats N] [--sequences N] [--length N] [--prompt N] [--new N]
+//!     [--device cpu|cuda|cuda:N] [--threads N] [--repeats N] [--sequences N] [--length N] [--prompt N] [--new N]
 //!     [--layers N] [--hidden N] [--intermediate N] [--heads N] [--kv-heads N] [--vocabulary N]
 //! ```
 //! `train`: full steps of `--sequences` (8) of `--length` (256) tokens: forward, backward, clipping and AdamW. `generate`:
@@ -15,9 +15,9 @@ use std::time::Instant;
 
 use base::{Purpose, Random};
 use kernels::{AdamW, AdamWStep, Precision};
-use posttrain_model::ModelConfig;
 use posttrain_model::decoder::{DecodeRow, Decoder, Gradients, PackedTokens, SequenceCache, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
+use posttrain_model::{DeviceName, ModelConfig};
 use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -38,6 +38,8 @@ fn main() -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     let repeats = number("--repeats", 3)?;
+    let name: DeviceName = value("--device").map_or(Ok(DeviceName::Cpu), |text| text.parse())?;
+    let device = name.open()?;
 
     let mut config = ModelConfig::smollm2_135m();
     config.vocab_size = number("--vocabulary", config.vocab_size)?;
@@ -51,6 +53,9 @@ fn main() -> Result<()> {
     if lora {
         decoder.attach_lora(&LoraConfig::default(), 1)?;
     }
+    if let Some(device) = &device {
+        decoder.to_device(device)?;
+    }
     let rates = match task {
         "train" => train(&mut decoder, precision, repeats, number("--sequences", 8)?, number("--length", 256)?)?,
         "generate" | "decode" => {
@@ -63,13 +68,14 @@ fn main() -> Result<()> {
     let mut result = serde_json::json!({
         "task": task,
         "precision": precision_name,
+        "device": name.to_string(),
         "parameters": parameters,
         "tokens_per_second": rates,
         "peak_memory_bytes": peak_memory(),
         "threads": rayon::current_num_threads(),
         "versions": { "posttrain": env!("CARGO_PKG_VERSION") },
     });
-    if task == "decode" {
+    if task == "decode" && device.is_none() {
         // Every round of one token for each sequence reads the weights once.
         let rounds = number("--sequences", 16)? as f64;
         result["weight_bytes"] = vec![weight_bytes].into();

@@ -66,6 +66,17 @@ pub enum Error {
     /// A request that the model cannot serve, such as a token outside the vocabulary.
     #[error("{0}")]
     Invalid(String),
+    /// A GPU that does not answer.
+    #[error("device {device:?} cannot be used: {reason}")]
+    NoDevice {
+        /// Its name.
+        device: String,
+        /// What the driver says, or that there is none.
+        reason: String,
+    },
+    /// A device, or an operation on it, failed.
+    #[error("the device failed: {0}")]
+    Device(#[from] candle_core::Error),
     /// The first infinity or NaN of a forward or backward.
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
@@ -115,6 +126,8 @@ impl Hint for Error {
             Self::UnknownModel { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
             Self::UnknownModel { .. } => Some("`posttrain models` lists the named models".into()),
             Self::NonFinite(_) => Some("in training: lower the learning rate, clip gradients, or train in f32; otherwise the weights are damaged".into()),
+            Self::NoDevice { .. } => Some("`posttrain doctor` says what it finds; device = \"cpu\" needs no GPU".into()),
+            Self::Device(_) => Some("if its memory is exhausted, lower micro_batch_tokens, decode_batch_size or max_new_tokens".into()),
             Self::Text(_) | Self::Invalid(_) => None,
         }
     }

@@ -8,6 +8,7 @@
 pub mod chat;
 pub mod config;
 pub mod decoder;
+pub mod device;
 pub mod error;
 pub mod hub;
 pub mod lora;
@@ -19,4 +20,5 @@ pub mod weights;
 
 pub use config::{Family, ModelConfig};
 pub use decoder::Decoder;
+pub use device::DeviceName;
 pub use error::{Error, Result};

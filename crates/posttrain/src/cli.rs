@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use model::DeviceName;
 use model::decoder::WeightFormat;
 
 use crate::config::Precision;
@@ -131,6 +132,9 @@ pub struct Model {
     /// How weights are stored while answers are made
     #[arg(long, value_enum, default_value_t = Weights::Full)]
     pub weights: Weights,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
 }
 
 /// How weights are stored for generation.

@@ -7,7 +7,7 @@ use model::chat::ChatTemplate;
 use model::lora::{self, LoraConfig};
 use model::tokenizer::Tokenizer;
 use model::weights::safetensors;
-use model::{Decoder, hub, save, source};
+use model::{Decoder, DeviceName, hub, save, source};
 use train::directory::Directory;
 
 use crate::command::models::fetch;
@@ -38,6 +38,17 @@ pub struct Opened {
 }
 
 impl Opener {
+    /// Opens a model that computes on a device.
+    pub fn open_on(&self, device: DeviceName, name: &str, seed: u64) -> Result<Opened, Failure> {
+        // A device that is not there is told before anything is read.
+        let device = device.open()?;
+        let mut opened = self.open(name, seed)?;
+        if let Some(device) = device {
+            opened.decoder.to_device(&device)?;
+        }
+        Ok(opened)
+    }
+
     /// Opens a model. The weights of a preset are drawn from `seed`.
     pub fn open(&self, name: &str, seed: u64) -> Result<Opened, Failure> {
         let path = self.resolve(name)?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use kernels::{DecodeQuery, KvBlock};
 
+use super::device::{Slots, Span};
 use super::identity::WeightsId;
 use super::{Decoder, Workspace};
 use crate::error::{Error, Result};
@@ -20,15 +21,25 @@ pub const SHARED_FROM: usize = 16;
 
 /// The keys and values of a run of neighbouring tokens in every layer.
 struct Run {
+    /// The engine's; none on a device.
     layers: Vec<KvBlock>,
+    /// On a device, the rows of its pool.
+    slots: Option<Slots>,
     len: usize,
     weights: WeightsId,
 }
 
 impl Run {
     fn new(decoder: &Decoder, capacity: usize) -> Self {
-        let layers = decoder.layers.iter().map(|layer| KvBlock::new(layer.shape, capacity)).collect();
-        Self { layers, len: 0, weights: decoder.weights_id() }
+        let slots = decoder.device.as_ref().map(|device| Slots::new(&device.pool));
+        let layers = decoder.layers.iter().filter(|_| slots.is_none());
+        let layers = layers.map(|layer| KvBlock::new(layer.shape, capacity)).collect();
+        Self { layers, slots, len: 0, weights: decoder.weights_id() }
+    }
+
+    /// The rows of the pool that hold the first `len` tokens.
+    fn rows(&self, len: usize) -> &[u32] {
+        self.slots.as_ref().map_or(&[], |slots| &slots.rows()[..len])
     }
 }
 
@@ -143,6 +154,9 @@ impl SequenceCache {
         for block in &mut self.own.layers {
             block.truncate(len);
         }
+        if let Some(slots) = &mut self.own.slots {
+            slots.truncate(len);
+        }
         self.own.len = self.own.len.min(len);
     }
 
@@ -236,7 +250,6 @@ impl Decoder {
         prompts: &[Prompt<'_>],
         workspace: &mut Workspace,
     ) -> Result<Vec<Prefill>> {
-        self.ready()?;
         let weights = self.weights_id();
         for row in rows.iter() {
             row.cache.prompt.check(weights)?;
@@ -269,7 +282,14 @@ impl Decoder {
         let mut new: Vec<Run> =
             extensions[of_prompts..].iter().map(|extension| Run::new(self, extension.tokens.len())).collect();
         own.extend(&mut new);
-        self.append(&extensions, &mut own, workspace)?;
+        let ids = self.place(&extensions, &own, workspace)?;
+        match self.device.is_some() {
+            true => self.append_on_device(&ids, &extensions, &mut own, workspace)?,
+            false => self.append(&ids, &extensions, &mut own, workspace)?,
+        }
+        for (extension, own) in extensions.iter().zip(own) {
+            own.len += extension.tokens.len();
+        }
 
         let new: Vec<Arc<Run>> = new.into_iter().map(Arc::new).collect();
         let d = self.config.hidden_size;
@@ -287,12 +307,12 @@ impl Decoder {
         Ok(done.collect())
     }
 
-    /// Runs the stack over the tokens of all extensions and appends their keys and values to the runs in `own`.
-    fn append(&self, extensions: &[Extension<'_>], own: &mut [&mut Run], workspace: &mut Workspace) -> Result<()> {
+    /// The tokens of all extensions, and in the workspace their positions.
+    fn place(&self, extensions: &[Extension<'_>], own: &[&mut Run], workspace: &mut Workspace) -> Result<Vec<u32>> {
         let (vocabulary, max_positions) = (self.config.vocab_size, self.config.max_positions);
         let mut ids = Vec::new();
         workspace.positions.clear();
-        for (extension, own) in extensions.iter().zip(own.iter()) {
+        for (extension, own) in extensions.iter().zip(own) {
             let tokens = extension.tokens;
             if let Some(&id) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
                 return Err(Error::Invalid(format!("token {id} is not below the vocabulary size {vocabulary}")));
@@ -306,7 +326,48 @@ impl Decoder {
             ids.extend_from_slice(tokens);
             workspace.positions.extend((first..first + tokens.len()).map(|position| position as u32));
         }
-        self.run(&ids, self.generation, workspace, false, None, |layer, kept| {
+        Ok(ids)
+    }
+
+    /// [`Decoder::append`] with keys and values on the device.
+    fn append_on_device(
+        &self,
+        ids: &[u32],
+        extensions: &[Extension<'_>],
+        own: &mut [&mut Run],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let Some(device) = &self.device else { return Ok(()) };
+        for (extension, own) in extensions.iter().zip(own.iter_mut()) {
+            own.slots.iter_mut().try_for_each(|slots| slots.extend(extension.tokens.len()))?;
+        }
+        let mut first = 0;
+        let mut new = Vec::with_capacity(ids.len());
+        let spans = extensions.iter().zip(own.iter()).map(|(extension, own_run)| {
+            let last = own_run.len + extension.tokens.len();
+            let known = extension.known.iter().map(|(known, len)| match known {
+                Known::Old(run) => run.rows(*len),
+                Known::Own(other) => own[*other].rows(*len),
+            });
+            let keys = known.chain([own_run.rows(last)]).flatten().copied().collect();
+            new.extend_from_slice(&own_run.rows(last)[own_run.len..]);
+            first += extension.tokens.len();
+            Span { queries: first - extension.tokens.len()..first, keys }
+        });
+        let spans: Vec<Span> = spans.collect();
+        let positions = std::mem::take(&mut workspace.positions);
+        device.append(self, ids, &positions, &spans, &new, workspace)
+    }
+
+    /// Runs the stack over the tokens of all extensions and appends their keys and values to the runs in `own`.
+    fn append(
+        &self,
+        ids: &[u32],
+        extensions: &[Extension<'_>],
+        own: &mut [&mut Run],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.run(ids, self.generation, workspace, false, None, |layer, kept| {
             let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
             // All keys and values come first: a prompt may see those of another.
             let mut rest = &kept.qkv[..];
@@ -331,11 +392,7 @@ impl Decoder {
                 DecodeQuery { qkv, context, out }
             });
             kernels::attention_decode(layer.shape, &mut queries.collect::<Vec<_>>());
-        })?;
-        for (extension, own) in extensions.iter().zip(own) {
-            own.len += extension.tokens.len();
-        }
-        Ok(())
+        })
     }
 
     /// The logits of rows of hidden states: rows × vocabulary. With full weights, they have the bits of those inside the
@@ -344,6 +401,9 @@ impl Decoder {
     /// # Errors
     /// If the weights are not prepared, or the model does not predict tokens.
     pub fn logits(&self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
+        if let Some(device) = &self.device {
+            return device.logits(self, hidden, logits);
+        }
         let precision = self.ready()?;
         self.language_head()?.logits(self.products(precision, self.generation), hidden, logits);
         Ok(())

@@ -310,11 +310,18 @@ fn pair_slots(targets: &[Target], tokens: &PackedTokens) -> Vec<Slot> {
 
 /// Splits statistics into columns, after a check that they are numbers.
 fn collect(stats: &[RowStats], targets: &[Target], want_entropy: bool) -> Result<LogProbs> {
-    let log_prob: Vec<f32> = stats.iter().map(|stats| stats.log_prob).collect();
-    if let Some(mut found) = NonFinite::find(None, "log-probability", &log_prob, 1) {
-        found.row = targets[found.row].row;
-        return Err(found.into());
-    }
+    let log_prob = stats.iter().map(|stats| stats.log_prob).collect();
     let entropy = if want_entropy { stats.iter().map(|stats| stats.entropy).collect() } else { Vec::new() };
-    Ok(LogProbs { log_prob, entropy, most_probable: stats.iter().map(|stats| stats.most_probable).collect() })
+    let most_probable = stats.iter().map(|stats| stats.most_probable).collect();
+    LogProbs { log_prob, entropy, most_probable }.checked(targets)
+}
+
+impl LogProbs {
+    /// The same, if every log-probability is a number.
+    pub(super) fn checked(self, targets: &[Target]) -> Result<Self> {
+        match NonFinite::find(None, "log-probability", &self.log_prob, 1) {
+            Some(found) => Err(NonFinite { row: targets[found.row].row, ..found }.into()),
+            None => Ok(self),
+        }
+    }
 }

@@ -23,24 +23,25 @@ pub(super) struct Layer {
     pub shape: AttentionShape,
     /// Index of the layer's rotary table.
     pub rope: usize,
-    eps: f32,
-    norm_offset: f32,
-    activation: Activation,
-    attention_norm: Range<usize>,
+    pub eps: f32,
+    pub norm_offset: f32,
+    pub activation: Activation,
+    pub attention_norm: Range<usize>,
     pub qkv: Linear,
-    head_norms: Option<HeadNorms>,
+    pub head_norms: Option<HeadNorms>,
     pub output: Linear,
-    post_attention_norm: Option<Range<usize>>,
-    mlp_norm: Range<usize>,
+    pub post_attention_norm: Option<Range<usize>>,
+    pub mlp_norm: Range<usize>,
     pub gate_up: Linear,
     pub down: Linear,
-    post_mlp_norm: Option<Range<usize>>,
+    pub post_mlp_norm: Option<Range<usize>>,
 }
 
+/// Norms of each head's queries and keys.
 #[derive(Clone)]
-struct HeadNorms {
-    q: Range<usize>,
-    k: Range<usize>,
+pub(super) struct HeadNorms {
+    pub q: Range<usize>,
+    pub k: Range<usize>,
 }
 
 /// What a layer shares with the others while it runs.

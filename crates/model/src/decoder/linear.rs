@@ -28,9 +28,9 @@ pub(super) struct Linear {
     pub inputs: usize,
     pub outputs: usize,
     /// `outputs × inputs` in the base parameters.
-    weight: Range<usize>,
+    pub weight: Range<usize>,
     /// `outputs` in the base parameters.
-    bias: Option<Range<usize>>,
+    pub bias: Option<Range<usize>>,
     /// The transposed weight, `inputs × outputs`; without it, products pack as they go.
     packed: Option<PackedMatrix>,
     /// The same in 8 bits, where generation asks for it.
@@ -41,21 +41,21 @@ pub(super) struct Linear {
 /// The adapters of a [`Linear`]'s projections.
 #[derive(Clone)]
 pub(super) struct Adapter {
-    rank: usize,
-    scale: f32,
+    pub rank: usize,
+    pub scale: f32,
     /// The A of each adapted projection, one below the other: `parts.len() * rank × inputs` in the adapter parameters.
-    a: Range<usize>,
+    pub a: Range<usize>,
     packed_a: Option<PackedMatrix>,
-    parts: Vec<AdapterPart>,
+    pub parts: Vec<AdapterPart>,
 }
 
 /// One projection's B.
 #[derive(Clone)]
-struct AdapterPart {
+pub(super) struct AdapterPart {
     /// The projection's outputs within those of the whole layer.
-    columns: Range<usize>,
+    pub columns: Range<usize>,
     /// `columns.len() × rank` in the adapter parameters.
-    b: Range<usize>,
+    pub b: Range<usize>,
     packed_b: Option<PackedMatrix>,
 }
 

@@ -10,6 +10,7 @@
 //! left fold over an index of its own sequence, or over tokens in order.
 
 mod decode;
+mod device;
 mod estimate;
 mod head;
 mod identity;
@@ -25,6 +26,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use base::{Purpose, Random};
+use candle_core::Device;
 use kernels::{Precision, RopeTable};
 use rayon::prelude::*;
 
@@ -32,6 +34,7 @@ use crate::config::{ModelConfig, ScoreHead};
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, PEFT_PREFIX, peft_key};
 use crate::weights::{TensorView, Tensors};
+use device::OnDevice;
 use head::{Ends, Head, check_temperature};
 use layer::{Layer, Pass};
 use linear::Products;
@@ -79,6 +82,8 @@ pub struct Decoder {
     generation: WeightFormat,
     /// The precision for which the 8-bit weights are current.
     int8: Option<Precision>,
+    /// Where passes run, if not here.
+    device: Option<OnDevice>,
 }
 
 /// What happens to the input embedding of each row, given by number, before the first layer.
@@ -169,6 +174,7 @@ impl Decoder {
             values: identity::Values::fresh(),
             generation: WeightFormat::Full,
             int8: None,
+            device: None,
             config,
         })
     }
@@ -186,6 +192,26 @@ impl Decoder {
     /// The base weights where they lie, under their Hugging Face names.
     pub fn views(&self) -> impl Iterator<Item = (&String, TensorView<'_>)> {
         self.layout.views(&self.base)
+    }
+
+    /// Lets all passes run on a device of candle's. Weights and gradients stay here, to be read and changed as before, and
+    /// [`Decoder::prepare`] copies the weights there. 8-bit weights are not for devices.
+    ///
+    /// # Errors
+    /// A device without the memory for the rotary tables.
+    pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.device = None;
+        self.device = Some(OnDevice::new(self, device)?);
+        self.values = identity::Values::fresh();
+        (self.precision, self.base_packed, self.int8) = (None, false, None);
+        self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(linear::Linear::release_base);
+        self.head.iter_mut().for_each(Head::release);
+        Ok(())
+    }
+
+    /// The device that passes run on, if it is not this processor with the engine's own kernels.
+    pub fn device(&self) -> Option<&Device> {
+        self.device.as_ref().map(OnDevice::device)
     }
 
     // ---- Parameters ----
@@ -230,6 +256,13 @@ impl Decoder {
     /// Packs the weights for `precision`, as far as they have changed. This, [`Decoder::prepare_for_training`] or
     /// [`Decoder::prepare_for_generation`] must follow every change of a weight.
     pub fn prepare(&mut self, precision: Precision) {
+        if let Some(mut device) = self.device.take() {
+            device.prepare(self, precision);
+            self.device = Some(device);
+            self.precision = Some(precision);
+            (self.base_stale, self.adapter_stale, self.generation) = (false, false, WeightFormat::Full);
+            return;
+        }
         let repack = self.precision != Some(precision);
         if repack || !self.base_packed || self.base_stale {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
@@ -256,7 +289,7 @@ impl Decoder {
     /// all weights are given back. Weights under an adapter stay packed. Results are the same to the last bit, but what has
     /// few rows, as generation does, takes several times as long.
     pub fn prepare_for_training(&mut self, precision: Precision) {
-        if self.adapter.is_some() {
+        if self.adapter.is_some() || self.device.is_some() {
             return self.prepare(precision);
         }
         self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(linear::Linear::release_base);
@@ -275,7 +308,7 @@ impl Decoder {
             return self.prepare(precision);
         }
         self.prepare_for_training(precision);
-        if self.int8 != Some(precision) {
+        if self.int8 != Some(precision) && self.device.is_none() {
             for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
                 linear.pack_int8(precision, &self.base);
             }
@@ -294,8 +327,12 @@ impl Decoder {
 
     /// Names what is computed with: anything derived from the weights may be kept as long as this stays the same.
     pub fn weights_id(&self) -> WeightsId {
-        let adapter = self.adapter.as_ref().is_some_and(|adapter| adapter.on);
-        WeightsId { values: self.values, precision: self.precision, format: self.generation, adapter }
+        WeightsId {
+            values: self.values,
+            precision: self.precision,
+            format: self.generation,
+            adapter: self.adapter_is_on(),
+        }
     }
 
     /// Bytes of the packed copies of the weights.
@@ -306,10 +343,13 @@ impl Decoder {
 
     /// Checks that the packed weights are current.
     fn ready(&self) -> Result<Precision> {
+        if self.device.is_some() {
+            return Err(Error::unsupported("this on a device", "run it with device = \"cpu\""));
+        }
         let stale = self.base_stale || (self.adapter_stale && self.adapter.is_some());
         match self.precision {
             Some(precision) if !stale => Ok(precision),
-            _ => Err(Error::Invalid("the decoder's weights changed and were not prepared".into())),
+            _ => Err(not_prepared()),
         }
     }
 
@@ -335,6 +375,7 @@ impl Decoder {
                 fill(values, |i| (random.normal(i) * deviation) as f32);
             }
         }
+        decoder.device = self.device.take();
         *self = decoder;
         Ok(())
     }
@@ -358,7 +399,10 @@ impl Decoder {
     /// A model without such a head, weights that are not prepared, rows outside the batch or out of order, and the first
     /// score that is not finite.
     pub fn scores(&self, workspace: &Workspace, rows: &[usize]) -> Result<Vec<f32>> {
-        self.ready()?;
+        match &self.device {
+            Some(device) => device.check_ready(self)?,
+            None => drop(self.ready()?),
+        }
         let (score, values) = self.score()?;
         score::check_rows(rows, workspace.rows)?;
         let scores = score.forward(values, &workspace.hidden, rows);
@@ -462,6 +506,11 @@ impl Decoder {
         }
     }
 
+    /// Whether there is an adapter that takes part in passes.
+    fn adapter_is_on(&self) -> bool {
+        self.adapter.as_ref().is_some_and(|adapter| adapter.on)
+    }
+
     fn drop_adapter(&mut self) {
         self.adapter = None;
         self.values = identity::Values::fresh();
@@ -505,6 +554,9 @@ impl Decoder {
         change: Option<EmbeddingChange<'_>>,
     ) -> Result<()> {
         tokens.check(self.config.vocab_size, self.config.max_positions)?;
+        if let Some(device) = &self.device {
+            return device.forward(self, tokens, workspace, keep, change);
+        }
         workspace.positions = tokens.positions();
         let attend = |layer: &Layer, kept: &mut Activations| layer.attend(tokens.segments(), kept);
         self.run(tokens.ids(), WeightFormat::Full, workspace, keep, change, attend)
@@ -572,10 +624,13 @@ impl Decoder {
         temperature: f32,
         want_entropy: bool,
     ) -> Result<LogProbs> {
-        let products = self.products(self.ready()?, WeightFormat::Full);
         let head = self.language_head()?;
         head.check(targets, workspace.rows)?;
         check_temperature(temperature)?;
+        if let Some(device) = &self.device {
+            return device.log_probs(self, &workspace.hidden, targets, temperature, want_entropy);
+        }
+        let products = self.products(self.ready()?, WeightFormat::Full);
         head.log_probs(products, &workspace.hidden, targets, temperature, want_entropy, &mut workspace.head)
     }
 
@@ -590,10 +645,14 @@ impl Decoder {
         targets: &[Target],
         visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
     ) -> Result<std::result::Result<(), E>> {
-        let products = self.products(self.ready()?, WeightFormat::Full);
         let head = self.language_head()?;
         head.check(targets, workspace.rows)?;
-        Ok(head.visit(products, &workspace.hidden, targets, &mut workspace.head, visit))
+        let Workspace { hidden, head: scratch, .. } = workspace;
+        if let Some(device) = &self.device {
+            return device.visit(self, hidden, targets, scratch, visit);
+        }
+        let products = self.products(self.ready()?, WeightFormat::Full);
+        Ok(head.visit(products, hidden, targets, scratch, visit))
     }
 
     // ---- Backward ----
@@ -654,19 +713,24 @@ impl Decoder {
         scores: ScoreGradients<'_>,
         gradients: &mut Gradients,
     ) -> Result<LogProbs> {
-        let precision = self.ready()?;
         let head = self.language_head()?;
         head.check(targets, workspace.rows)?;
         check_temperature(temperature)?;
         if d_log_prob.len() != targets.len() || d_entropy.is_some_and(|d_entropy| d_entropy.len() != targets.len()) {
             return Err(Error::Invalid(format!("expected one gradient for each of {} targets", targets.len())));
         }
-        let products = self.products(precision, WeightFormat::Full);
         self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
             let mut ends = Ends { hidden: &workspace.hidden, d_hidden: &mut *d_hidden, gradients: &mut *gradients };
             let scratch = &mut workspace.head;
-            let found =
-                head.backward(products, tokens, targets, temperature, d_log_prob, d_entropy, &mut ends, scratch)?;
+            let found = match &self.device {
+                Some(device) => {
+                    device.backward_head(self, targets, temperature, (d_log_prob, d_entropy), &mut ends)?
+                }
+                None => {
+                    let products = self.products(self.ready()?, WeightFormat::Full);
+                    head.backward(products, tokens, targets, temperature, d_log_prob, d_entropy, &mut ends, scratch)?
+                }
+            };
             self.backward_score_head(workspace, scores, d_hidden, gradients)?;
             Ok(found)
         })
@@ -686,13 +750,19 @@ impl Decoder {
         gradients: &mut Gradients,
         visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
     ) -> Result<std::result::Result<(), E>> {
-        let products = self.products(self.ready()?, WeightFormat::Full);
         let head = self.language_head()?;
         head.check(targets, workspace.rows)?;
         let mut failed = None;
         let done = self.backward_heads(tokens, workspace, gradients, |workspace, d_hidden, gradients| {
             let mut ends = Ends { hidden: &workspace.hidden, d_hidden, gradients };
-            head.backward_visit(products, tokens, targets, &mut ends, &mut workspace.head, visit).map_err(|error| {
+            let visited = match &self.device {
+                Some(device) => device.backward_visit(self, targets, &mut ends, &mut workspace.head, visit)?,
+                None => {
+                    let products = self.products(self.ready()?, WeightFormat::Full);
+                    head.backward_visit(products, tokens, targets, &mut ends, &mut workspace.head, visit)
+                }
+            };
+            visited.map_err(|error| {
                 failed = Some(error);
                 Error::Invalid("the loss of a chunk of logits failed".into())
             })
@@ -757,14 +827,15 @@ impl Decoder {
         d_hidden: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
+        self.check_adapter_is_on()?;
+        if let Some(device) = &self.device {
+            return device.backward_hidden(self, tokens, workspace, d_hidden, gradients);
+        }
         let precision = self.ready()?;
         let d = self.config.hidden_size;
         if workspace.kept == Kept::Nothing || workspace.rows != tokens.rows() {
-            return Err(Error::Invalid(
-                "backward needs a forward over the same tokens that kept its activations".into(),
-            ));
+            return Err(nothing_kept());
         }
-        self.check_adapter_is_on()?;
         // What the layers kept is about to be overwritten.
         let keeps = std::mem::take(&mut workspace.kept);
         workspace.fit_backward(&self.config, self.low_rank());
@@ -800,6 +871,14 @@ impl Decoder {
         }
         Ok(())
     }
+}
+
+fn not_prepared() -> Error {
+    Error::Invalid("the decoder's weights changed and were not prepared".into())
+}
+
+fn nothing_kept() -> Error {
+    Error::Invalid("backward needs a forward over the same tokens that kept its activations".into())
 }
 
 /// Fills `values` from their indices, on all threads.

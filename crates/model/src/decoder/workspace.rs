@@ -1,5 +1,6 @@
 //! Memory that a forward and a backward reuse from step to step.
 
+use super::device::KeptOnDevice;
 use crate::config::ModelConfig;
 
 /// Activations and scratch space of one forward and backward at a time.
@@ -27,6 +28,8 @@ pub struct Workspace {
     /// The gradient of `hidden`.
     pub(super) d_hidden: Vec<f32>,
     pub(super) head: HeadScratch,
+    /// What the last forward left on the device, where the decoder is on one.
+    pub(super) device: KeptOnDevice,
 }
 
 /// What a forward leaves for backward.
@@ -113,6 +116,11 @@ impl Workspace {
         }
     }
 
+    /// Whether a forward for training keeps the input of each layer alone.
+    pub(super) fn checkpoints(&self) -> bool {
+        self.checkpointing
+    }
+
     /// Gives all memory back; how a forward keeps its activations stays as it was set.
     pub fn release(&mut self) {
         *self = Self { checkpointing: self.checkpointing, ..Self::default() };
@@ -166,7 +174,7 @@ impl Workspace {
         resize(&mut scratch.d_low_rank, rows * low_rank.into_iter().max().unwrap_or(0));
     }
 
-    /// Bytes held.
+    /// Bytes held on the host.
     pub fn bytes(&self) -> usize {
         let scratch = &self.scratch;
         let head = &self.head;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use kernels::Isa;
-use model::hub;
+use model::{DeviceName, hub};
 
 use crate::failure::Failure;
 use crate::report::bytes;
@@ -30,7 +30,7 @@ impl Finding {
 
 /// Prints what was found; advice stands under the lines that need it.
 pub fn run() -> Result<(), Failure> {
-    let findings = [processor(), kernels(), threads(), memory(), disk(), cache(), quickstart(), python()];
+    let findings = [processor(), kernels(), threads(), gpu(), memory(), disk(), cache(), quickstart(), python()];
     let mut text = String::new();
     for Finding { what, found, advice } in &findings {
         let mark = if advice.is_some() { "!" } else { "✓" };
@@ -64,6 +64,20 @@ fn kernels() -> Finding {
 fn threads() -> Finding {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Finding::good("threads", format!("{} of {cores}", rayon::current_num_threads()))
+}
+
+fn gpu() -> Finding {
+    if !DeviceName::CUDA {
+        return Finding::good("gpu", "not used: a build for processors (docs/gpu.md)");
+    }
+    match DeviceName::Cuda(0).open() {
+        Ok(_) => Finding::good("gpu", "cuda answers: `model.device = \"cuda\"` trains and samples on it"),
+        Err(error) => Finding::bad(
+            "gpu",
+            error.to_string(),
+            "the driver and CUDA's libraries must be where the loader finds them: docs/gpu.md",
+        ),
+    }
 }
 
 /// The quickstart's peak with some room.

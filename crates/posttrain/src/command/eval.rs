@@ -24,7 +24,7 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
             Failure::new("the recipe has nothing to measure: expected `[[rewards]]`, and `[[tasks]]` or `data.test`");
         return Err(failure.hint("recipes/quickstart.toml has both"));
     }
-    let mut model = opener.open(&config.model.name, config.seed)?;
+    let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     model.decoder.prepare_for_generation(config.model.precision.into(), arguments.weights.into());
     let language = Language {
         tokenizer: &model.tokenizer,

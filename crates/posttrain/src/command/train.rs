@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use envs::Weighted;
+use model::DeviceName;
 use train::directory::Directory;
 use train::methods::grpo::Grpo;
 use train::methods::sft::Sft;
@@ -90,6 +91,14 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Where the run computes, in a word.
+fn place(config: &Config) -> String {
+    match config.model.device {
+        DeviceName::Cpu => kernels::Isa::current().to_string(),
+        device => device.to_string(),
+    }
+}
+
 fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Result<(), Failure> {
     let terminal = opener.terminal;
     // Where the run lies is not part of what it computes; its own folder must not make its files differ.
@@ -99,7 +108,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     if begin == Begin::Fresh && directory.holds_a_run() {
         return Err(train::Error::Exists { folder: output.to_owned() }.into());
     }
-    let mut model = opener.open(&config.model.name, config.seed)?;
+    let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     if let Some(lora) = &config.lora {
         model.decoder.attach_lora(lora, config.seed)?;
     }
@@ -114,7 +123,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         config.model.name,
         corpus.examples.len().max(corpus.prompts.len()),
         corpus.test.len(),
-        kernels::Isa::current(),
+        place(&config),
         rayon::current_num_threads()
     ));
     let memory = Memory::new(&config, model.decoder.config(), Workload::of(&corpus), available);

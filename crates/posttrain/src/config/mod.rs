@@ -13,6 +13,8 @@ use base::Hint;
 use data::{DataOptions, RenderOptions};
 use envs::{RewardConfig, TaskConfig};
 use eval::EvaluateOptions;
+use model::DeviceName;
+use model::decoder::WeightFormat;
 use model::lora::LoraConfig;
 use rollout::SamplingOptions;
 use schemars::JsonSchema;
@@ -71,11 +73,14 @@ pub struct ModelOptions {
     pub name: String,
     /// Number format of the matrix products, in sampling and in training alike.
     pub precision: Precision,
+    /// Where it computes: `cpu`, or in a build with `--features cuda` an NVIDIA GPU, `cuda` or `cuda:N`. On a GPU, results
+    /// are the processor's within rounding, and sampler and trainer agree within rounding; docs/gpu.md says more.
+    pub device: DeviceName,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { name: "smollm2-135m-instruct".into(), precision: Precision::default() }
+        Self { name: "smollm2-135m-instruct".into(), precision: Precision::default(), device: DeviceName::Cpu }
     }
 }
 
@@ -165,6 +170,12 @@ impl Config {
             if let Some(sampling) = stage.sampling() {
                 let key = format!("{}.sampling", stage.section());
                 self.check_sampling(sampling, tree, &format!("{}.sampling", stage.method()), &key)?;
+            }
+            if stage.rollout_weights() == WeightFormat::Int8 && self.model.device != DeviceName::Cpu {
+                let key = format!("{}.rollout_weights", stage.method());
+                let failure = Failure::new(format!("`{key}`: 8-bit weights are for `model.device = \"cpu\"` alone"));
+                let place = format!("{}.rollout_weights", stage.section());
+                return Err(blame(failure.hint("leave it at \"full\""), tree, &place));
             }
             if stage.needs_rewards() && self.rewards.is_empty() {
                 let failure = Failure::new(format!(

@@ -1,5 +1,6 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
+use model::decoder::WeightFormat;
 use train::methods::grpo::GrpoOptions;
 use train::methods::sft::SftOptions;
 use train::options::{OptionError, TrainingOptions};
@@ -75,6 +76,14 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(_) => None,
             Self::Policy(options) => Some(&options.sampling),
+        }
+    }
+
+    /// The weights it samples with.
+    pub fn rollout_weights(self) -> WeightFormat {
+        match self {
+            Self::Sft(_) => WeightFormat::Full,
+            Self::Policy(options) => options.rollout_weights,
         }
     }
 
