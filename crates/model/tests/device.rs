@@ -1,5 +1,5 @@
 //! The decoder on a device of candle's against the engine: log-probs, every gradient, generation, errors. The device is candle's
-//! processor; what a GPU would add to it is candle's own kernels.
+//! processor; what a GPU adds to it is candle's own kernels, and with `POSTTRAIN_TEST_DEVICE=cuda` these tests run on one.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 mod engine;
@@ -14,13 +14,19 @@ use posttrain_model::decoder::{
     DecodeRow, Decoder, KvCache, Prompt, ScoreGradients, SequenceCache, WeightFormat, Workspace,
 };
 use posttrain_model::lora::{LoraConfig, TargetModule};
-use posttrain_model::{Error, Family, ModelConfig};
+use posttrain_model::{DeviceName, Error, Family, ModelConfig};
 
 const TEMPERATURE: f32 = 0.7;
 
+/// Candle's processor, or what `POSTTRAIN_TEST_DEVICE` names.
+fn device() -> Device {
+    let name = std::env::var("POSTTRAIN_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+    name.parse::<DeviceName>().unwrap().open().unwrap().unwrap_or(Device::Cpu)
+}
+
 fn on_device(decoder: &Decoder, precision: Precision) -> Decoder {
     let mut decoder = decoder.clone();
-    decoder.to_device(&Device::Cpu).unwrap();
+    decoder.to_device(&device()).unwrap();
     decoder.prepare(precision);
     decoder
 }

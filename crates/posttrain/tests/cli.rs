@@ -67,7 +67,16 @@ shows! {
     resume_without_a_run: ["resume", "nowhere"];
     merge_without_an_adapter: ["merge", "tiny-llama", "--out", "merged"];
     wrong_flag_value: ["doctor", "--threads", "0"];
+    wrong_device: ["train", "small.toml", "--set", "model.device='gpu'"];
+    wrong_device_flag: ["generate", "--device", "gpu", "--prompt", "hi"];
     bench_beyond_the_context: ["bench", "--model", "tiny-llama", "--length", "513", "--quiet"];
+}
+
+#[test]
+#[cfg(not(feature = "cuda"))]
+fn a_gpu_in_a_build_for_processors() {
+    let device = "model.device='cuda:1'";
+    insta::assert_snapshot!("a_gpu_in_a_build_for_processors", run(&["train", "small.toml", "--set", device]));
 }
 
 #[test]

@@ -26,7 +26,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use base::{Purpose, Random};
-use candle_core::Device;
 use kernels::{Precision, RopeTable};
 use rayon::prelude::*;
 
@@ -192,26 +191,6 @@ impl Decoder {
     /// The base weights where they lie, under their Hugging Face names.
     pub fn views(&self) -> impl Iterator<Item = (&String, TensorView<'_>)> {
         self.layout.views(&self.base)
-    }
-
-    /// Lets all passes run on a device of candle's. Weights and gradients stay here, to be read and changed as before, and
-    /// [`Decoder::prepare`] copies the weights there. 8-bit weights are not for devices.
-    ///
-    /// # Errors
-    /// A device without the memory for the rotary tables.
-    pub fn to_device(&mut self, device: &Device) -> Result<()> {
-        self.device = None;
-        self.device = Some(OnDevice::new(self, device)?);
-        self.values = identity::Values::fresh();
-        (self.precision, self.base_packed, self.int8) = (None, false, None);
-        self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(linear::Linear::release_base);
-        self.head.iter_mut().for_each(Head::release);
-        Ok(())
-    }
-
-    /// The device that passes run on, if it is not this processor with the engine's own kernels.
-    pub fn device(&self) -> Option<&Device> {
-        self.device.as_ref().map(OnDevice::device)
     }
 
     // ---- Parameters ----

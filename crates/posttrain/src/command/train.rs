@@ -82,6 +82,9 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     terminal.note(format!("configuration: {}", config.hash()?));
     terminal.note(format!("rows: {} to train on, {} held out", work.train_rows, work.test_rows));
     terminal.note(plan.render().trim_end());
+    if config.model.device != DeviceName::Cpu {
+        terminal.note(format!("the estimates are for this machine without {}", config.model.device));
+    }
     if let Some(available) = available.filter(|available| *available < plan.memory.total()) {
         terminal.note(format!(
             "only {} of memory are available: lower micro_batch_tokens, or add [lora]",

@@ -18,7 +18,7 @@
 //! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
 //! 2. π_old comes from the sampler, with no second pass: sampler and trainer run the same kernels, so with equal weights the
 //!    two agree to the last bit. `sampling/sampling_logp_difference/*` measures this in every step and must be 0. Only with
-//!    `rollout_weights = "int8"` is it not: π_old is then what the trainer's forward gives before the weights move (without a
+//!    `rollout_weights = "int8"`, or on a GPU, is it not: π_old is then what the trainer's forward gives before the weights move (without a
 //!    pass of its own, if the step has one update), and the loss is corrected for the sampler's distribution by truncated
 //!    importance weights, as TRL's with `vllm_importance_sampling_mode = "token_truncate"`.
 //! 3. The reference model is the one the stage started from; with an adapter it is the model without the adapter.
@@ -33,7 +33,8 @@
 //! - `loss`, `grad_norm`: means over the updates of the step. `entropy`, `kl`, `clip_ratio/*`: see [`mod@objectives::grpo`].
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
-//! - `sampling/importance_sampling_ratio/min|mean|max`, only with `rollout_weights = "int8"`: see [`mod@objectives::grpo`].
+//! - `sampling/importance_sampling_ratio/min|mean|max`, only with `rollout_weights = "int8"` or on a GPU: see
+//!   [`mod@objectives::grpo`].
 
 use std::ops::Range;
 use std::time::Instant;
@@ -239,10 +240,10 @@ impl Grpo {
     /// Where the log-probabilities of the weights before the updates come from.
     fn old_log_probs(&self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Old> {
         let updates = self.options.num_iterations * self.options.num_minibatches;
-        Ok(match (self.options.rollout_weights, updates) {
-            (WeightFormat::Full, _) => Old::Sampler,
-            (WeightFormat::Int8, 1) => Old::FirstPass,
-            (WeightFormat::Int8, _) => {
+        Ok(match (step.decoder.one_forward(self.options.rollout_weights), updates) {
+            (true, _) => Old::Sampler,
+            (false, 1) => Old::FirstPass,
+            (false, _) => {
                 let all = 0..episodes.batch.units();
                 let found = episodes.batch.log_probs(step.decoder, step.workspace, all, self.reading());
                 Old::Computed(found.map_err(step.model_error())?.log_prob)

@@ -25,9 +25,13 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor, Var};
 use kernels::Precision;
 
+use super::head::Head;
+use super::identity::Values;
+use super::layer::Layer;
+use super::linear::Linear;
 use super::non_finite::NonFinite;
 use super::parameters::Gradients;
-use super::{Decoder, PackedTokens, Workspace};
+use super::{Decoder, PackedTokens, WeightFormat, Workspace};
 use crate::error::{Error, Result};
 use attention::Plan;
 use layer::{Kept, LayerWeights};
@@ -71,6 +75,33 @@ struct Pass {
     plan: Plan,
     /// For each rotary table the cosines and sines of the rows, each `rows × 1 × head_dim / 2`.
     angles: Vec<(Tensor, Tensor)>,
+}
+
+impl Decoder {
+    /// Lets all passes run on a device of candle's. Weights and gradients stay here, to be read and changed as before, and
+    /// [`Decoder::prepare`] copies the weights there. 8-bit weights are not for devices.
+    ///
+    /// # Errors
+    /// A device without the memory for the rotary tables.
+    pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.device = None;
+        self.device = Some(OnDevice::new(self, device)?);
+        self.values = Values::fresh();
+        (self.precision, self.base_packed, self.int8) = (None, false, None);
+        self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(Linear::release_base);
+        self.head.iter_mut().for_each(Head::release);
+        Ok(())
+    }
+
+    /// Whether what is sampled with weights in this format has, to the last bit, the log-probabilities that training computes.
+    pub fn one_forward(&self, format: WeightFormat) -> bool {
+        self.device.is_none() && format == WeightFormat::Full
+    }
+
+    /// The device that passes run on, if it is not this processor with the engine's own kernels.
+    pub fn device(&self) -> Option<&Device> {
+        self.device.as_ref().map(OnDevice::device)
+    }
 }
 
 /// The number format of the operands of products.
@@ -173,7 +204,7 @@ impl OnDevice {
         if let Some(reason) = &self.failed {
             return Err(Error::Invalid(format!("the weights could not be copied to the device: {reason}")));
         }
-        if decoder.generation == super::WeightFormat::Int8 {
+        if decoder.generation == WeightFormat::Int8 {
             return Err(Error::unsupported(
                 "generation with 8-bit weights on a device",
                 "use full weights: rollout_weights = \"full\"",
