@@ -273,3 +273,44 @@ fn two_heads_share_a_body() {
         assert!(error < 5e-5, "the gradient of {} is off by {error:.1e}", parameter.name);
     }
 }
+
+/// Losses of whole distributions see the engine's logits and reach the same gradients, from changed embeddings too.
+#[test]
+fn logits_go_out_and_their_gradients_come_back() {
+    for (name, config) in configs() {
+        let mut engine = decoder(&config, 21);
+        engine.prepare(Precision::F32);
+        let there = on_device(&engine, Precision::F32);
+        let tokens = batch();
+        let targets = targets(&tokens);
+        let change = |row: usize, embedding: &mut [f32]| embedding[0] += 0.1 * row as f32;
+        let weights = upstream(4, VOCABULARY);
+        let [expected, found] = [&engine, &there].map(|decoder| {
+            let (mut workspace, mut gradients) = (Workspace::new(), decoder.gradients());
+            decoder.forward_with_embeddings(&tokens, &mut workspace, true, Some(&change)).unwrap();
+            let mut seen = Vec::new();
+            let looked = decoder.visit_logits(&mut workspace, &targets, |rows| {
+                rows.into_iter().for_each(|row| seen.extend_from_slice(row.logits));
+                Ok::<(), ()>(())
+            });
+            assert_eq!(looked.unwrap(), Ok(()));
+            // The loss is Σ w_j z_j² / 2.
+            let done = decoder.backward_logits(&tokens, &mut workspace, &targets, &mut gradients, |rows| {
+                for row in rows {
+                    row.logits.iter_mut().zip(&weights).for_each(|(logit, weight)| *logit *= weight);
+                }
+                Ok::<(), ()>(())
+            });
+            assert_eq!(done.unwrap(), Ok(()));
+            gradients.finish();
+            let refused = decoder.visit_logits(&mut workspace, &targets, |_| Err("enough"));
+            assert_eq!(refused.unwrap(), Err("enough"));
+            (seen, gradients)
+        });
+        assert!(off(&found.0, &expected.0) < 2e-5, "{name}");
+        for (index, parameter) in engine.parameters().iter().enumerate() {
+            let error = off(found.1.grad(index), expected.1.grad(index));
+            assert!(error < 5e-5, "{name}: the gradient of {} is off by {error:.1e}", parameter.name);
+        }
+    }
+}

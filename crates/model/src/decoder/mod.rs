@@ -702,9 +702,7 @@ impl Decoder {
             let mut ends = Ends { hidden: &workspace.hidden, d_hidden: &mut *d_hidden, gradients: &mut *gradients };
             let scratch = &mut workspace.head;
             let found = match &self.device {
-                Some(device) => {
-                    device.backward_head(self, targets, temperature, (d_log_prob, d_entropy), &mut ends)?
-                }
+                Some(device) => device.backward_head(self, targets, temperature, (d_log_prob, d_entropy), &mut ends)?,
                 None => {
                     let products = self.products(self.ready()?, WeightFormat::Full);
                     head.backward(products, tokens, targets, temperature, d_log_prob, d_entropy, &mut ends, scratch)?

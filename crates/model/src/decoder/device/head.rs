@@ -1,10 +1,10 @@
 //! The fused head on the device: one chunk of logits at a time, forward and backward.
 
-use candle_core::{D, DType, Device, Result as CandleResult, Tensor};
+use candle_core::{D, DType, Result as CandleResult, Tensor};
 
-use super::super::head::{LogProbs, Target, chunk_rows};
+use super::super::head::{Ends, Head, LogProbs, LogitRow, Target, chunk_rows};
 use super::super::not_prepared;
-use super::super::parameters::Gradients;
+use super::super::workspace::HeadScratch;
 use super::{Decoder, OnDevice, accumulate, product, product_type, to_host};
 use crate::error::Result;
 
@@ -57,27 +57,37 @@ impl Chunk {
     }
 }
 
-/// The hidden states that predict a chunk of targets.
-fn gather(hidden: &[f32], targets: &[Target], d: usize, device: &Device) -> CandleResult<Tensor> {
-    let rows: Vec<f32> = targets.iter().flat_map(|target| &hidden[target.row * d..][..d]).copied().collect();
-    Tensor::from_vec(rows, (targets.len(), d), device)
+/// The head's weight, and what products with it need to know.
+struct HeadWeight<'a> {
+    /// `vocabulary × hidden`.
+    weight: &'a Tensor,
+    of: DType,
+    hidden: usize,
+    vocabulary: usize,
+    /// Rows of a chunk.
+    rows: usize,
+    trained: bool,
 }
 
 impl OnDevice {
-    /// The hidden size, the type of products, and the head's weight.
-    fn head(&self, decoder: &Decoder) -> Result<(usize, DType, &Tensor)> {
+    fn head(&self, decoder: &Decoder) -> Result<HeadWeight<'_>> {
         let weights = self.ready(decoder)?;
-        let head = decoder.language_head()?;
-        let weight = weights.head.as_ref().ok_or_else(not_prepared)?;
-        Ok((head.hidden, product_type(weights.precision), weight))
+        let Head { hidden, vocabulary, .. } = *decoder.language_head()?;
+        Ok(HeadWeight {
+            weight: weights.head.as_ref().ok_or_else(not_prepared)?,
+            of: product_type(weights.precision),
+            hidden,
+            vocabulary,
+            rows: chunk_rows(vocabulary),
+            trained: decoder.adapter.is_none(),
+        })
     }
 
     /// [`Decoder::logits`].
     pub fn logits(&self, decoder: &Decoder, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
-        let (d, of, weight) = self.head(decoder)?;
-        let hidden = Tensor::from_slice(hidden, (hidden.len() / d, d), self.device())?;
-        let product = product(of, &hidden, &weight.t()?)?;
-        logits.copy_from_slice(&to_host(&product)?);
+        let head = self.head(decoder)?;
+        let hidden = Tensor::from_slice(hidden, (hidden.len() / head.hidden, head.hidden), self.device())?;
+        logits.copy_from_slice(&to_host(&head.logits(&hidden)?)?);
         Ok(())
     }
 
@@ -90,56 +100,131 @@ impl OnDevice {
         temperature: f32,
         want_entropy: bool,
     ) -> Result<LogProbs> {
-        let (d, of, weight) = self.head(decoder)?;
+        let head = self.head(decoder)?;
         let mut found = LogProbs::default();
-        for targets in targets.chunks(chunk_rows(decoder.config.vocab_size)) {
-            let hidden = gather(hidden, targets, d, self.device())?;
-            let logits = product(of, &hidden, &weight.t()?)?;
+        for targets in targets.chunks(head.rows) {
+            let logits = head.logits(&self.gather(hidden, targets, head.hidden)?)?;
             Chunk::new(&logits, targets, temperature)?.append_to(&mut found, want_entropy)?;
         }
         found.checked(targets)
     }
 
-    /// The head's part of [`Decoder::backward`]: adds to the gradients of hidden states and, where it is trained, of the head.
-    #[allow(clippy::too_many_arguments, reason = "the operands of a loss head and its two gradients")]
-    pub fn backward_head(
+    /// [`Decoder::visit_logits`].
+    pub fn visit<E>(
         &self,
         decoder: &Decoder,
         hidden: &[f32],
         targets: &[Target],
+        scratch: &mut HeadScratch,
+        mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<(), E>> {
+        let head = self.head(decoder)?;
+        for (index, targets) in targets.chunks(head.rows).enumerate() {
+            scratch.logits = to_host(&head.logits(&self.gather(hidden, targets, head.hidden)?)?)?;
+            if let Err(error) = visit(rows(index * head.rows, &mut scratch.logits, head.vocabulary)) {
+                return Ok(Err(error));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The head's part of [`Decoder::backward`].
+    pub fn backward_head(
+        &self,
+        decoder: &Decoder,
+        targets: &[Target],
         temperature: f32,
         (d_log_prob, d_entropy): (&[f32], Option<&[f32]>),
-        d_hidden: &mut [f32],
-        gradients: &mut Gradients,
+        ends: &mut Ends<'_>,
     ) -> Result<LogProbs> {
-        let (d, of, weight) = self.head(decoder)?;
-        let trains_base = decoder.adapter.is_none();
+        let head = self.head(decoder)?;
         let mut found = LogProbs::default();
-        let mut d_weight: Option<Tensor> = None;
-        let rows = chunk_rows(decoder.config.vocab_size);
-        for (index, targets) in targets.chunks(rows).enumerate() {
-            let here = index * rows..index * rows + targets.len();
+        let mut d_weight = None;
+        for (index, targets) in targets.chunks(head.rows).enumerate() {
+            let here = index * head.rows..index * head.rows + targets.len();
             let column = |values: &[f32]| Tensor::from_slice(&values[here.clone()], (targets.len(), 1), self.device());
-            let hidden = gather(hidden, targets, d, self.device())?;
-            let chunk = Chunk::new(&product(of, &hidden, &weight.t()?)?, targets, temperature)?;
+            let hidden = self.gather(ends.hidden, targets, head.hidden)?;
+            let chunk = Chunk::new(&head.logits(&hidden)?, targets, temperature)?;
             chunk.append_to(&mut found, true)?;
-            let d_logits =
-                chunk.d_logits(&column(d_log_prob)?, d_entropy.map(column).transpose()?.as_ref(), temperature)?;
-            let d_rows = to_host(&product(of, &d_logits, weight)?)?;
-            for (target, gradient) in targets.iter().zip(d_rows.chunks_exact(d)) {
-                kernels::add(&mut d_hidden[target.row * d..][..d], gradient);
-            }
-            if trains_base {
-                let here = product(of, &d_logits.t()?, &hidden)?.to_dtype(DType::F32)?;
-                d_weight = Some(match d_weight {
-                    Some(sum) => (sum + here)?,
-                    None => here,
-                });
-            }
+            let d_entropy = d_entropy.map(column).transpose()?;
+            let d_logits = chunk.d_logits(&column(d_log_prob)?, d_entropy.as_ref(), temperature)?;
+            head.backward(&d_logits, &hidden, targets, ends, &mut d_weight)?;
         }
-        if let Some(d_weight) = d_weight {
-            accumulate(gradients, &decoder.language_head()?.weight, &d_weight)?;
-        }
+        head.finish(decoder, d_weight, ends)?;
         found.checked(targets)
+    }
+
+    /// The head's part of [`Decoder::backward_logits`].
+    pub fn backward_visit<E>(
+        &self,
+        decoder: &Decoder,
+        targets: &[Target],
+        ends: &mut Ends<'_>,
+        scratch: &mut HeadScratch,
+        mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<(), E>> {
+        let head = self.head(decoder)?;
+        let mut d_weight = None;
+        for (index, targets) in targets.chunks(head.rows).enumerate() {
+            let hidden = self.gather(ends.hidden, targets, head.hidden)?;
+            scratch.logits = to_host(&head.logits(&hidden)?)?;
+            if let Err(error) = visit(rows(index * head.rows, &mut scratch.logits, head.vocabulary)) {
+                return Ok(Err(error));
+            }
+            let d_logits = Tensor::from_slice(&scratch.logits, (targets.len(), head.vocabulary), self.device())?;
+            head.backward(&d_logits, &hidden, targets, ends, &mut d_weight)?;
+        }
+        head.finish(decoder, d_weight, ends)?;
+        Ok(Ok(()))
+    }
+
+    /// The hidden states that predict a chunk of targets.
+    fn gather(&self, hidden: &[f32], targets: &[Target], d: usize) -> CandleResult<Tensor> {
+        let rows: Vec<f32> = targets.iter().flat_map(|target| &hidden[target.row * d..][..d]).copied().collect();
+        Tensor::from_vec(rows, (targets.len(), d), self.device())
+    }
+}
+
+/// The rows of a chunk that begins with target `first`.
+fn rows(first: usize, logits: &mut [f32], vocabulary: usize) -> Vec<LogitRow<'_>> {
+    let rows = (first..).zip(logits.chunks_exact_mut(vocabulary));
+    rows.map(|(target, logits)| LogitRow { target, logits }).collect()
+}
+
+impl HeadWeight<'_> {
+    fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
+        product(self.of, hidden, &self.weight.t()?)
+    }
+
+    /// From the gradient of a chunk of logits to those of its hidden states, and to the weight's, if that is trained.
+    fn backward(
+        &self,
+        d_logits: &Tensor,
+        hidden: &Tensor,
+        targets: &[Target],
+        ends: &mut Ends<'_>,
+        d_weight: &mut Option<Tensor>,
+    ) -> CandleResult<()> {
+        let d = self.hidden;
+        let d_rows = to_host(&product(self.of, d_logits, self.weight)?)?;
+        for (target, gradient) in targets.iter().zip(d_rows.chunks_exact(d)) {
+            kernels::add(&mut ends.d_hidden[target.row * d..][..d], gradient);
+        }
+        if self.trained {
+            let here = product(self.of, &d_logits.t()?, hidden)?;
+            *d_weight = Some(match d_weight.take() {
+                Some(sum) => (sum + here)?,
+                None => here,
+            });
+        }
+        Ok(())
+    }
+
+    /// Adds the weight's gradient, gathered over all chunks, to the others.
+    fn finish(&self, decoder: &Decoder, d_weight: Option<Tensor>, ends: &mut Ends<'_>) -> Result<()> {
+        if let Some(d_weight) = d_weight {
+            accumulate(ends.gradients, &decoder.language_head()?.weight, &d_weight)?;
+        }
+        Ok(())
     }
 }

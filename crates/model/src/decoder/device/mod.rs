@@ -31,7 +31,7 @@ use super::layer::Layer;
 use super::linear::Linear;
 use super::non_finite::NonFinite;
 use super::parameters::Gradients;
-use super::{Decoder, PackedTokens, WeightFormat, Workspace};
+use super::{Decoder, EmbeddingChange, PackedTokens, WeightFormat, Workspace};
 use crate::error::{Error, Result};
 use attention::Plan;
 use layer::{Kept, LayerWeights};
@@ -220,19 +220,21 @@ impl OnDevice {
         windows.into_iter().collect()
     }
 
-    /// [`Decoder::forward`].
+    /// [`Decoder::forward_with_embeddings`].
     pub fn forward(
         &self,
         decoder: &Decoder,
         tokens: &PackedTokens,
         workspace: &mut Workspace,
         keep: bool,
+        change: Option<EmbeddingChange<'_>>,
     ) -> Result<()> {
         let positions = tokens.positions();
         let spans: Vec<Span> = tokens.segments().iter().map(|segment| Span::of_segment(tokens, segment)).collect();
         let plan =
             Plan::new(&self.device, &decoder.layers[0].shape, &Self::windows(decoder), &spans, tokens.rows(), keep)?;
-        self.run(decoder, tokens.ids(), &positions, plan, None, workspace, keep)
+        let embedded = self.embed(decoder, tokens.ids(), change)?;
+        self.run(decoder, embedded, &positions, plan, None, workspace, keep)
     }
 
     /// Generation: appends tokens to sequences whose keys and values lie in the pool. `spans` says which rows see what.
@@ -246,15 +248,15 @@ impl OnDevice {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let plan = Plan::new(&self.device, &decoder.layers[0].shape, &Self::windows(decoder), spans, ids.len(), false)?;
-        self.run(decoder, ids, positions, plan, Some(new), workspace, false)
+        self.run(decoder, self.embed(decoder, ids, None)?, positions, plan, Some(new), workspace, false)
     }
 
-    /// The stack. With `new`, keys and values go to these rows of the pool, and attention reads the pool.
+    /// The stack over embedded rows. With `new`, keys and values go to these rows of the pool, and attention reads the pool.
     #[allow(clippy::too_many_arguments, reason = "the rows of one pass, and where their keys and values live")]
     fn run(
         &self,
         decoder: &Decoder,
-        ids: &[u32],
+        embedded: Tensor,
         positions: &[u32],
         plan: Plan,
         new: Option<&[u32]>,
@@ -262,15 +264,11 @@ impl OnDevice {
         keep: bool,
     ) -> Result<()> {
         let weights = self.ready(decoder)?;
-        if ids.is_empty() {
-            return Err(Error::Invalid("the batch is empty".into()));
-        }
         let d = decoder.config.hidden_size;
         workspace.device = KeptOnDevice::default();
-        workspace.rows = ids.len();
+        workspace.rows = positions.len();
         let pass = Pass { plan, angles: self.angles(positions)? };
         let new = new.map(|rows| self.pool.places(rows)).transpose()?;
-        let embedded = self.embed(decoder, ids)?;
         let mut x = embedded.clone();
         let mut kept_layers = Vec::new();
         for (layer, weights) in decoder.layers.iter().zip(&weights.layers) {
@@ -318,14 +316,20 @@ impl OnDevice {
         Ok(None)
     }
 
-    /// The embeddings of tokens, looked up where they lie.
-    fn embed(&self, decoder: &Decoder, ids: &[u32]) -> Result<Tensor> {
+    /// The embeddings of tokens, looked up and changed where they lie.
+    fn embed(&self, decoder: &Decoder, ids: &[u32], change: Option<EmbeddingChange<'_>>) -> Result<Tensor> {
+        if ids.is_empty() {
+            return Err(Error::Invalid("the batch is empty".into()));
+        }
         let d = decoder.config.hidden_size;
         let embedding = &decoder.base[decoder.embedding.clone()];
         let mut rows = Vec::with_capacity(ids.len() * d);
         ids.iter().for_each(|&id| rows.extend_from_slice(&embedding[id as usize * d..][..d]));
         if decoder.config.embedding_scale != 1.0 {
             kernels::scale(&mut rows, decoder.config.embedding_scale);
+        }
+        if let Some(change) = change {
+            rows.chunks_exact_mut(d).enumerate().for_each(|(row, embedding)| change(row, embedding));
         }
         Ok(Tensor::from_vec(rows, (ids.len(), d), &self.device)?)
     }
