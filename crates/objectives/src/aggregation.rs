@@ -7,7 +7,11 @@
 //! | --- | --- | --- | --- |
 //! | `token` | `1 / T` | `dapo` | DAPO, arXiv 2503.14476; also the usual mean of supervised fine-tuning |
 //! | `sequence` | `1 / (S n_i)` | `grpo` | GRPO, arXiv 2402.03300 |
+//! | `sequence_sum` | `1 / S` | `luspo` | LUSPO, arXiv 2602.05261; also REINFORCE on whole completions |
 //! | `constant` | `1 / (S L)` | `dr_grpo` | Dr. GRPO, arXiv 2503.20783 |
+//! | `sum` | `1` | none | the plain sum, verl's `token-sum` |
+//!
+//! TRL's `bnpo` is `token` with the micro-batch's `T`: with a global `T` the two are one.
 //!
 //! `S`, `T` and `L` belong to the batch of the optimiser step, not to the micro-batch at hand; that is why splitting
 //! the batch changes nothing. A sequence without loss tokens (a truncated completion that is masked, say) still counts
@@ -25,8 +29,12 @@ pub enum Aggregation {
     Token,
     /// Every sequence of the batch counts the same (TRL: `loss_type = "grpo"`).
     Sequence,
+    /// Every token counts one over sequences (TRL: `loss_type = "luspo"`).
+    SequenceSum,
     /// Every token counts one over sequences times the longest completion allowed (TRL: `loss_type = "dr_grpo"`).
     Constant,
+    /// Every token counts 1.
+    Sum,
 }
 
 /// Counts over the whole batch of one optimiser step, on all ranks.
@@ -54,6 +62,8 @@ impl Aggregation {
         let weight = |length: usize| match self {
             Self::Token => 1.0 / counts.tokens as f64,
             Self::Sequence => 1.0 / (sequences * length as f64),
+            Self::SequenceSum => 1.0 / sequences,
+            Self::Sum => 1.0,
             Self::Constant => 1.0 / (sequences * counts.max_completion_tokens as f64),
         };
         // A sequence without tokens contributes no weight, so none of the divisions above meets its 0.

@@ -5,9 +5,10 @@
 //! plain sum is the loss. The crate must not know models, tokenizers, files, batches of text or optimisers: whoever
 //! calls it owns the log-probabilities and takes the gradient with respect to them from there.
 //!
-//! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`clip`] bounds the policy ratio, [`kl`]
-//! measures the distance to a reference, [`aggregation`] decides how much each token counts. A method ([`grpo()`],
-//! [`sft()`]) is one file that names its parts, its formula and its paper. Three rules hold for every method:
+//! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`ratio`] and [`clip`] bound how far the policy
+//! moves, [`kl`] measures the distance to a reference, [`correction`] weighs what another sampler drew, [`filter`] leaves tokens
+//! out, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
+//! its formula and its paper. Three rules hold for every method:
 //!
 //! 1. Denominators are global. They are inside the weights, so splitting a batch changes neither loss nor gradient.
 //! 2. The arithmetic is f64 whatever the precision of the inputs; it costs nothing beside the model.
@@ -16,21 +17,31 @@
 pub mod advantage;
 pub mod aggregation;
 pub mod clip;
+pub mod correction;
 pub mod distillation;
 pub mod distribution;
-pub mod grpo;
+pub mod filter;
+pub mod gae;
 pub mod kl;
 pub mod loss;
+pub mod policy;
+pub mod ratio;
+mod sequences;
 pub mod sft;
+pub mod shaping;
 pub mod unlearning;
+pub mod value;
 
-pub use advantage::{Advantage, Advantages};
+pub use advantage::{Advantages, Baseline, Credit, Estimator, Rewards, ScaleRewards};
 pub use aggregation::{Aggregation, GlobalCounts};
-pub use clip::Clip;
+pub use clip::{Clip, ClipKind};
+pub use correction::{Correction, CorrectionMode};
 pub use distillation::DistillationOptions;
 pub use distribution::Distribution;
-pub use grpo::{GrpoOptions, PolicyBatch, grpo};
-pub use kl::KlEstimator;
+pub use kl::{AdaptiveKl, KlDirection, KlEstimator, KlPlacement};
 pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
+pub use policy::{PolicyBatch, PolicyOptions, policy};
+pub use ratio::RatioLevel;
 pub use sft::{SftBatch, SftObjective, sft};
 pub use unlearning::UnlearningOptions;
+pub use value::{ValueBatch, value};

@@ -64,6 +64,12 @@ impl Loss {
         values(&self.per_token)
     }
 
+    /// Both losses in one, token by token, with the statistics of both.
+    pub fn plus(self, other: Self) -> Result<Self> {
+        let statistics = self.statistics.into_iter().chain(other.statistics).collect();
+        Ok(Self { per_token: self.per_token.add(&other.per_token)?, statistics })
+    }
+
     /// The derivative of the loss with respect to `input`, one of the `[N]` tensors the objective was given. The
     /// tensor must track gradients; where the loss does not depend on it, the derivative is 0.
     pub fn gradient(&self, input: &Tensor) -> Result<Vec<f64>> {

@@ -3,10 +3,29 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
-    Advantage, Aggregation, Error, Fold, GlobalCounts, GrpoOptions, KlEstimator, Loss, PolicyBatch, SftBatch,
+    AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, Error, Estimator, Fold, GlobalCounts,
+    KlDirection, KlEstimator, Loss, PolicyBatch, PolicyOptions, RatioLevel, Rewards, ScaleRewards, SftBatch,
+    ValueBatch,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
+
+const CLIPS: [ClipKind; 10] = [
+    ClipKind::Ppo,
+    ClipKind::None,
+    ClipKind::Cispo,
+    ClipKind::Sapo,
+    ClipKind::Gmpo,
+    ClipKind::Vespo,
+    ClipKind::DppoTv,
+    ClipKind::DppoKl,
+    ClipKind::ClipCov,
+    ClipKind::KlCov,
+];
+const LEVELS: [RatioLevel; 4] =
+    [RatioLevel::Token, RatioLevel::Sequence, RatioLevel::SequenceToken, RatioLevel::SequenceProduct];
+const ESTIMATORS: [KlEstimator; 5] =
+    [KlEstimator::K1, KlEstimator::K2, KlEstimator::K3, KlEstimator::K1Plus, KlEstimator::K3Plus];
 
 fn tensor(values: &[f64]) -> Tensor {
     Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
@@ -17,7 +36,10 @@ fn tensor(values: &[f64]) -> Tensor {
 struct Numbers {
     log_probs: Vec<f64>,
     old: Vec<f64>,
+    sampling: Vec<f64>,
     reference: Vec<f64>,
+    entropy: Vec<f64>,
+    draws: Vec<f64>,
     advantages: Vec<f64>,
     lengths: Vec<usize>,
     weights: Vec<f64>,
@@ -32,70 +54,132 @@ impl Numbers {
         PolicyBatch {
             log_probs: log_probs.clone(),
             old_log_probs: tensor(&self.old),
-            sampling_log_probs: None,
+            sampling_log_probs: Some(tensor(&self.sampling)),
             reference_log_probs: Some(tensor(&self.reference)),
-            entropy: Some(tensor(&self.old)),
+            entropy: Some(tensor(&self.entropy)),
             advantages: tensor(&self.advantages),
             weights: tensor(&self.weights),
             sequence: self.sequence(),
+            draws: Some(self.draws.clone()),
         }
     }
 
     /// Loss and gradient. Gradients are with respect to f64 log-probs.
-    fn grpo(&self, options: &GrpoOptions) -> (Loss, Vec<f64>) {
+    fn policy(&self, options: &PolicyOptions) -> (Loss, Vec<f64>) {
         let log_probs = Var::from_tensor(&tensor(&self.log_probs)).unwrap();
-        let loss = objectives::grpo(options, &self.batch(log_probs.as_tensor())).unwrap();
+        let loss = objectives::policy(options, &self.batch(log_probs.as_tensor())).unwrap();
         let gradient = loss.gradient(log_probs.as_tensor()).unwrap();
         (loss, gradient)
     }
 
-    fn value(&self, options: &GrpoOptions) -> f64 {
-        self.grpo(options).0.values().unwrap().iter().sum()
+    fn value(&self, options: &PolicyOptions) -> f64 {
+        self.policy(options).0.values().unwrap().iter().sum()
     }
 
     /// The sequences `from..to` as a micro-batch of its own.
     fn slice(&self, from: usize, to: usize) -> Self {
         let start: usize = self.lengths[..from].iter().sum();
         let end: usize = self.lengths[..to].iter().sum();
+        let part = |values: &[f64]| values[start..end].to_vec();
         Self {
-            log_probs: self.log_probs[start..end].to_vec(),
-            old: self.old[start..end].to_vec(),
-            reference: self.reference[start..end].to_vec(),
-            advantages: self.advantages[start..end].to_vec(),
+            log_probs: part(&self.log_probs),
+            old: part(&self.old),
+            sampling: part(&self.sampling),
+            reference: part(&self.reference),
+            entropy: part(&self.entropy),
+            draws: part(&self.draws),
+            advantages: part(&self.advantages),
             lengths: self.lengths[from..to].to_vec(),
-            weights: self.weights[start..end].to_vec(),
+            weights: part(&self.weights),
+        }
+    }
+
+    /// The sequences from last to first.
+    fn reversed(&self) -> Self {
+        let parts: Vec<Self> = (0..self.lengths.len()).rev().map(|i| self.slice(i, i + 1)).collect();
+        let joined = |of: fn(&Self) -> &Vec<f64>| parts.iter().flat_map(|part| of(part).clone()).collect();
+        Self {
+            log_probs: joined(|part| &part.log_probs),
+            old: joined(|part| &part.old),
+            sampling: joined(|part| &part.sampling),
+            reference: joined(|part| &part.reference),
+            entropy: joined(|part| &part.entropy),
+            draws: joined(|part| &part.draws),
+            advantages: joined(|part| &part.advantages),
+            lengths: parts.iter().flat_map(|part| part.lengths.clone()).collect(),
+            weights: joined(|part| &part.weights),
         }
     }
 }
 
-fn any_options() -> impl Strategy<Value = GrpoOptions> {
-    let aggregation = prop_oneof![Just(Aggregation::Token), Just(Aggregation::Sequence), Just(Aggregation::Constant)];
-    let kl = prop_oneof![Just(KlEstimator::K1), Just(KlEstimator::K2), Just(KlEstimator::K3)];
-    let beta = prop_oneof![Just(0.0), 0.01..0.5f64];
-    (aggregation, kl, beta, 0.05..0.4f64, proptest::option::of(0.05..0.4f64)).prop_map(
-        |(aggregation, kl, beta, epsilon, epsilon_high)| GrpoOptions {
+fn any_options() -> impl Strategy<Value = PolicyOptions> {
+    let aggregation = prop_oneof![
+        Just(Aggregation::Token),
+        Just(Aggregation::Sequence),
+        Just(Aggregation::SequenceSum),
+        Just(Aggregation::Constant),
+        Just(Aggregation::Sum)
+    ];
+    let mode = prop_oneof![
+        Just(CorrectionMode::TokenTruncate),
+        Just(CorrectionMode::TokenMask),
+        Just(CorrectionMode::SequenceTruncate),
+        Just(CorrectionMode::SequenceMask),
+        Just(CorrectionMode::None)
+    ];
+    let direction = prop_oneof![Just(KlDirection::Reverse), Just(KlDirection::Forward)];
+    let kl = (prop::sample::select(&ESTIMATORS[..]), direction, prop_oneof![Just(0.0), 0.01..0.5f64], any::<bool>());
+    let bounds = (0.05..0.4f64, proptest::option::of(0.05..0.4f64), proptest::option::of(1.5..3.0f64));
+    let filters = (prop_oneof![Just(1.0), 0.2..0.9f64], proptest::option::of(0.0..0.3f64));
+    let level = prop::sample::select(&LEVELS[..]);
+    (aggregation, mode, kl, bounds, filters, level, prop::sample::select(&CLIPS[..])).prop_map(
+        |(
             aggregation,
-            kl,
-            beta,
-            epsilon,
-            epsilon_high,
-            ..GrpoOptions::default()
+            mode,
+            (kl, kl_direction, beta, bias),
+            (epsilon, epsilon_high, delta),
+            (quantile, threshold),
+            level,
+            clip,
+        )| {
+            let bounded = matches!(clip, ClipKind::Ppo | ClipKind::ClipCov | ClipKind::DppoTv | ClipKind::DppoKl);
+            PolicyOptions {
+                aggregation,
+                importance_sampling_mode: mode,
+                kl,
+                kl_direction,
+                beta,
+                use_bias_correction_kl: bias,
+                epsilon,
+                epsilon_high,
+                delta: delta.filter(|_| bounded),
+                top_entropy_quantile: quantile,
+                off_policy_mask_threshold: threshold,
+                importance_sampling_level: level,
+                clip,
+                cov_ratio: 0.3,
+                clip_cov_min: 0.1,
+                ..PolicyOptions::default()
+            }
         },
     )
 }
 
 /// A batch of 1-6 sequences, some empty, with log-ratios up to `drift`.
-fn any_numbers(drift: f64) -> impl Strategy<Value = (GrpoOptions, Numbers)> {
+fn any_numbers(drift: f64) -> impl Strategy<Value = (PolicyOptions, Numbers)> {
     (any_options(), prop::collection::vec(0usize..5, 1..7)).prop_flat_map(move |(options, lengths)| {
         let n: usize = lengths.iter().sum();
-        let token = (-4.0..0.0f64, -drift..drift, -drift..drift);
+        let token = (-4.0..0.0f64, -drift..drift, -drift..drift, -drift..drift, 0.0..3.0f64, 0.0..1.0f64);
         (prop::collection::vec(token, n), prop::collection::vec(-2.0..2.0f64, lengths.len())).prop_map(
             move |(tokens, advantages)| {
                 let counts = GlobalCounts::of(&lengths, 16);
                 let numbers = Numbers {
                     log_probs: tokens.iter().map(|t| t.0).collect(),
                     old: tokens.iter().map(|t| t.0 + t.1).collect(),
+                    sampling: tokens.iter().map(|t| t.0 + t.1 + t.3).collect(),
                     reference: tokens.iter().map(|t| t.0 + t.2).collect(),
+                    entropy: tokens.iter().map(|t| t.4).collect(),
+                    draws: tokens.iter().map(|t| t.5).collect(),
                     advantages: lengths.iter().zip(&advantages).flat_map(|(&n, &a)| vec![a; n]).collect(),
                     weights: options.aggregation.weights(&lengths, &counts),
                     lengths: lengths.clone(),
@@ -106,35 +190,80 @@ fn any_numbers(drift: f64) -> impl Strategy<Value = (GrpoOptions, Numbers)> {
     })
 }
 
+/// Whether the value of a loss has the loss's derivative: not with a stopped gradient on the way.
+fn is_its_own_derivative(options: &PolicyOptions) -> bool {
+    let clip =
+        matches!(options.clip, ClipKind::Ppo | ClipKind::None | ClipKind::Sapo | ClipKind::Gmpo | ClipKind::KlCov);
+    let kl = !matches!(options.kl, KlEstimator::K1Plus | KlEstimator::K3Plus) || options.beta == 0.0;
+    clip && kl && options.importance_sampling_level != RatioLevel::SequenceToken
+}
+
+fn advantages(estimator: Estimator, rewards: &[f64], groups: &[usize]) -> Result<objectives::Advantages, Error> {
+    let scores: Vec<Option<f64>> = rewards.iter().copied().map(Some).collect();
+    let lengths = vec![1; scores.len()];
+    estimator.advantages(&Rewards { scores: &scores, groups, lengths: &lengths, ..Rewards::default() })
+}
+
+/// Baselines and scales of whole groups.
+fn of_groups() -> impl Iterator<Item = Estimator> {
+    [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None].into_iter().flat_map(|scale| {
+        [Baseline::GroupMean, Baseline::LeaveOneOut].map(|baseline| Estimator {
+            baseline,
+            scale,
+            ..Estimator::default()
+        })
+    })
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn gradients_equal_finite_differences((options, numbers) in any_numbers(0.8)) {
+        prop_assume!(is_its_own_derivative(&options));
         let step = 1e-6;
-        let gradient = numbers.grpo(&options).1;
-        let clip = options.clip();
+        let gradient = numbers.policy(&options).1;
         for (i, &derivative) in gradient.iter().enumerate() {
-            // The loss has a kink where the ratio meets a bound; there no difference quotient is a derivative.
-            let ratio = (numbers.log_probs[i] - numbers.old[i]).exp();
-            if (ratio - 1.0 + clip.low).abs() < 1e-4 || (ratio - 1.0 - clip.high).abs() < 1e-4 {
-                continue;
-            }
             let at = |delta: f64| {
                 let mut moved = numbers.clone();
                 moved.log_probs[i] += delta;
-                moved.value(&options)
+                moved.policy(&options)
             };
-            let difference = (at(step) - at(-step)) / (2.0 * step);
-            prop_assert!((derivative - difference).abs() < 1e-7, "token {i}: {derivative} and {difference}");
+            let (above, below) = (at(step), at(-step));
+            // The loss has a kink where a ratio meets a bound and where a token changes sides; there no difference quotient is
+            // a derivative.
+            if above.1.iter().zip(&below.1).any(|(above, below)| (above - below).abs() > 1e-4) {
+                continue;
+            }
+            let sum = |loss: &Loss| loss.values().unwrap().iter().sum::<f64>();
+            let difference = (sum(&above.0) - sum(&below.0)) / (2.0 * step);
+            prop_assert!(
+                (derivative - difference).abs() < 1e-6 * (1.0 + derivative.abs()),
+                "token {i}: {derivative} and {difference}"
+            );
+        }
+    }
+
+    /// Where gradients are stopped, the gradient is that of REINFORCE with a weight: that weight is read off the value.
+    #[test]
+    fn stopped_weights_are_weights((options, numbers) in any_numbers(0.8)) {
+        let options = PolicyOptions { beta: 0.0, importance_sampling_level: RatioLevel::Token, ..options };
+        prop_assume!(matches!(
+            options.clip,
+            ClipKind::Cispo | ClipKind::Vespo | ClipKind::DppoTv | ClipKind::DppoKl
+        ));
+        let (loss, gradient) = numbers.policy(&options);
+        for ((loss, gradient), log_prob) in loss.values().unwrap().iter().zip(gradient).zip(&numbers.log_probs) {
+            prop_assert!((gradient * log_prob - loss).abs() < 1e-12 * (1.0 + loss.abs()), "{gradient} {loss}");
         }
     }
 
     #[test]
     fn a_split_changes_no_bit((options, numbers) in any_numbers(0.8), cut in 0usize..7) {
+        prop_assume!(!options.needs_whole_update());
         let cut = cut.min(numbers.lengths.len());
-        let (whole, whole_gradient) = numbers.grpo(&options);
-        let parts = [numbers.slice(0, cut), numbers.slice(cut, numbers.lengths.len())].map(|part| part.grpo(&options));
+        let (whole, whole_gradient) = numbers.policy(&options);
+        let parts = [numbers.slice(0, cut), numbers.slice(cut, numbers.lengths.len())].map(|part| part.policy(&options));
         let gradient: Vec<f64> = parts.iter().flat_map(|part| part.1.clone()).collect();
         prop_assert_eq!(&gradient, &whole_gradient);
         let values: Vec<f64> = parts.iter().flat_map(|part| part.0.values().unwrap()).collect();
@@ -149,16 +278,35 @@ proptest! {
         }
     }
 
+    /// Also where a token is compared with all others of the update.
     #[test]
-    fn the_clip_is_the_minimum_of_the_paper((options, numbers) in any_numbers(2.0)) {
-        let options = GrpoOptions { beta: 0.0, ..options };
-        let clip = options.clip();
-        let losses = numbers.grpo(&options).0.values().unwrap();
+    fn the_order_of_sequences_does_not_matter((options, numbers) in any_numbers(0.8)) {
+        let (whole, _) = numbers.policy(&options);
+        let (turned, _) = numbers.reversed().policy(&options);
+        let sum = |loss: &Loss| loss.values().unwrap().iter().sum::<f64>();
+        prop_assert!((sum(&whole) - sum(&turned)).abs() < 1e-12 * (1.0 + sum(&whole).abs()));
+    }
+
+    #[test]
+    fn the_clip_is_the_minimum_of_the_paper((options, numbers) in any_numbers(2.0), dual in any::<bool>()) {
+        let (low, high) = (options.epsilon, options.epsilon_high.unwrap_or(options.epsilon));
+        let options = PolicyOptions {
+            epsilon: low,
+            epsilon_high: Some(high),
+            aggregation: options.aggregation,
+            delta: dual.then_some(2.0),
+            importance_sampling_mode: CorrectionMode::None,
+            ..PolicyOptions::default()
+        };
+        let losses = numbers.policy(&options).0.values().unwrap();
         for (i, loss) in losses.iter().enumerate() {
             let (ratio, advantage) = ((numbers.log_probs[i] - numbers.old[i]).exp(), numbers.advantages[i]);
-            let bounded = ratio.clamp(1.0 - clip.low, 1.0 + clip.high);
-            let expected = -(ratio * advantage).min(bounded * advantage) * numbers.weights[i];
-            prop_assert!((loss - expected).abs() <= 1e-14, "{loss} and {expected}");
+            let mut objective = (ratio * advantage).min(ratio.clamp(1.0 - low, 1.0 + high) * advantage);
+            if dual && advantage < 0.0 {
+                objective = objective.max(2.0 * advantage);
+            }
+            let expected = -objective * numbers.weights[i];
+            prop_assert!((loss - expected).abs() <= 1e-13, "{loss} and {expected}");
         }
     }
 
@@ -166,17 +314,86 @@ proptest! {
     fn advantages_sum_to_zero_and_ignore_shifts(
         rewards in prop::collection::vec(-5.0..5.0f64, 12), shift in -100.0..100.0f64, group in prop_oneof![Just(2), Just(3), Just(6)],
     ) {
-        let lengths = vec![group; 12 / group];
-        for advantage in [Advantage::GroupMeanStd, Advantage::GroupMean, Advantage::Batch, Advantage::LeaveOneOut] {
-            let values = advantage.of(&rewards, &lengths).unwrap().values;
+        let groups = vec![group; 12 / group];
+        for estimator in of_groups() {
+            let values = advantages(estimator, &rewards, &groups).unwrap().tokens;
             let shifted: Vec<f64> = rewards.iter().map(|reward| reward + shift).collect();
-            let again = advantage.of(&shifted, &lengths).unwrap().values;
+            let again = advantages(estimator, &shifted, &groups).unwrap().tokens;
             for (group, (values, again)) in values.chunks(group).zip(again.chunks(group)).enumerate() {
                 // Division by a small deviation magnifies rounding: compare on the scale of the values.
                 let scale = 1e-9 * (1.0 + values.iter().fold(0.0f64, |a, b| a.max(b.abs()))) * 1e3;
                 prop_assert!(values.iter().sum::<f64>().abs() < scale, "group {group}: {values:?}");
                 prop_assert!(values.iter().zip(again).all(|(a, b)| (a - b).abs() < scale), "{values:?} {again:?}");
             }
+        }
+    }
+
+    /// Without a penalty in the reward and without discount a token answers for what its completion does.
+    #[test]
+    fn both_credits_are_one_without_penalty_and_discount(
+        rewards in prop::collection::vec(-5.0..5.0f64, 6), lengths in prop::collection::vec(0usize..4, 6),
+    ) {
+        let scores: Vec<Option<f64>> = rewards.iter().copied().map(Some).collect();
+        let zeros = vec![0.0; lengths.iter().sum()];
+        for baseline in [Baseline::GroupMean, Baseline::LeaveOneOut, Baseline::Greedy, Baseline::None] {
+            let of = |credit, token_rewards| {
+                let estimator = Estimator { baseline, credit, ..Estimator::default() };
+                let rewards = Rewards {
+                    scores: &scores, groups: &[2, 4], lengths: &lengths, token_rewards, greedy: Some(&[0.5, 1.0]), values: None,
+                };
+                estimator.advantages(&rewards).unwrap()
+            };
+            let whole = of(Credit::Sequence, None);
+            for other in [of(Credit::Token, None), of(Credit::Token, Some(&zeros[..])), of(Credit::Sequence, Some(&zeros[..]))] {
+                let same = whole.tokens.iter().zip(&other.tokens).all(|(a, b)| (a - b).abs() < 1e-9);
+                prop_assert!(same, "{baseline:?}: {whole:?} {other:?}");
+            }
+        }
+    }
+
+    /// λ = 1: rewards to come minus the estimate; λ = 0: the error of one step; both for the two λ on their own.
+    #[test]
+    fn gae_has_its_limits(tokens in prop::collection::vec((-2.0..2.0f64, -2.0..2.0f64), 0..7), gamma in 0.5..1.0f64) {
+        let (rewards, values): (Vec<f64>, Vec<f64>) = tokens.into_iter().unzip();
+        let one = objectives::gae::advantages(&rewards, &values, gamma, 1.0);
+        let zero = objectives::gae::advantages(&rewards, &values, gamma, 0.0);
+        let mut later = 0.0;
+        for t in (0..values.len()).rev() {
+            later = rewards[t] + gamma * later;
+            prop_assert!((one[t] - (later - values[t])).abs() < 1e-9);
+            let next = values.get(t + 1).copied().unwrap_or(0.0);
+            prop_assert!((zero[t] - (rewards[t] + gamma * next - values[t])).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn the_value_loss_has_its_gradient(
+        tokens in prop::collection::vec((-2.0..2.0f64, -0.5..0.5f64, -2.0..2.0f64), 0..6), clip in proptest::option::of(0.05..0.4f64),
+    ) {
+        let at = |values: &[f64]| {
+            let new = Var::from_tensor(&tensor(values)).unwrap();
+            let column = |of: fn(&(f64, f64, f64)) -> f64| tensor(&tokens.iter().map(of).collect::<Vec<_>>());
+            let loss = objectives::value(clip, &ValueBatch {
+                values: new.as_tensor().clone(),
+                old_values: column(|t| t.0 + t.1),
+                returns: column(|t| t.2),
+                weights: tensor(&vec![0.25; tokens.len()]),
+            }).unwrap();
+            (loss.values().unwrap().iter().sum::<f64>(), loss.gradient(new.as_tensor()).unwrap())
+        };
+        let values: Vec<f64> = tokens.iter().map(|t| t.0).collect();
+        let gradient = at(&values).1;
+        for i in 0..values.len() {
+            let moved = |delta: f64| {
+                let mut values = values.clone();
+                values[i] += delta;
+                at(&values)
+            };
+            let (above, below) = (moved(1e-6), moved(-1e-6));
+            if (above.1[i] - below.1[i]).abs() > 1e-4 {
+                continue;
+            }
+            prop_assert!((gradient[i] - (above.0 - below.0) / 2e-6).abs() < 1e-8);
         }
     }
 
@@ -190,6 +407,8 @@ proptest! {
         prop_assert!((sum(Aggregation::Sequence) - filled / lengths.len() as f64).abs() < 1e-12);
         let expected = counts.tokens as f64 / (9 * lengths.len()) as f64;
         prop_assert!((sum(Aggregation::Constant) - expected).abs() < 1e-12);
+        prop_assert!((sum(Aggregation::SequenceSum) - 9.0 * expected).abs() < 1e-12);
+        prop_assert!((sum(Aggregation::Sum) - counts.tokens as f64).abs() < 1e-12);
     }
 }
 
@@ -197,44 +416,78 @@ fn one_sequence(log_probs: &[f64], old: &[f64], reference: &[f64], advantage: f6
     Numbers {
         log_probs: log_probs.to_vec(),
         old: old.to_vec(),
+        sampling: old.to_vec(),
         reference: reference.to_vec(),
+        entropy: vec![1.0; log_probs.len()],
+        draws: vec![0.5; log_probs.len()],
         advantages: vec![advantage; log_probs.len()],
         lengths: vec![log_probs.len()],
         weights: vec![1.0 / log_probs.len() as f64; log_probs.len()],
     }
 }
 
-/// On policy r = 1, so d(r A)/d(log π) = A: the gradient is that of REINFORCE with the advantage, exactly.
+/// On policy r = 1, so d(r A)/d(log π) = A: the gradient is that of REINFORCE with the advantage, whatever the surrogate.
 #[test]
 fn on_policy_it_is_reinforce() {
     let log_probs = [-0.5, -2.0, -1e-3, -9.0];
     let numbers = one_sequence(&log_probs, &log_probs, &log_probs, 1.5);
-    let (loss, gradient) = numbers.grpo(&GrpoOptions::default());
+    let (loss, gradient) = numbers.policy(&PolicyOptions::default());
     assert_eq!(loss.values().unwrap(), [-1.5 / 4.0; 4]);
     assert_eq!(gradient, [-1.5 / 4.0; 4]);
     for statistic in loss.statistics.iter().filter(|statistic| statistic.name.starts_with("clip_ratio")) {
         assert!(statistic.values.iter().all(|&value| value == 0.0), "{}", statistic.name);
+    }
+    for clip in CLIPS {
+        for level in LEVELS {
+            // Covariances are 0 where all advantages are one.
+            let options = PolicyOptions {
+                clip,
+                importance_sampling_level: level,
+                epsilon_high: Some(1.0),
+                sapo_temperature_neg: 1.0,
+                kl_cov_coef: 0.0,
+                ..PolicyOptions::default()
+            };
+            let mean: f64 = numbers.policy(&options).1.iter().sum::<f64>() / 4.0;
+            // The ratio of a whole sequence counts each token's gradient for every token.
+            let whole = level == RatioLevel::SequenceProduct
+                && matches!(
+                    clip,
+                    ClipKind::Ppo | ClipKind::None | ClipKind::Sapo | ClipKind::ClipCov | ClipKind::KlCov
+                );
+            let expected = -1.5 / 4.0 * if whole { 4.0 } else { 1.0 };
+            assert!((mean - expected).abs() < 1e-12, "{clip:?} {level:?}: {mean}");
+        }
     }
 }
 
 #[test]
 fn beta_to_zero_is_beta_zero() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.6, -1.9], &[-1.5, -0.2], -0.7);
-    let at = |beta: f64| numbers.value(&GrpoOptions { beta, ..GrpoOptions::default() });
-    assert!((at(1e-12) - at(0.0)).abs() < 1e-11);
-    assert!((at(1e-2) - at(0.0)).abs() > 1e-4, "beta has an effect");
+    for kl in ESTIMATORS {
+        let at = |beta: f64| numbers.value(&PolicyOptions { beta, kl, ..PolicyOptions::default() });
+        assert!((at(1e-12) - at(0.0)).abs() < 1e-11);
+        assert!((at(1e-2) - at(0.0)).abs() > 1e-4, "beta has an effect");
+    }
 }
 
 /// d = log ρ - log π = ln 2: k1 = -ln 2, k2 = (ln 2)²/2, k3 = 2 - ln 2 - 1; derivatives with respect to log π are
-/// 1, -ln 2 and 1 - 2.
+/// 1, -ln 2 and 1 - 2. Forward, each weighed by ρ/π = 2: k1 = 2 ln 2 with derivative -2 ln 2 - 2, k3 = 2 ln 2 - 1 with -2 ln 2.
 #[test]
 fn kl_estimators_by_hand() {
     let two = 2f64.ln();
-    for (estimator, value, derivative) in
-        [(KlEstimator::K1, -two, 1.0), (KlEstimator::K2, two * two / 2.0, -two), (KlEstimator::K3, 1.0 - two, -1.0)]
-    {
+    use KlDirection::{Forward, Reverse};
+    for (estimator, direction, value, derivative) in [
+        (KlEstimator::K1, Reverse, -two, 1.0),
+        (KlEstimator::K2, Reverse, two * two / 2.0, -two),
+        (KlEstimator::K3, Reverse, 1.0 - two, -1.0),
+        (KlEstimator::K1Plus, Reverse, -two, -two),
+        (KlEstimator::K3Plus, Reverse, 1.0 - two, -two),
+        (KlEstimator::K1, Forward, 2.0 * two, -2.0 * two - 2.0),
+        (KlEstimator::K3, Forward, 2.0 * two - 1.0, -2.0 * two),
+    ] {
         let log_prob = Var::from_slice(&[-1.0f64], 1, &Device::Cpu).unwrap();
-        let kl = estimator.per_token(log_prob.as_tensor(), &tensor(&[two - 1.0])).unwrap();
+        let kl = estimator.per_token(direction, log_prob.as_tensor(), &tensor(&[two - 1.0])).unwrap();
         assert!((kl.to_vec1::<f64>().unwrap()[0] - value).abs() < 1e-15, "{estimator:?}");
         let gradients = kl.sum_all().unwrap().backward().unwrap();
         let got = gradients.get(log_prob.as_tensor()).unwrap().to_vec1::<f64>().unwrap()[0];
@@ -242,35 +495,107 @@ fn kl_estimators_by_hand() {
     }
 }
 
+/// A divergence of twice the target is an error of 0.2 at most: 1 + 0.2 · 50 / 1000.
+#[test]
+fn the_coefficient_follows_the_divergence() {
+    let after = |kl: f64| {
+        let mut controller = AdaptiveKl { coefficient: 0.5 };
+        controller.update(kl, 50, 6.0, 1000.0);
+        controller.coefficient
+    };
+    assert!((after(12.0) - 0.505).abs() < 1e-15 && (after(0.0) - 0.495).abs() < 1e-15);
+    assert!((after(6.6) - 0.5025).abs() < 1e-15);
+    assert_eq!(after(6.0), 0.5);
+}
+
 /// Rewards 1, 3: mean 2, sample variance ((−1)² + 1²) / 1 = 2.
 #[test]
 fn advantages_by_hand() {
-    let values = |advantage: Advantage| advantage.of(&[1.0, 3.0], &[2]).unwrap().values;
+    let values = |baseline, scale| {
+        advantages(Estimator { baseline, scale, ..Estimator::default() }, &[1.0, 3.0], &[2]).unwrap().tokens
+    };
     let scaled = 1.0 / (2f64.sqrt() + 1e-4);
-    assert_eq!(values(Advantage::GroupMeanStd), [-scaled, scaled]);
-    assert_eq!(values(Advantage::GroupMean), [-1.0, 1.0]);
-    assert_eq!(values(Advantage::LeaveOneOut), [-2.0, 2.0]);
+    assert_eq!(values(Baseline::GroupMean, ScaleRewards::Group), [-scaled, scaled]);
+    assert_eq!(values(Baseline::GroupMean, ScaleRewards::None), [-1.0, 1.0]);
+    assert_eq!(values(Baseline::LeaveOneOut, ScaleRewards::None), [-2.0, 2.0]);
+    assert_eq!(values(Baseline::None, ScaleRewards::None), [1.0, 3.0]);
+}
+
+/// Length 10, the last 4 are paid for: free up to 6, then a quarter a token, and no more than 1.
+#[test]
+fn overlong_completions_pay() {
+    let paid: Vec<f64> = [0, 6, 7, 9, 10, 25].iter().map(|&n| objectives::shaping::overlong(n, 10, 4)).collect();
+    assert_eq!(paid, [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]);
+    assert_eq!(objectives::shaping::overlong(10, 10, 0), 0.0);
+    assert_eq!(objectives::shaping::overlong(5, 10, 20), -0.25, "a margin wider than the limit begins at 0");
+}
+
+#[test]
+fn quantiles_by_hand() {
+    let of = |q: f64| objectives::filter::quantile(&[3.0, 1.0, 2.0, 5.0], q);
+    assert_eq!((of(0.0), of(0.5), of(1.0)), (Some(1.0), Some(2.5), Some(5.0)));
+    assert_eq!(objectives::filter::quantile(&[], 0.5), None);
+    assert_eq!(objectives::value::explained_variance(&[1.0, 2.0], &[1.0, 2.0]), Some(1.0));
+    assert_eq!(objectives::value::explained_variance(&[1.5, 1.5], &[1.0, 2.0]), Some(0.0));
+    assert_eq!(objectives::value::explained_variance(&[1.0], &[1.0]), None);
 }
 
 /// The mean of three 0.1 is not 0.1 in floating point; its deviation times 1/ε would be a visible advantage.
 #[test]
 fn equal_rewards_teach_nothing() {
-    for advantage in [Advantage::GroupMeanStd, Advantage::GroupMean, Advantage::Batch, Advantage::LeaveOneOut] {
-        let advantages = advantage.of(&[0.1, 0.1, 0.1, 0.0, 1.0, 7.0, 7.0], &[3, 2, 1, 0, 1]).unwrap();
-        assert_eq!(advantages.values[..3], [0.0; 3], "{advantage:?}");
-        assert_eq!(advantages.values[5..], [0.0; 2], "{advantage:?}: alone in their groups");
+    for estimator in of_groups() {
+        let advantages = advantages(estimator, &[0.1, 0.1, 0.1, 0.0, 1.0, 7.0, 7.0], &[3, 2, 1, 0, 1]).unwrap();
+        assert_eq!(advantages.tokens[..3], [0.0; 3], "{estimator:?}");
+        assert_eq!(advantages.tokens[5..], [0.0; 2], "{estimator:?}: alone in their groups");
         assert_eq!((advantages.zero_variance_groups, advantages.groups), (4, 5));
-        let numbers = one_sequence(&[-1.0, -2.0], &[-1.1, -2.0], &[-1.0, -2.0], advantages.values[0]);
-        assert_eq!(numbers.grpo(&GrpoOptions::default()).1, [0.0; 2]);
+        let numbers = one_sequence(&[-1.0, -2.0], &[-1.1, -2.0], &[-1.0, -2.0], advantages.tokens[0]);
+        assert_eq!(numbers.policy(&PolicyOptions::default()).1, [0.0; 2]);
     }
+    assert!(!objectives::filter::has_variance(&[Some(0.1), None, Some(0.1)]));
+    assert!(objectives::filter::has_variance(&[Some(0.1), None, Some(0.2)]));
+    assert!(!objectives::filter::has_variance(&[None, None]));
 }
 
 #[test]
 fn unscored_samples_take_no_part() {
-    let advantages = Advantage::GroupMean.of(&[Some(1.0), None, Some(0.0)], &[3]).unwrap();
-    assert_eq!(advantages.values, [0.5, 0.0, -0.5]);
-    let advantages = Advantage::GroupMeanStd.of(&[None::<f64>, None], &[2]).unwrap();
-    assert_eq!((advantages.values, advantages.zero_variance_groups), (vec![0.0; 2], 1));
+    let penalties = [-0.5, -0.25, 0.0, -1.0];
+    let of = |scores: &[Option<f64>], estimator: Estimator| {
+        let (lengths, values) = (vec![1, 1, 2], [0.5, 0.25, 0.125, 0.0]);
+        let rewards = Rewards {
+            scores,
+            groups: &[3],
+            lengths: &lengths,
+            token_rewards: Some(&penalties),
+            greedy: None,
+            values: Some(&values),
+        };
+        estimator.advantages(&rewards).unwrap()
+    };
+    let scores = [Some(1.0), None, Some(0.75)];
+    let mean = Estimator { scale: ScaleRewards::None, ..Estimator::default() };
+    // Completions are worth 0.5, nothing and -0.25; their mean is 0.125.
+    assert_eq!(of(&scores, mean).tokens, [0.375, 0.0, -0.375, -0.375]);
+    let none = of(&[None, None, None], mean);
+    assert_eq!((none.tokens, none.zero_variance_groups), (vec![0.0; 4], 1));
+    let value = of(&scores, Estimator { baseline: Baseline::Value, whiten_advantages: true, ..Estimator::default() });
+    assert_eq!((value.tokens[1], value.returns[1]), (0.0, 0.25), "the value model is right about what has no reward");
+    let others: f64 = [0, 2, 3].iter().map(|&token| value.tokens[token]).sum();
+    assert!(others.abs() < 1e-12, "whitened among the scored: {:?}", value.tokens);
+}
+
+/// Completions that lost all their tokens to a mask count in the baseline and nowhere else.
+#[test]
+fn completions_without_tokens_have_no_advantage_of_tokens() {
+    let scores = [Some(1.0), Some(0.0), Some(1.0)];
+    for baseline in [Baseline::GroupMean, Baseline::Value, Baseline::None] {
+        let estimator = Estimator { baseline, whiten_advantages: true, whiten_rewards: true, ..Estimator::default() };
+        let none =
+            Rewards { scores: &scores, groups: &[3], lengths: &[0, 0, 0], values: Some(&[]), ..Rewards::default() };
+        assert!(estimator.advantages(&none).unwrap().tokens.is_empty());
+        let one = Rewards { lengths: &[0, 1, 0], values: Some(&[0.5]), ..none };
+        let found = estimator.advantages(&one).unwrap();
+        assert!(found.tokens.len() == 1 && found.tokens[0].is_finite(), "{found:?}");
+    }
 }
 
 #[test]
@@ -278,12 +603,32 @@ fn extremes_stay_finite() {
     let extremes = [-1e4, -1e4, 0.0, -1e-30, -1e4];
     let others = [0.0, -1e4, -1e4, 0.0, -9_999.0];
     for advantage in [-3.0, 0.0, 3.0] {
-        for kl in [KlEstimator::K1, KlEstimator::K2, KlEstimator::K3] {
-            for (a, b) in [(&extremes, &others), (&others, &extremes)] {
-                let options = GrpoOptions { beta: 0.1, kl, ..GrpoOptions::default() };
-                let (loss, gradient) = one_sequence(a, b, b, advantage).grpo(&options);
-                let values = loss.values().unwrap();
-                assert!(values.iter().chain(&gradient).all(|x| x.is_finite()), "{values:?} {gradient:?}");
+        for (clip, kl) in CLIPS.into_iter().zip(ESTIMATORS.into_iter().cycle()) {
+            for (importance_sampling_level, kl_direction) in
+                LEVELS.into_iter().zip([KlDirection::Reverse, KlDirection::Forward].into_iter().cycle())
+            {
+                for (a, b) in [(&extremes, &others), (&others, &extremes)] {
+                    let options = PolicyOptions {
+                        beta: 0.1,
+                        kl,
+                        clip,
+                        kl_direction,
+                        importance_sampling_level,
+                        use_bias_correction_kl: true,
+                        top_entropy_quantile: 0.5,
+                        off_policy_mask_threshold: Some(0.1),
+                        cov_ratio: 0.5,
+                        baseline: Baseline::Value,
+                        ..PolicyOptions::default()
+                    };
+                    let mut numbers = one_sequence(a, b, b, advantage);
+                    numbers.sampling = a.to_vec();
+                    let (loss, gradient) = numbers.policy(&options);
+                    let values = loss.values().unwrap();
+                    let logged = loss.statistics.iter().flat_map(|statistic| &statistic.values);
+                    let finite = values.iter().chain(&gradient).chain(logged).all(|x| x.is_finite());
+                    assert!(finite, "{clip:?}: {values:?} {gradient:?} {:?}", loss.statistics);
+                }
             }
         }
     }
@@ -292,12 +637,25 @@ fn extremes_stay_finite() {
 #[test]
 fn no_tokens_is_no_loss() {
     let empty = one_sequence(&[], &[], &[], 1.0);
-    let (loss, gradient) = empty.grpo(&GrpoOptions { beta: 0.1, ..GrpoOptions::default() });
-    assert!(loss.values().unwrap().is_empty() && gradient.is_empty());
-    for statistic in &loss.statistics {
-        let mut fold = Fold::new(statistic.reduce);
-        fold.extend(&statistic.values);
-        assert_eq!(fold.value(), None, "{}", statistic.name);
+    for clip in CLIPS {
+        for importance_sampling_level in LEVELS {
+            let options = PolicyOptions {
+                beta: 0.1,
+                clip,
+                importance_sampling_level,
+                top_entropy_quantile: 0.5,
+                off_policy_mask_threshold: Some(0.1),
+                importance_sampling_mode: CorrectionMode::SequenceMask,
+                ..PolicyOptions::default()
+            };
+            let (loss, gradient) = empty.policy(&options);
+            assert!(loss.values().unwrap().is_empty() && gradient.is_empty());
+            for statistic in &loss.statistics {
+                let mut fold = Fold::new(statistic.reduce);
+                fold.extend(&statistic.values);
+                assert_eq!(fold.value(), None, "{}", statistic.name);
+            }
+        }
     }
     let none = tensor(&[]);
     let batch = SftBatch { log_probs: none.clone(), weights: none, entropy: None, correct: Some(vec![]) };
@@ -310,7 +668,7 @@ fn no_tokens_is_no_loss() {
 fn single_precision_inputs_are_accepted() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.75, -2.0], &[-0.5, -2.0], 1.0);
     let log_probs = Var::from_tensor(&tensor(&numbers.log_probs).to_dtype(DType::F32).unwrap()).unwrap();
-    let loss = objectives::grpo(&GrpoOptions::default(), &numbers.batch(log_probs.as_tensor())).unwrap();
+    let loss = objectives::policy(&PolicyOptions::default(), &numbers.batch(log_probs.as_tensor())).unwrap();
     // The first ratio, e^0.25 = 1.284, is held at 1.2; the second is 1.
     assert_eq!(loss.gradient(log_probs.as_tensor()).unwrap(), [0.0, -0.5]);
 }
@@ -319,30 +677,43 @@ fn single_precision_inputs_are_accepted() {
 fn wrong_inputs_are_named() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.5, -2.0], &[-0.5, -2.0], 1.0);
     let log_probs = tensor(&numbers.log_probs);
-    let error = objectives::grpo(
-        &GrpoOptions::default(),
-        &PolicyBatch { old_log_probs: tensor(&[-0.5]), ..numbers.batch(&log_probs) },
-    );
-    assert_eq!(error.unwrap_err().to_string(), "old_log_probs has length 1, expected 2");
-    let error = objectives::grpo(
-        &GrpoOptions::default(),
-        &PolicyBatch { sampling_log_probs: Some(tensor(&[-0.5])), ..numbers.batch(&log_probs) },
-    );
-    assert_eq!(error.unwrap_err().to_string(), "sampling_log_probs has length 1, expected 2");
-    let error = objectives::grpo(
-        &GrpoOptions { beta: 0.04, ..GrpoOptions::default() },
-        &PolicyBatch { reference_log_probs: None, ..numbers.batch(&log_probs) },
-    );
-    assert_eq!(error.unwrap_err().to_string(), "reference_log_probs is missing: beta is not 0");
-    let error = Advantage::GroupMean.of(&[0.0, f64::NAN], &[2]);
+    let refused = |options: PolicyOptions, change: fn(&mut PolicyBatch)| {
+        let mut batch = numbers.batch(&log_probs);
+        change(&mut batch);
+        objectives::policy(&options, &batch).unwrap_err().to_string()
+    };
+    let default = PolicyOptions::default;
+    let error = refused(default(), |batch| batch.old_log_probs = tensor(&[-0.5]));
+    assert_eq!(error, "old_log_probs has length 1, expected 2");
+    let error = refused(default(), |batch| batch.sampling_log_probs = Some(tensor(&[-0.5])));
+    assert_eq!(error, "sampling_log_probs has length 1, expected 2");
+    let error = refused(PolicyOptions { beta: 0.04, ..default() }, |batch| batch.reference_log_probs = None);
+    assert_eq!(error, "reference_log_probs is missing: beta is not 0");
+    let error = refused(PolicyOptions { top_entropy_quantile: 0.5, ..default() }, |batch| batch.entropy = None);
+    assert_eq!(error, "entropy is missing: top_entropy_quantile is below 1");
+    let error = refused(PolicyOptions { clip: ClipKind::ClipCov, ..default() }, |batch| batch.draws = None);
+    assert_eq!(error, "draws is missing: clip_cov leaves out tokens at random");
+
+    let error = advantages(Estimator::default(), &[0.0, f64::NAN], &[2]);
     assert!(matches!(error, Err(Error::NonFiniteReward { index: 1, .. })));
-    assert!(Advantage::GroupMean.of(&[0.0, 1.0, 2.0], &[2]).is_err());
+    assert!(advantages(Estimator::default(), &[0.0, 1.0, 2.0], &[2]).is_err());
+    for (baseline, what) in [(Baseline::Greedy, "greedy"), (Baseline::Value, "values")] {
+        let error = advantages(Estimator { baseline, ..Estimator::default() }, &[0.0, 1.0], &[2]).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("{what} is missing")), "{error}");
+    }
     for wrong in [
-        GrpoOptions { epsilon: 1.0, ..GrpoOptions::default() },
-        GrpoOptions { epsilon_high: Some(-0.1), ..GrpoOptions::default() },
-        GrpoOptions { beta: f64::NAN, ..GrpoOptions::default() },
+        PolicyOptions { epsilon: 1.0, ..default() },
+        PolicyOptions { epsilon_high: Some(-0.1), ..default() },
+        PolicyOptions { delta: Some(1.1), ..default() },
+        PolicyOptions { delta: Some(3.0), clip: ClipKind::Sapo, ..default() },
+        PolicyOptions { beta: f64::NAN, ..default() },
+        PolicyOptions { lam: 1.5, ..default() },
+        PolicyOptions { kl_target: Some(6.0), ..default() },
+        PolicyOptions { top_entropy_quantile: 0.0, ..default() },
+        PolicyOptions { importance_sampling_clip_min: Some(3.0), ..default() },
+        PolicyOptions { vespo_lambda_neg: 0.0, ..default() },
     ] {
         assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
     }
-    GrpoOptions::default().validate().unwrap();
+    default().validate().unwrap();
 }
