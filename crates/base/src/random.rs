@@ -25,6 +25,10 @@ pub enum Purpose {
     Test = 7,
     /// Which way the optimiser's state is rounded.
     Rounding = 8,
+    /// Episodes that are learnt from again.
+    Replay = 9,
+    /// Tokens that are left out of a loss.
+    Masking = 10,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.

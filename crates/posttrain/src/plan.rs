@@ -8,7 +8,7 @@ use model::decoder::Estimate;
 
 use train::options::{GradientCheckpointing, TrainingOptions};
 
-use crate::config::Config;
+use crate::config::{Config, Stage};
 use crate::corpus::Corpus;
 use crate::report::{bytes, duration};
 
@@ -79,9 +79,14 @@ impl Memory {
             "activations",
             "key-value cache",
             "reference model",
+            "value model",
         ];
         let compared = config.stages().iter().any(|stage| stage.needs_reference());
         let reference = if compared && config.lora.is_none() { one.weights + one.packed } else { 0 };
+        let value_model = |stage: Stage<'_>| match stage.has_separate_value_model() {
+            true => one.weights + one.packed + one.gradients + optimizer(stage.training()),
+            false => 0,
+        };
         // Bytes for these purposes, by phase of the run.
         let mut phases = Vec::new();
         for stage in config.stages() {
@@ -101,13 +106,15 @@ impl Memory {
                 activations(training, rows),
                 cache(slots, new_tokens),
                 if stage.needs_reference() { reference } else { 0 },
+                value_model(stage),
             ]);
         }
         if config.has_evaluation() {
             let slots = config.evaluation.batch_size.min(work.test_rows);
             let cache = cache(slots, config.evaluation.sampling.max_new_tokens);
+            let value = config.stages().iter().map(|stage| value_model(*stage)).max().unwrap_or(0);
             let optimizer = config.stages().iter().map(|stage| optimizer(stage.training())).max().unwrap_or(0);
-            phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference]);
+            phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference, value]);
         }
         let largest = phases.into_iter().max_by_key(|phase| phase.iter().sum::<usize>()).unwrap_or_default();
         let items = purposes.into_iter().zip(largest).filter(|(_, bytes)| *bytes > 0).collect();
@@ -243,7 +250,7 @@ fn matrix_rate(precision: kernels::Precision, inner: usize, outer: usize) -> f64
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
     use model::config::Family;
-    use train::methods::grpo::GrpoOptions;
+    use train::methods::policy::PolicyOptions;
     use train::methods::sft::SftOptions;
 
     use super::*;
@@ -254,7 +261,7 @@ mod tests {
         model.layers = vec![model.layers[0]; 12];
         let work = Workload { train_rows: 100, test_rows: 0, row_tokens: 30.0, longest: 50 };
         let mut config =
-            Config { sft: Some(SftOptions::default()), policy: Some(GrpoOptions::default()), ..Config::default() };
+            Config { sft: Some(SftOptions::default()), policy: Some(PolicyOptions::default()), ..Config::default() };
         let memory = |config: &Config, available| Memory::new(config, &model, work, available);
         let settled = |config: &Config, available| {
             let mut settled = config.clone();

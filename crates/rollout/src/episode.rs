@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 /// One completion that is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -24,7 +26,7 @@ impl Request {
 }
 
 /// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Finish {
     /// By a stop token or a stop string.
     Stop,
@@ -33,13 +35,14 @@ pub enum Finish {
 }
 
 /// One completion, in tokens from start to end. The lists have one entry per token of the completion.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Episode {
     /// As in the request.
     pub prompt_id: u32,
     /// As in the request.
     pub sample: u32,
     /// As in the request.
+    #[serde(with = "shared")]
     pub prompt: Arc<[u32]>,
     /// The tokens, with the one that ended it: a stop token, or the last token of a stop string.
     pub completion: Vec<u32>,
@@ -59,4 +62,19 @@ pub struct Episode {
     /// The completion as text, without special tokens and cut before a stop string. A view: nothing is ever encoded
     /// from it.
     pub text: String,
+}
+
+/// Tokens that several owners share, written down like a list of one's own.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(tokens: &Arc<[u32]>, serializer: S) -> Result<S::Ok, S::Error> {
+        tokens.as_ref().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<[u32]>, D::Error> {
+        Vec::deserialize(deserializer).map(Arc::from)
+    }
 }

@@ -141,19 +141,34 @@ impl Step<'_> {
     /// A gradient that is infinite or NaN, by parameter and row.
     pub fn update(&mut self) -> Result<f64> {
         let started = Instant::now();
-        self.gradients.finish();
-        if let Some(found) = self.gradients.non_finite() {
-            return Err(self.model_error()(found.into()));
-        }
-        let norm = gradient_norm(self.decoder, self.gradients);
-        if !norm.is_finite() {
-            return Err(Error::NonFinite { step: self.number, what: "the norm of the gradient".into(), value: norm });
-        }
-        self.optimizer.update(self.decoder, self.gradients, norm, self.learning_rate);
-        self.gradients.clear();
+        let norm = move_weights(self.number, self.decoder, self.optimizer, self.gradients, self.learning_rate)?;
         self.spent(Phase::Train, started);
         Ok(norm)
     }
+}
+
+/// Moves a model's weights by its gradients, and sets these to zero; as [`Step::update`], for any model.
+///
+/// # Errors
+/// A gradient that is infinite or NaN, by parameter and row.
+pub fn move_weights(
+    step: u64,
+    decoder: &mut Decoder,
+    optimizer: &mut Optimizer,
+    gradients: &mut Gradients,
+    learning_rate: f64,
+) -> Result<f64> {
+    gradients.finish();
+    if let Some(found) = gradients.non_finite() {
+        return Err(Error::Model { step, source: found.into() });
+    }
+    let norm = gradient_norm(decoder, gradients);
+    if !norm.is_finite() {
+        return Err(Error::NonFinite { step, what: "the norm of the gradient".into(), value: norm });
+    }
+    optimizer.update(decoder, gradients, norm, learning_rate);
+    gradients.clear();
+    Ok(norm)
 }
 
 /// Fails on the first loss that is infinite or NaN, naming its sequence and token.

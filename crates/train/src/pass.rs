@@ -1,6 +1,6 @@
 //! Sequences packed for one forward and backward pass, and the bookkeeping between tokens and hidden rows.
 
-use model::decoder::{PackedTokens, Target};
+use model::decoder::{Decoder, PackedTokens, Target, Workspace};
 
 /// One sequence and which of its tokens the loss is about.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +96,41 @@ impl Pass {
         Ok(Self { tokens, targets: by_row.into_iter().map(|token| targets[token]).collect(), lengths, places })
     }
 
+    /// The rows that predict targets, ascending and each once, and for each target the place of its row among them.
+    fn rows(&self) -> (Vec<usize>, Vec<usize>) {
+        let mut rows: Vec<usize> = Vec::new();
+        let mut places = Vec::with_capacity(self.targets.len());
+        for target in &self.targets {
+            if rows.last() != Some(&target.row) {
+                rows.push(target.row);
+            }
+            places.push(rows.len() - 1);
+        }
+        (rows, places)
+    }
+
+    /// The score of the row before each loss token after a forward over these rows, sequence by sequence: the value of having come
+    /// there.
+    ///
+    /// # Errors
+    /// As [`Decoder::scores`].
+    pub fn values(&self, decoder: &Decoder, workspace: &Workspace) -> model::Result<Vec<f32>> {
+        let (rows, places) = self.rows();
+        let scores = decoder.scores(workspace, &rows)?;
+        Ok(self.by_sequence(&places.into_iter().map(|place| scores[place]).collect::<Vec<_>>()))
+    }
+
+    /// The rows before loss tokens, ascending, and gradients of their values from those of loss tokens in sequence order: a row
+    /// that predicts several tokens gets the sum, in their order.
+    pub fn by_row(&self, of_tokens: &[f64]) -> (Vec<usize>, Vec<f32>) {
+        let (rows, places) = self.rows();
+        let mut gradients = vec![0.0; rows.len()];
+        for (place, gradient) in places.into_iter().zip(self.by_target(of_tokens)) {
+            gradients[place] += gradient;
+        }
+        (rows, gradients)
+    }
+
     /// Values of targets, rearranged sequence by sequence.
     pub fn by_sequence<T: Copy>(&self, of_targets: &[T]) -> Vec<T> {
         self.places.iter().map(|&place| of_targets[place]).collect()
@@ -147,6 +182,7 @@ mod tests {
         assert_eq!(pass.tokens.ids(), [1, 2, 3, 0, 10, 11, 30]);
         let targets: Vec<(usize, u32)> = pass.targets.iter().map(|target| (target.row, target.token)).collect();
         assert_eq!(targets, [(2, 10), (2, 20), (4, 11), (5, 12), (6, 31)]);
+        assert_eq!(pass.by_row(&[1.0, 2.0, 3.0, 4.0, 5.0]), (vec![2, 4, 5, 6], vec![5.0, 2.0, 3.0, 5.0]));
         assert_eq!(pass.by_sequence(&[0.0, 1.0, 2.0, 3.0, 4.0]), [0.0, 2.0, 3.0, 1.0, 4.0]);
         assert_eq!(pass.by_target(&[0.0, 2.0, 3.0, 1.0, 4.0]), [0.0, 1.0, 2.0, 3.0, 4.0]);
         assert_eq!(pass.lengths, [3, 1, 1]);

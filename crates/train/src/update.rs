@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor, Var};
-use model::decoder::{Decoder, LogProbs, Workspace};
+use model::decoder::{Decoder, LogProbs, ScoreGradients, Workspace};
 use objectives::{Fold, Loss, Statistic};
 
 use crate::error::Result;
@@ -117,6 +117,27 @@ impl<'a> Batch<'a> {
         Ok(all)
     }
 
+    /// What a model with a score head, prepared for use, gives the row before each loss token of a range of units, sequence by
+    /// sequence: continuations of a prompt share the value of its end.
+    ///
+    /// # Errors
+    /// As [`Batch::log_probs`]; a model without such a head.
+    pub fn values(
+        &self,
+        decoder: &Decoder,
+        workspace: &mut Workspace,
+        units: Range<usize>,
+        micro_batch_tokens: usize,
+    ) -> model::Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for piece in self.pieces(units, micro_batch_tokens) {
+            let pass = self.pack(piece)?;
+            decoder.forward(&pass.tokens, workspace, false)?;
+            all.extend(pass.values(decoder, workspace)?);
+        }
+        Ok(all)
+    }
+
     /// Log-probabilities of all loss tokens under the reference model: the one the stage started from, or with an adapter
     /// the model with the adapter switched off. The time goes to [`Phase::Reference`].
     ///
@@ -194,6 +215,8 @@ pub struct Piece<'a> {
     pub log_probs: Tensor,
     /// The entropy at every loss token, `[N]`, tracking gradients, where [`Reading::entropy`] asked for it.
     pub entropy: Option<Tensor>,
+    /// The value before every loss token, `[N]`, tracking gradients, where [`gradients_with_values`] was asked.
+    pub values: Option<Tensor>,
     /// What else the pass found out; empty until the values are known, and for [`Known::LogProbs`].
     pub found: &'a LogProbs,
     /// The place of the units in the batch.
@@ -252,6 +275,34 @@ pub fn gradients(
     reading: Reading,
     (scope, known): (Scope, Known<'_>),
     statistics: &mut Folds,
+    objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
+) -> Result<Gathered> {
+    gather(step, batch, part, reading, (scope, known, false), statistics, objective)
+}
+
+/// As [`gradients`], for a policy that shares its body with a value model: the objective is given the values as well.
+///
+/// # Errors
+/// As [`gradients`]; a model without a score head.
+pub fn gradients_with_values(
+    step: &mut Step<'_>,
+    batch: &Batch<'_>,
+    part: Range<usize>,
+    reading: Reading,
+    (scope, known): (Scope, Known<'_>),
+    statistics: &mut Folds,
+    objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
+) -> Result<Gathered> {
+    gather(step, batch, part, reading, (scope, known, true), statistics, objective)
+}
+
+fn gather(
+    step: &mut Step<'_>,
+    batch: &Batch<'_>,
+    part: Range<usize>,
+    reading: Reading,
+    (scope, known, want_values): (Scope, Known<'_>, bool),
+    statistics: &mut Folds,
     mut objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
 ) -> Result<Gathered> {
     let started = Instant::now();
@@ -268,8 +319,16 @@ pub fn gradients(
                     batch.log_probs(step.decoder, step.workspace, part.clone(), reading).map_err(step.model_error())?
                 }
             };
-            let evaluated =
-                Evaluated::of(batch, part.clone(), reading, &found, &mut objective).map_err(step.objective_error())?;
+            let values = match want_values {
+                true => Some(
+                    batch
+                        .values(step.decoder, step.workspace, part.clone(), reading.micro_batch_tokens)
+                        .map_err(step.model_error())?,
+                ),
+                false => None,
+            };
+            let evaluated = Evaluated::of(batch, part.clone(), reading, &found, values.as_deref(), &mut objective)
+                .map_err(step.objective_error())?;
             losses.extend_from_slice(&evaluated.losses);
             statistics.extend(&evaluated.statistics);
             Some(evaluated)
@@ -283,15 +342,19 @@ pub fn gradients(
         }
         step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
         let tokens = batch.tokens_of(&piece);
-        let (d_log_prob, d_entropy) = match &whole {
+        let values = match want_values {
+            true => Some(pass.values(step.decoder, step.workspace).map_err(step.model_error())?),
+            false => None,
+        };
+        let (d_log_prob, d_entropy, d_values) = match &whole {
             Some(whole) => {
                 let first = batch.tokens_of(&part).start;
-                let own = tokens.start - first..tokens.end - first;
-                (whole.d_log_prob[own.clone()].to_vec(), whole.d_entropy.as_ref().map(|d| d[own].to_vec()))
+                let own = |all: &[f64]| all[tokens.start - first..tokens.end - first].to_vec();
+                (own(&whole.d_log_prob), whole.d_entropy.as_deref().map(own), whole.d_values.as_deref().map(own))
             }
             None => {
                 let before = match known {
-                    Known::LogProbs(values) => only(values[tokens].to_vec()),
+                    Known::LogProbs(known) => only(known[tokens].to_vec()),
                     Known::Linear => only(vec![0.0; tokens.len()]),
                     Known::Nothing => {
                         let found = step
@@ -303,33 +366,39 @@ pub fn gradients(
                         before
                     }
                 };
-                let evaluated = Evaluated::of(batch, piece.clone(), reading, &before, &mut objective)
-                    .map_err(step.objective_error())?;
+                let evaluated =
+                    Evaluated::of(batch, piece.clone(), reading, &before, values.as_deref(), &mut objective)
+                        .map_err(step.objective_error())?;
                 if !matches!(known, Known::Linear) {
                     losses.extend_from_slice(&evaluated.losses);
                     statistics.extend(&evaluated.statistics);
                 }
-                (evaluated.d_log_prob, evaluated.d_entropy)
+                (evaluated.d_log_prob, evaluated.d_entropy, evaluated.d_values)
             }
         };
         let d_entropy = d_entropy.map(|values| pass.by_target(&values));
+        let (rows, d_scores) = match d_values {
+            Some(d_values) => pass.by_row(&d_values),
+            None => (Vec::new(), Vec::new()),
+        };
         let found = step
             .decoder
-            .backward(
+            .backward_with_scores(
                 &pass.tokens,
                 step.workspace,
                 &pass.targets,
                 reading.temperature,
                 &pass.by_target(&d_log_prob),
                 d_entropy.as_deref(),
+                ScoreGradients { rows: &rows, d_scores: &d_scores },
                 step.gradients,
             )
             .map_err(step.model_error())?;
         let mut after = LogProbs::default();
         extend(&mut after, &pass, &found);
         if whole.is_none() && matches!(known, Known::Linear) {
-            let evaluated =
-                Evaluated::of(batch, piece.clone(), reading, &after, &mut objective).map_err(step.objective_error())?;
+            let evaluated = Evaluated::of(batch, piece.clone(), reading, &after, values.as_deref(), &mut objective)
+                .map_err(step.objective_error())?;
             losses.extend_from_slice(&evaluated.losses);
             statistics.extend(&evaluated.statistics);
         }
@@ -349,6 +418,7 @@ struct Evaluated {
     statistics: Vec<Statistic>,
     d_log_prob: Vec<f64>,
     d_entropy: Option<Vec<f64>>,
+    d_values: Option<Vec<f64>>,
 }
 
 impl Evaluated {
@@ -357,6 +427,7 @@ impl Evaluated {
         units: Range<usize>,
         reading: Reading,
         found: &LogProbs,
+        values: Option<&[f32]>,
         objective: &mut impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
     ) -> objectives::Result<Self> {
         let (sequences, tokens) = (batch.sequences_of(&units), batch.tokens_of(&units));
@@ -367,9 +438,12 @@ impl Evaluated {
             true => Some(variable(&found.entropy)?),
             false => None,
         };
+        let values = values.map(variable).transpose()?;
+        let tensor = |variable: &Option<Var>| variable.as_ref().map(|variable| variable.as_tensor().clone());
         let piece = Piece {
             log_probs: log_probs.as_tensor().clone(),
-            entropy: entropy.as_ref().map(|entropy| entropy.as_tensor().clone()),
+            entropy: tensor(&entropy),
+            values: tensor(&values),
             found,
             units,
             lengths: &batch.lengths[sequences.clone()],
@@ -377,13 +451,15 @@ impl Evaluated {
             tokens,
         };
         let loss = objective(&piece)?;
-        let inputs: Vec<&Tensor> = std::iter::once(&piece.log_probs).chain(&piece.entropy).collect();
+        let inputs: Vec<&Tensor> =
+            std::iter::once(&piece.log_probs).chain(&piece.entropy).chain(&piece.values).collect();
         let mut derivatives = loss.gradients(&inputs)?.into_iter();
         Ok(Self {
             losses: loss.values()?,
             statistics: loss.statistics,
             d_log_prob: derivatives.next().unwrap_or_default(),
-            d_entropy: derivatives.next(),
+            d_entropy: piece.entropy.as_ref().and_then(|_| derivatives.next()),
+            d_values: piece.values.as_ref().and_then(|_| derivatives.next()),
         })
     }
 }

@@ -13,7 +13,7 @@ use model::decoder::{Decoder, WeightFormat};
 use model::weights::safetensors;
 use posttrain_train as train;
 use serde_json::{Map, Value};
-use train::methods::grpo::GrpoOptions;
+use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
 use train::options::{OptimizerState, RunOptions, TrainingOptions};
 use train::{Error, Evaluator, Outcome};
@@ -30,7 +30,7 @@ fn learning() -> Setup {
             },
             ..Default::default()
         }),
-        grpo: Some(GrpoOptions {
+        grpo: Some(PolicyOptions {
             prompts_per_step: 16,
             num_generations: 8,
             sampling: rollout::SamplingOptions { max_new_tokens: 3, ..Default::default() },

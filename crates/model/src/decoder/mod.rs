@@ -490,6 +490,13 @@ impl Decoder {
         self.adapter.as_ref().is_some_and(|adapter| adapter.on)
     }
 
+    /// A copy of the base model: the weights that an adapter changes, without it.
+    pub fn without_adapter(&self) -> Self {
+        let mut base = self.clone();
+        base.drop_adapter();
+        base
+    }
+
     fn drop_adapter(&mut self) {
         self.adapter = None;
         self.values = identity::Values::fresh();

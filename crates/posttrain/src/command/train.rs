@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use envs::Weighted;
 use model::DeviceName;
+use model::config::ScoreHead;
 use train::directory::Directory;
-use train::methods::grpo::Grpo;
+use train::methods::policy::Policy;
 use train::methods::sft::Sft;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
@@ -112,6 +113,10 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         return Err(train::Error::Exists { folder: output.to_owned() }.into());
     }
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
+    let value_head = config.stages().into_iter().any(Stage::has_value_head);
+    if value_head && model.decoder.config().score.is_none() {
+        model.decoder.add_score(ScoreHead::VALUE, 0.0, config.seed)?;
+    }
     if let Some(lora) = &config.lora {
         model.decoder.attach_lora(lora, config.seed)?;
     }
@@ -140,7 +145,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
-            Stage::Policy(options) => Box::new(Grpo::new(options.clone(), corpus.prompts.clone(), reward()?)?),
+            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), reward()?)?),
         });
     }
     let mut measurer = match corpus.test.is_empty() {

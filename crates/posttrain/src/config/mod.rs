@@ -19,7 +19,7 @@ use model::lora::LoraConfig;
 use rollout::SamplingOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use train::methods::grpo::GrpoOptions;
+use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
 use train::options::RunOptions;
 
@@ -58,7 +58,7 @@ pub struct Config {
     pub sft: Option<SftOptions>,
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub policy: Option<GrpoOptions>,
+    pub policy: Option<PolicyOptions>,
     /// How the model is measured on held-out problems.
     pub evaluation: EvaluateOptions,
     /// When a run saves, evaluates and writes down what it sampled.

@@ -1,7 +1,7 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
 use model::decoder::WeightFormat;
-use train::methods::grpo::GrpoOptions;
+use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
 use train::options::{OptionError, TrainingOptions};
 
@@ -13,7 +13,7 @@ pub enum Stage<'a> {
     /// `[sft]`
     Sft(&'a SftOptions),
     /// `[policy]`
-    Policy(&'a GrpoOptions),
+    Policy(&'a PolicyOptions),
 }
 
 /// What a stage learns from.
@@ -69,6 +69,16 @@ impl<'a> Stage<'a> {
             Self::Sft(_) => Rows::Examples,
             Self::Policy(_) => Rows::Prompts,
         }
+    }
+
+    /// Whether a value model of its own is trained beside the policy.
+    pub fn has_separate_value_model(self) -> bool {
+        matches!(self, Self::Policy(options) if options.has_value_model() && !options.shares_value_model())
+    }
+
+    /// Whether the policy carries its value model as a head of its own.
+    pub fn has_value_head(self) -> bool {
+        matches!(self, Self::Policy(options) if options.shares_value_model())
     }
 
     /// How it samples, where it does.

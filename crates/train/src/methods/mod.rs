@@ -4,7 +4,7 @@
 //! A new method is a new line in the `PRESETS` of its family, or a new file here with a line in [`FAMILIES`]. Help, the
 //! pages in docs/methods and `posttrain explain` are made of the presets and of the prologues of the files.
 
-pub mod grpo;
+pub mod policy;
 pub mod sft;
 
 /// A published method: a family's options under a name of its own.
@@ -58,14 +58,21 @@ pub const FAMILIES: &[Family] = &[
     Family {
         section: "policy",
         title: "Policy gradients",
-        presets: grpo::PRESETS,
+        presets: policy::PRESETS,
         sources: &[
-            include_str!("grpo.rs"),
+            include_str!("policy/mod.rs"),
             include_str!("../rollouts.rs"),
-            include_str!("../../../objectives/src/grpo.rs"),
+            include_str!("../../../objectives/src/policy.rs"),
             include_str!("../../../objectives/src/advantage.rs"),
+            include_str!("../../../objectives/src/gae.rs"),
+            include_str!("../../../objectives/src/shaping.rs"),
+            include_str!("../../../objectives/src/ratio.rs"),
+            include_str!("../../../objectives/src/clip.rs"),
+            include_str!("../../../objectives/src/correction.rs"),
+            include_str!("../../../objectives/src/filter.rs"),
             include_str!("../../../objectives/src/aggregation.rs"),
             include_str!("../../../objectives/src/kl.rs"),
+            include_str!("../../../objectives/src/value.rs"),
         ],
     },
 ];

@@ -17,7 +17,7 @@ use model::lora::LoraConfig;
 use model::tokenizer::Tokenizer;
 use posttrain_train as train;
 use rollout::{Generator, Request, SamplingOptions};
-use train::methods::grpo::{Grpo, GrpoOptions};
+use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Evaluation, EvaluationError, Evaluator, Measure, Method, Observer, Outcome, Provenance, Run};
@@ -78,6 +78,23 @@ impl Reward for Exact {
     }
 }
 
+/// The share of a completion's tokens in the lower half of the vocabulary: something a random model can learn from at once.
+pub struct Lower;
+
+impl Reward for Lower {
+    fn name(&self) -> &str {
+        "lower"
+    }
+
+    fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<Score>>, RewardError> {
+        let score = |answer: &Answer<'_>| {
+            let lower = answer.completion_ids.iter().filter(|&&id| id < 128).count();
+            Some(Score::new(lower as f64 / answer.completion_ids.len() as f64, Status::Ok))
+        };
+        Ok(answers.iter().map(score).collect())
+    }
+}
+
 /// Solves every problem greedily.
 pub struct Accuracy;
 
@@ -117,7 +134,10 @@ pub struct Setup {
     pub precision: Precision,
     pub lora: bool,
     pub sft: Option<SftOptions>,
-    pub grpo: Option<GrpoOptions>,
+    pub grpo: Option<PolicyOptions>,
+    pub reward: fn() -> Box<dyn Reward>,
+    pub seed: u64,
+    pub value_head: bool,
     pub options: RunOptions,
     pub evaluate: bool,
     pub family: Family,
@@ -138,16 +158,19 @@ impl Setup {
             precision: Precision::F32,
             lora: false,
             sft: Some(SftOptions { batch_size: 12, training: training(3), ..SftOptions::default() }),
-            grpo: Some(GrpoOptions {
+            grpo: Some(PolicyOptions {
                 prompts_per_step: 4,
                 num_generations: 4,
                 num_iterations: 2,
                 num_minibatches: 2,
-                objective: objectives::GrpoOptions { beta: 0.1, ..Default::default() },
+                objective: objectives::PolicyOptions { beta: 0.1, ..Default::default() },
                 sampling: SamplingOptions { max_new_tokens: 4, ..Default::default() },
                 training: training(3),
                 ..Default::default()
             }),
+            reward: || Box::new(Exact),
+            seed: 7,
+            value_head: false,
             options: RunOptions { save_steps: 2, save_total_limit: 2, eval_steps: 3, ..Default::default() },
             evaluate: true,
             family: Family::Llama,
@@ -155,7 +178,10 @@ impl Setup {
     }
 
     pub fn decoder(&self) -> Decoder {
-        let mut decoder = Decoder::random(ModelConfig::tiny(self.family, 259), 1).unwrap();
+        let mut decoder = Decoder::random(ModelConfig::tiny(self.family, 259), self.seed - 6).unwrap();
+        if self.value_head {
+            decoder.add_score(model::config::ScoreHead::VALUE, 0.0, 3).unwrap();
+        }
         if self.lora {
             decoder.attach_lora(&LoraConfig { r: 4, alpha: 8.0, ..Default::default() }, 2).unwrap();
         }
@@ -173,7 +199,7 @@ impl Setup {
             stages.push(Box::new(Sft::new(sft.clone(), examples()).unwrap()));
         }
         if let Some(grpo) = &self.grpo {
-            stages.push(Box::new(Grpo::new(grpo.clone(), prompts(), Box::new(Exact)).unwrap()));
+            stages.push(Box::new(Policy::new(grpo.clone(), prompts(), (self.reward)()).unwrap()));
         }
         stages
     }
@@ -202,7 +228,7 @@ impl Setup {
         let run = Run {
             directory: folder,
             options: self.options.clone(),
-            seed: 7,
+            seed: self.seed,
             precision: self.precision,
             decoder,
             tokenizer: &tokenizer,

@@ -1,0 +1,557 @@
+//! Policy gradients: reinforcement learning from scores.
+//!
+//! ```text
+//! for prompt q in the step:  y_1..y_G ~ π(. | q)        sampled with the current weights
+//!                            r_i = score(q, y_i)        less what truncated and overlong completions pay
+//!                            A   = advantages           of completions, or of tokens
+//! repeat num_iterations times, for each of num_minibatches parts of the groups:
+//!     ratio_t = π(y_t) / π_old(y_t)                     π_old: as recorded while sampling
+//!     L = Σ_t w_t [ - min(ratio_t A, clip(ratio_t, 1 - ε, 1 + ε_high) A) + β KL_t ]
+//!     one optimiser update; with a value model, one of its own
+//! ```
+//!
+//! This is GRPO (Shao et al., "DeepSeekMath", arXiv 2402.03300). Other methods choose other parts: what a reward is compared
+//! with, what the ratio is of, what bounds it, where the divergence is paid, how tokens are weighed. The options of
+//! [`mod@objectives::policy`] name the parts, and the presets of the family name the published choices.
+//!
+//! **Value model** (`baseline = "value"`, PPO): a second decoder, a copy of the policy with a number in place of tokens, its own
+//! optimiser and its own place in checkpoints. It learns from the step's returns, minibatch by minibatch beside the policy, and
+//! for the first `value.warmup_steps` alone. With `value.model = "shared"` it is a head on the policy's own body instead, and both
+//! losses make one update: `L + vf_coef · L_value`.
+//!
+//! **Reward shaping.** With `kl_in = "reward"` every token pays `β` times its divergence from the reference, and the score is
+//! the last token's; with `kl_target`, `β` follows the divergence. Truncated and overlong completions pay
+//! `missing_eos_penalty` and `overlong_penalty`.
+//!
+//! **Dynamic sampling** (`max_resampling_rounds`, DAPO): groups whose rewards are all equal make room for groups of the prompts
+//! that come next in the data. What varies after the rounds is what the step learns from; if nothing does, it learns nothing.
+//!
+//! **Off policy, and reproducible.** With `staleness = k` the sampler is exactly k steps behind: the first step samples k + 1
+//! batches, every later one samples the batch that is learnt from k steps on. With `replay`, groups of earlier steps are learnt
+//! from again. Both keep the log-probabilities that the episodes were sampled with, so that ratios are relative to the policy
+//! that sampled (`old_policy = "sampler"`); with `old_policy = "trainer"` they are relative to the policy at the start of the
+//! step, and the difference between the two is corrected for by bounded importance weights.
+//!
+//! Deviations from the papers and from TRL's `GRPOTrainer`, `RLOOTrainer` and `PPOTrainer`:
+//! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
+//! 2. π_old comes from the sampler, with no second pass: sampler and trainer run the same kernels, so with equal weights the
+//!    two agree to the last bit. `sampling/sampling_logp_difference/*` measures this in every step and must be 0 unless the
+//!    sampler is behind. With `rollout_weights = "int8"` or on a GPU, π_old is what the trainer's forward gives before the
+//!    weights move (without a pass of its own, if the step has one update).
+//! 3. The reference model is the one the stage started from; with an adapter it is the model without the adapter.
+//! 4. The prompt of a group is computed once for all of its completions, forward and backward.
+//! 5. Log-probabilities are those of the temperature-scaled distribution over the whole vocabulary, in sampling and in
+//!    training, whatever top-k, top-p and min-p leave out.
+//! 6. A completion without a reward (no reward applies to its row) has advantage 0 and takes no part in the baseline.
+//! 7. With `mask_truncated_completions`, a truncated completion still counts in the denominators of `sequence` and `constant`.
+//! 8. Minibatches are consecutive groups of the step, whose prompts come in random order; PPO's shuffle of every pass is left
+//!    out.
+//! 9. A separate value model has an optimiser of its own; TRL's PPO has one for both, and weighs the value loss by `vf_coef`.
+//!
+//! Metrics, named as TRL names them, beside those of [`crate::rollouts`] and [`mod@objectives::policy`]:
+//! - `frac_reward_zero_std`: groups whose rewards are all equal teach nothing to a baseline made of the group.
+//! - `sampling/groups_sampled`, with dynamic sampling: groups that were sampled for the step.
+//! - `sampling/staleness`, with `staleness` or `replay`: mean over groups of the steps since they were sampled.
+//! - `loss`, `grad_norm`: means over the updates of the step. `entropy`: of the policy at the loss tokens, in nats.
+//! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
+//!   of the first update, before the weights moved.
+//! - `sampling/importance_sampling_ratio/min|mean|max`, where the sampler is not π_old: see [`mod@objectives::policy`].
+//! - With the divergence in the reward or a value model: `objective/kl` and `objective/entropy` (means over completions of the
+//!   sums over tokens of the divergence and of `- log π`), `objective/non_score_reward` (what tokens paid), `objective/scores`,
+//!   `objective/rlhf_reward` (both together); `objective/kl_coef` with `kl_target`.
+//! - With a value model: `policy/entropy_avg`, `val/ratio_var` (variance over updates of the mean ratio), `val/num_eos_tokens`
+//!   (completions that ended by themselves), `val/explained_variance`, `val/grad_norm` (of a separate one), `episode`
+//!   (completions since the stage began), and those of [`mod@objectives::value`].
+
+mod collected;
+mod critic;
+mod episodes;
+mod options;
+mod presets;
+mod sampling;
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use base::Purpose;
+use base::files::{self, io_error};
+use data::Prompt;
+use envs::{Reward, Score};
+use objectives::{AdaptiveKl, GlobalCounts, Loss, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping};
+use rollout::{Episode, Finish, PromptTokens};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::method::{Method, Report, Step};
+use crate::metrics::{Metrics, mean, standard_deviation};
+use crate::options::TrainingOptions;
+use crate::order::even_parts;
+use crate::rollouts;
+use crate::timing::Phase;
+use crate::update::{self, Folds, Known, Piece, Reading, Scope};
+use collected::{Collected, Replay, Sampled};
+use critic::{Critic, Lesson, Saved};
+use episodes::Episodes;
+
+pub use options::{OldPolicy, PolicyOptions, ReplayOptions, ValueModel, ValueOptions};
+pub use presets::PRESETS;
+
+/// The file of a checkpoint that holds what is carried from step to step beside weights.
+const STATE: &str = "policy_state.json";
+
+/// A policy gradient on a list of prompts.
+pub struct Policy {
+    options: PolicyOptions,
+    prompts: Arc<[Prompt]>,
+    reward: Box<dyn Reward>,
+    state: State,
+    critic: Option<Critic>,
+    /// A value model that was read before there was a policy to build it from.
+    saved: Option<Saved>,
+}
+
+/// What is carried from step to step beside weights, as it is written down.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct State {
+    /// Steps done in the run.
+    step: u64,
+    /// Weight of the divergence in the reward, where it moves.
+    kl: Option<AdaptiveKl>,
+    /// Batches that were sampled ahead.
+    ahead: VecDeque<Sampled>,
+    /// Groups to learn from again.
+    replay: Replay,
+    /// Updates of the value model.
+    value_updates: Option<u64>,
+}
+
+impl Policy {
+    /// Training on these prompts with this reward. A prompt and what its answers are judged by are one record.
+    ///
+    /// # Errors
+    /// Options that mean nothing.
+    pub fn new(options: PolicyOptions, prompts: Vec<Prompt>, reward: Box<dyn Reward>) -> Result<Self> {
+        options.validate().map_err(|error| error.within(&options.method))?;
+        let kl = options.objective.kl_target.map(|_| AdaptiveKl { coefficient: options.objective.beta });
+        let state = State { kl, ..State::default() };
+        Ok(Self { options, prompts: prompts.into(), reward, state, critic: None, saved: None })
+    }
+}
+
+impl Method for Policy {
+    fn name(&self) -> &str {
+        &self.options.method
+    }
+
+    fn training(&self) -> &TrainingOptions {
+        &self.options.training
+    }
+
+    fn rows(&self) -> usize {
+        self.prompts.len()
+    }
+
+    fn rows_per_step(&self) -> usize {
+        self.options.prompts_per_step
+    }
+
+    fn needs_reference(&self) -> bool {
+        self.options.objective.needs_reference()
+    }
+
+    fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
+        self.open_critic(step)?;
+        let prompts = Arc::clone(&self.prompts);
+        let Sampled { collected: own, mut metrics } = self.next(step, &prompts)?;
+        let mut collected = own.clone();
+        if self.options.replay.steps > 0 {
+            collected.append(self.state.replay.draw(&self.options.replay, step.random(Purpose::Replay)));
+            self.state.replay.keep(&self.options.replay, &own);
+        }
+
+        let masks: Vec<Vec<bool>> = collected.episodes.iter().map(|episode| self.mask(episode)).collect();
+        let mut episodes = Episodes::new(&collected, &masks, step.random(Purpose::Masking));
+        let reference = self.reference_log_probs(step, &episodes)?;
+        let values = self.values(step, &episodes)?;
+        let paid = (reference.as_deref(), values.as_deref());
+        let advantages = self.advantages(step, &collected, &episodes, paid, &mut metrics)?;
+        episodes.advantages = advantages.tokens;
+        let lesson = values.as_ref().map(|old| Lesson { old, returns: &advantages.returns });
+        self.optimise(step, &episodes, reference.as_deref(), lesson, &mut metrics)?;
+        self.state.step = step.number;
+
+        self.step_metrics(step, &collected, &mut metrics);
+        let groups = own.groups_of(&prompts, PromptTokens::default());
+        let advantages = &advantages.sequences[..own.episodes.len()];
+        Ok(Report {
+            metrics,
+            tokens: episodes.batch.all_tokens(),
+            episodes: Some(groups.table(step.number, &own.scores, &[("advantage", advantages)])),
+        })
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        if !self.options.carries_state() {
+            return Ok(());
+        }
+        let state = State { value_updates: self.critic.as_ref().map(Critic::updates), ..self.state.clone() };
+        let path = folder.join(STATE);
+        let text = serde_json::to_string(&state).map_err(|error| io_error("write", &path)(error.into()))?;
+        files::write(&path, text.as_bytes())?;
+        let Some(critic) = &self.critic else { return Ok(()) };
+        critic.save(folder).map_err(|source| Error::Model { step: self.state.step, source })
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        if !self.options.carries_state() {
+            return Ok(());
+        }
+        let text = files::read_to_string(&folder.join(STATE))?;
+        self.state = serde_json::from_str(&text)
+            .map_err(|error| Error::Mismatch { folder: folder.to_owned(), reason: format!("{STATE}: {error}") })?;
+        if let Some(updates) = self.state.value_updates {
+            let saved = Saved::read(folder, updates);
+            self.saved = Some(saved.map_err(|source| Error::Model { step: self.state.step, source })?);
+        }
+        Ok(())
+    }
+}
+
+// ---- Rewards and advantages ----
+
+impl Policy {
+    /// Scores, less what truncated and overlong completions pay.
+    fn shaped(&self, episodes: &[Episode], scores: &[Option<Score>]) -> Vec<Option<f64>> {
+        let (longest, margin) = (self.options.sampling.max_new_tokens, self.options.overlong_margin);
+        let of = |(episode, score): (&Episode, Option<f64>)| {
+            let missing = self.options.missing_eos_penalty.filter(|_| episode.finish == Finish::Length);
+            let overlong = self.options.overlong_penalty * shaping::overlong(episode.completion.len(), longest, margin);
+            Some(score? - missing.unwrap_or(0.0) + overlong)
+        };
+        episodes.iter().zip(rollouts::values(scores)).map(of).collect()
+    }
+
+    /// The advantage of every token, from what its completion was paid and what it paid itself: `reference` has the
+    /// log-probabilities of the reference model, `values` the value model's estimates, where there are any.
+    fn advantages(
+        &mut self,
+        step: &Step<'_>,
+        collected: &Collected,
+        episodes: &Episodes<'_>,
+        (reference, values): (Option<&[f32]>, Option<&[f64]>),
+        metrics: &mut Metrics,
+    ) -> Result<objectives::Advantages> {
+        let objective = &self.options.objective;
+        let scores = self.shaped(&collected.episodes, &collected.scores);
+        let sampled = &episodes.sampling_log_probs;
+        let divergence = reference
+            .filter(|_| objective.kl_in_reward())
+            .map(|reference| objective.kl.values(objective.kl_direction, sampled, reference))
+            .transpose()
+            .map_err(step.objective_error())?;
+        let beta = self.state.kl.map_or(objective.beta, |kl| kl.coefficient);
+        let token_rewards: Option<Vec<f64>> = divergence.as_ref().map(|all| all.iter().map(|kl| -beta * kl).collect());
+        let rewards = Rewards {
+            scores: &scores,
+            groups: &vec![collected.size; collected.groups()],
+            lengths: episodes.batch.lengths(),
+            token_rewards: token_rewards.as_deref(),
+            greedy: Some(&collected.greedy[..]).filter(|greedy| !greedy.is_empty()),
+            values,
+        };
+        let found = objective.estimator().advantages(&rewards).map_err(step.objective_error())?;
+
+        if divergence.is_some() || values.is_some() {
+            let of_completion = |values: &[f64]| values.iter().sum::<f64>() / scores.len() as f64;
+            let scored = mean(&scores.iter().flatten().copied().collect::<Vec<_>>());
+            let paid = token_rewards.as_deref().map_or(0.0, of_completion);
+            let surprise: Vec<f64> = sampled.iter().map(|&log_prob| -f64::from(log_prob)).collect();
+            if let Some(divergence) = &divergence {
+                let kl = of_completion(divergence);
+                metrics.set("objective/kl", kl);
+                if let (Some(adaptive), Some(target)) = (&mut self.state.kl, objective.kl_target) {
+                    metrics.set("objective/kl_coef", beta);
+                    adaptive.update(kl, scores.len(), target, objective.kl_horizon);
+                }
+            }
+            metrics.set("objective/entropy", of_completion(&surprise));
+            metrics.set("objective/non_score_reward", paid);
+            metrics.set("objective/scores", scored);
+            metrics.set("objective/rlhf_reward", scored + paid);
+        }
+        if let Some(values) = values {
+            let explained = objectives::value::explained_variance(values, &found.returns);
+            metrics.set("val/explained_variance", explained.unwrap_or(f64::NAN));
+        }
+        Ok(found)
+    }
+
+    /// The tokens of a completion that the loss is about.
+    fn mask(&self, episode: &Episode) -> Vec<bool> {
+        match episode.finish {
+            Finish::Length if self.options.mask_truncated_completions => vec![false; episode.completion.len()],
+            _ => episode.loss_mask.clone(),
+        }
+    }
+
+    /// Metrics of the step as a whole.
+    fn step_metrics(&self, step: &Step<'_>, collected: &Collected, metrics: &mut Metrics) {
+        if self.options.staleness > 0 || self.options.replay.steps > 0 {
+            let ages: Vec<f64> = collected.steps.iter().map(|&sampled| (step.number - sampled) as f64).collect();
+            metrics.set("sampling/staleness", mean(&ages));
+        }
+        if self.options.has_value_model() {
+            let ended = collected.episodes.iter().filter(|episode| episode.finish == Finish::Stop).count();
+            metrics.set("val/num_eos_tokens", ended as f64);
+            let completions = self.options.prompts_per_step * self.options.num_generations;
+            metrics.set("episode", ((step.index + 1) * completions as u64) as f64);
+        }
+    }
+}
+
+// ---- Other models ----
+
+impl Policy {
+    /// Builds the value model, or puts together the one that was read.
+    fn open_critic(&mut self, step: &mut Step<'_>) -> Result<()> {
+        if !self.options.has_value_model() || self.options.shares_value_model() || self.critic.is_some() {
+            return Ok(());
+        }
+        let critic = Critic::new(step.decoder, &self.options, step.seed, step.stage);
+        let mut critic = critic.map_err(step.model_error())?;
+        if let Some(saved) = self.saved.take() {
+            critic.restore(saved)?;
+        }
+        self.critic = Some(critic);
+        Ok(())
+    }
+
+    fn reading(&self) -> Reading {
+        Reading {
+            temperature: self.options.sampling.log_prob_temperature(),
+            micro_batch_tokens: self.options.training.micro_batch_tokens,
+            entropy: false,
+        }
+    }
+
+    /// Log-probabilities of all loss tokens under the reference model, if they are needed.
+    fn reference_log_probs(&self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Option<Vec<f32>>> {
+        if !self.needs_reference() {
+            return Ok(None);
+        }
+        episodes.batch.reference_log_probs(step, self.reading()).map(Some)
+    }
+
+    /// The value model's estimates, if there is one.
+    fn values(&mut self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Option<Vec<f64>>> {
+        if self.options.shares_value_model() {
+            let started = Instant::now();
+            step.decoder.prepare(step.precision);
+            let (all, rows) = (0..episodes.batch.units(), self.options.training.micro_batch_tokens);
+            let found = episodes.batch.values(step.decoder, step.workspace, all, rows).map_err(step.model_error())?;
+            step.spent(Phase::Train, started);
+            return Ok(Some(found.into_iter().map(f64::from).collect()));
+        }
+        let Some(critic) = &mut self.critic else { return Ok(None) };
+        critic.prepare(step);
+        critic.values(step, &episodes.batch).map(Some)
+    }
+
+    /// Where the log-probabilities of the weights before the updates come from.
+    fn old_log_probs(&self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Old> {
+        let updates = self.options.num_iterations * self.options.num_minibatches;
+        let other = !step.decoder.one_forward(self.options.rollout_weights);
+        let trainer = other || (self.options.old_policy == OldPolicy::Trainer && !episodes.is_on_policy(step));
+        Ok(match (trainer, updates) {
+            (false, _) => Old::Sampler,
+            (true, 1) => Old::FirstPass,
+            (true, _) => {
+                let started = Instant::now();
+                step.decoder.prepare(step.precision);
+                let all = 0..episodes.batch.units();
+                let found = episodes.batch.log_probs(step.decoder, step.workspace, all, self.reading());
+                step.spent(Phase::Train, started);
+                Old::Computed(found.map_err(step.model_error())?.log_prob)
+            }
+        })
+    }
+}
+
+// ---- Learning ----
+
+impl Policy {
+    /// Makes the updates of the step.
+    fn optimise(
+        &mut self,
+        step: &mut Step<'_>,
+        episodes: &Episodes<'_>,
+        reference: Option<&[f32]>,
+        lesson: Option<Lesson<'_>>,
+        metrics: &mut Metrics,
+    ) -> Result<()> {
+        let (mut losses, mut norms, mut ratios, mut value_norms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut statistics = Folds::default();
+        let units = episodes.batch.units();
+        // Dynamic sampling may leave fewer groups than there are minibatches.
+        let parts = even_parts(units, self.options.num_minibatches.min(units));
+        let alone = lesson.is_some() && step.index < self.options.value.warmup_steps;
+        let policy_passes = if alone { 0 } else { self.options.num_iterations };
+        let value_passes = self.options.value.num_iterations.unwrap_or(self.options.num_iterations);
+        let old = if alone { Old::Sampler } else { self.old_log_probs(step, episodes)? };
+        let passes = policy_passes.max(lesson.as_ref().map_or(0, |_| value_passes));
+        let parts = parts.into_iter().filter(|part| !episodes.batch.tokens_of(part).is_empty());
+        let updates = (0..passes).flat_map(|pass| parts.clone().map(move |part| (pass, part)));
+        for (pass, part) in updates {
+            if pass < policy_passes {
+                // Before the first update the weights are those at the start of the step.
+                let first = losses.is_empty();
+                let known = (&old, first);
+                let gathered =
+                    self.gather(step, episodes, part.clone(), known, reference, lesson.as_ref(), &mut statistics)?;
+                if first {
+                    let sampled = &episodes.sampling_log_probs[episodes.batch.tokens_of(&part)];
+                    metrics.extend(difference_metrics(&gathered.update.found.log_prob, sampled));
+                }
+                self.entropy_statistics(&gathered.update.found.entropy, &mut statistics);
+                losses.push(gathered.update.loss);
+                ratios.extend(gathered.ratio);
+                norms.push(step.update()?);
+            }
+            if let (Some(critic), Some(lesson), true) = (&mut self.critic, &lesson, pass < value_passes) {
+                critic.prepare(step);
+                let rate = value_learning_rate(&self.options, step.learning_rate);
+                value_norms.push(critic.update(step, &episodes.batch, part, lesson, rate, &mut statistics)?);
+            }
+        }
+        metrics.set("loss", mean(&losses));
+        metrics.set("grad_norm", mean(&norms));
+        statistics.record(metrics);
+        if lesson.is_some() {
+            metrics.set("val/ratio_var", standard_deviation(&ratios).powi(2));
+        }
+        if self.critic.is_some() {
+            metrics.set("val/grad_norm", mean(&value_norms));
+        }
+        Ok(())
+    }
+
+    /// Adds up the gradients of one update: of the loss over the groups `part`. `first` says that the weights have not moved
+    /// yet in this step; a value model that shares the policy's body takes its `lesson` along.
+    #[allow(clippy::too_many_arguments, reason = "one update: its groups, and all that the loss compares them with")]
+    fn gather(
+        &self,
+        step: &mut Step<'_>,
+        episodes: &Episodes<'_>,
+        part: Range<usize>,
+        (old, first): (&Old, bool),
+        reference: Option<&[f32]>,
+        lesson: Option<&Lesson<'_>>,
+        statistics: &mut Folds,
+    ) -> Result<Gathered> {
+        let started = Instant::now();
+        step.decoder.prepare(step.precision);
+        step.spent(Phase::Train, started);
+        let objective = &self.options.objective;
+        let batch = &episodes.batch;
+        let lengths = &batch.lengths()[batch.sequences_of(&part)];
+        let counts = GlobalCounts::of(lengths, self.options.sampling.max_new_tokens);
+        let known = match old {
+            Old::Sampler if first && episodes.is_on_policy(step) => Known::LogProbs(&episodes.sampling_log_probs),
+            _ => Known::Nothing,
+        };
+        let scope = if objective.needs_whole_update() { Scope::Batch } else { Scope::Piece };
+        let reading = Reading { entropy: objective.needs_entropy(), ..self.reading() };
+        let (mut moved, mut tokens) = (0.0, 0);
+        let value_weight = 1.0 / batch.tokens_of(&part).len() as f64;
+        let objective_of = |piece: &Piece<'_>| -> objectives::Result<Loss> {
+            let sampled = piece.of_tokens(&episodes.sampling_log_probs)?;
+            let (old_log_probs, sampling_log_probs) = match old {
+                Old::Sampler => (sampled, None),
+                Old::FirstPass => (piece.log_probs.detach(), Some(sampled)),
+                Old::Computed(all) => (piece.of_tokens(all)?, Some(sampled)),
+            };
+            let reference = reference.filter(|_| objective.kl_in_loss());
+            let inputs = PolicyBatch {
+                log_probs: piece.log_probs.clone(),
+                old_log_probs,
+                sampling_log_probs,
+                reference_log_probs: reference.map(|all| piece.of_tokens(all)).transpose()?,
+                entropy: piece.entropy.clone(),
+                advantages: piece.of_tokens(&episodes.advantages)?,
+                weights: piece.constant(&objective.aggregation.weights(piece.lengths, &counts))?,
+                sequence: piece.sequence(),
+                draws: Some(episodes.draws[piece.tokens.clone()].to_vec()),
+            };
+            let mut loss = objectives::policy(objective, &inputs)?;
+            if let (Some(values), Some(lesson)) = (&piece.values, lesson) {
+                let weights = vec![self.options.value.vf_coef * value_weight; piece.tokens.len()];
+                let inputs = ValueBatch {
+                    values: values.clone(),
+                    old_values: piece.of_tokens(lesson.old)?,
+                    returns: piece.of_tokens(lesson.returns)?,
+                    weights: piece.constant(&weights)?,
+                };
+                loss = loss.plus(objectives::value(self.options.value.cliprange_value, &inputs)?)?;
+            }
+            for ratio in loss.statistics.iter().filter(|statistic| statistic.name == "val/ratio") {
+                moved = ratio.values.iter().fold(moved, |sum, ratio| sum + ratio);
+                tokens += ratio.values.len();
+            }
+            Ok(loss)
+        };
+        let seen = (scope, known);
+        let update = match self.options.shares_value_model() {
+            true => update::gradients_with_values(step, batch, part, reading, seen, statistics, objective_of)?,
+            false => update::gradients(step, batch, part, reading, seen, statistics, objective_of)?,
+        };
+        Ok(Gathered { update, ratio: (tokens > 0).then(|| moved / tokens as f64) })
+    }
+
+    fn entropy_statistics(&self, entropy: &[f32], statistics: &mut Folds) {
+        let values: Vec<f64> = entropy.iter().map(|&entropy| f64::from(entropy)).collect();
+        if self.options.has_value_model() {
+            let values = values.clone();
+            statistics.extend(&[Statistic { name: "policy/entropy_avg", values, reduce: Reduce::Mean }]);
+        }
+        statistics.extend(&[Statistic { name: "entropy", values, reduce: Reduce::Mean }]);
+    }
+}
+
+/// The learning rate of the value model where the policy's is this: the two follow one schedule.
+fn value_learning_rate(options: &PolicyOptions, learning_rate: f64) -> f64 {
+    match (options.value.learning_rate, options.training.learning_rate) {
+        (None, _) => learning_rate,
+        (Some(_), 0.0) => 0.0,
+        (Some(peak), policy) => peak * (learning_rate / policy),
+    }
+}
+
+/// Where the log-probabilities of the weights before the updates come from.
+enum Old {
+    /// From sampling.
+    Sampler,
+    /// From the forward of the only update.
+    FirstPass,
+    /// From a forward before the first of several updates: one for each loss token.
+    Computed(Vec<f32>),
+}
+
+/// One update's gradients were gathered.
+struct Gathered {
+    update: update::Gathered,
+    /// The mean ratio, where it was measured.
+    ratio: Option<f64>,
+}
+
+/// How far the trainer's log-probabilities are from those recorded while sampling.
+fn difference_metrics(trained: &[f32], sampled: &[f32]) -> Metrics {
+    let difference = |(new, sampled): (&f32, &f32)| (f64::from(*new) - f64::from(*sampled)).abs();
+    let differences: Vec<f64> = trained.iter().zip(sampled).map(difference).collect();
+    let mut metrics = Metrics::new();
+    metrics.set("sampling/sampling_logp_difference/mean", mean(&differences));
+    metrics.set("sampling/sampling_logp_difference/max", differences.iter().copied().fold(0.0, f64::max));
+    metrics
+}

@@ -1,0 +1,360 @@
+//! Every policy gradient by name: it makes steps, it learns, it is cut and stopped without a trace.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{Lower, Setup, assert_same, metrics, on_threads};
+use kernels::Precision;
+use model::weights::safetensors;
+use objectives::{Baseline, ClipKind};
+use posttrain_train as train;
+use train::methods::policy::{OldPolicy, PRESETS, PolicyOptions, ReplayOptions, ValueModel};
+use train::options::{RunOptions, TrainingOptions};
+use train::{Event, Observer, Outcome};
+
+/// The settings of a published method, on a task of a few tokens.
+fn preset(name: &str) -> PolicyOptions {
+    let preset = PRESETS.iter().find(|preset| preset.name == name).unwrap();
+    let options: PolicyOptions = toml::from_str(preset.settings).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let overlong_margin = options.overlong_margin.min(2);
+    PolicyOptions {
+        method: name.into(),
+        overlong_margin,
+        prompts_per_step: 4,
+        num_generations: if options.num_generations == 1 { 1 } else { 4 },
+        sampling: rollout::SamplingOptions { max_new_tokens: 4, ..Default::default() },
+        training: TrainingOptions {
+            max_steps: Some(4),
+            learning_rate: 1e-3,
+            micro_batch_tokens: 40,
+            lr_scheduler_type: train::schedule::SchedulerType::Constant,
+            ..Default::default()
+        },
+        ..options
+    }
+}
+
+fn setup(policy: PolicyOptions) -> Setup {
+    Setup {
+        sft: None,
+        grpo: Some(policy),
+        reward: || Box::new(Lower),
+        evaluate: false,
+        options: RunOptions { save_steps: 2, save_total_limit: 2, ..Default::default() },
+        ..Setup::short()
+    }
+}
+
+/// A run's metrics, line by line.
+fn lines(setup: &Setup) -> Vec<serde_json::Map<String, serde_json::Value>> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    setup.finish(&path);
+    metrics(&path)
+}
+
+#[test]
+fn every_published_method_makes_steps() {
+    for found in PRESETS {
+        let lines = lines(&setup(preset(found.name)));
+        assert_eq!(lines.len(), 4, "{}", found.name);
+        let learnt = lines.iter().filter(|line| line["grad_norm"].as_f64().is_some_and(|norm| norm > 0.0)).count();
+        let alone = preset(found.name).value.warmup_steps as usize;
+        assert_eq!(learnt, 4 - alone.min(4), "{}: {lines:?}", found.name);
+    }
+}
+
+fn many(policy: PolicyOptions, steps: u64) -> PolicyOptions {
+    let several = policy.num_generations > 1;
+    PolicyOptions {
+        prompts_per_step: if several { 8 } else { 32 },
+        num_generations: if several { 8 } else { 1 },
+        training: TrainingOptions { max_steps: Some(steps), micro_batch_tokens: 4096, ..policy.training },
+        ..policy
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The reward begins near a half, and rises by more than 0.2 whatever the seed.
+#[test]
+fn methods_learn_from_scores() {
+    for name in ["grpo", "ppo", "rloo", "reinforce_plus_plus", "gspo", "cispo"] {
+        for seed in [7, 8, 9] {
+            let setup = Setup {
+                seed,
+                options: RunOptions { save_steps: 0, ..Default::default() },
+                ..setup(many(preset(name), 30))
+            };
+            let rewards: Vec<f64> = lines(&setup).iter().map(|line| line["reward"].as_f64().unwrap()).collect();
+            let (start, end) = (mean(&rewards[..3]), mean(&rewards[27..]));
+            println!("{name}, seed {seed}: {start:.3} to {end:.3}");
+            assert!(end > start + 0.2, "{name}, seed {seed}: {start} to {end}");
+        }
+    }
+}
+
+/// The setups that carry something from step to step, and those that see a whole update at once.
+fn careful() -> Vec<(&'static str, Setup)> {
+    let ppo = |change: fn(&mut PolicyOptions)| {
+        let mut options = PolicyOptions { num_generations: 2, num_minibatches: 2, ..preset("ppo") };
+        options.training.max_steps = Some(5);
+        options.num_iterations = 2;
+        options.objective.kl_target = Some(0.5);
+        change(&mut options);
+        setup(options)
+    };
+    let mut replayed =
+        PolicyOptions { staleness: 2, old_policy: OldPolicy::Trainer, num_iterations: 2, ..preset("grpo") };
+    replayed.replay = ReplayOptions { steps: 2, groups_per_step: 3 };
+    replayed.training.max_steps = Some(6);
+    let mut chosen = PolicyOptions { num_iterations: 2, ..preset("clip_cov") };
+    chosen.objective.cov_ratio = 0.2;
+    chosen.objective.clip_cov_min = 1e-3;
+    vec![
+        ("ppo", ppo(|_| ())),
+        (
+            "ppo with an adapter",
+            Setup { lora: true, precision: Precision::Bf16, ..ppo(|options| options.value.warmup_steps = 2) },
+        ),
+        (
+            "ppo with a shared body",
+            Setup { value_head: true, ..ppo(|options| options.value.model = ValueModel::Shared) },
+        ),
+        ("replay and lag", setup(replayed)),
+        ("greedy baseline", setup(PolicyOptions { num_generations: 2, ..preset("remax") })),
+        ("dynamic sampling", setup(preset("dapo"))),
+        ("clip-cov", setup(chosen)),
+        ("high entropy", setup(PolicyOptions { num_iterations: 2, ..preset("high_entropy") })),
+    ]
+}
+
+#[test]
+fn cuts_and_threads_do_not_matter() {
+    for (name, setup) in careful() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = folder.path().join("whole");
+        on_threads(2, || setup.finish(&whole));
+        for (micro_batch_tokens, decode_batch_size, threads) in [(1, 1, 1), (100_000, 64, 2)] {
+            let mut cut = setup.clone();
+            let options = cut.grpo.as_mut().unwrap();
+            (options.training.micro_batch_tokens, options.decode_batch_size) = (micro_batch_tokens, decode_batch_size);
+            let other = folder.path().join(format!("cut-{micro_batch_tokens}"));
+            on_threads(threads, || cut.finish(&other));
+            assert_same(&whole, &other, &format!("{name}, {micro_batch_tokens} tokens"));
+        }
+    }
+}
+
+#[test]
+fn a_shared_value_model_learns_with_the_policy() {
+    let mut options = many(preset("ppo"), 30);
+    options.value.model = ValueModel::Shared;
+    let setup =
+        Setup { value_head: true, options: RunOptions { save_steps: 0, ..Default::default() }, ..setup(options) };
+    let lines = lines(&setup);
+    let numbers = |name: &str| -> Vec<f64> { lines.iter().map(|line| line[name].as_f64().unwrap()).collect() };
+    let (rewards, losses) = (numbers("reward"), numbers("loss/value_avg"));
+    println!("reward {:.3} to {:.3}", mean(&rewards[..3]), mean(&rewards[27..]));
+    assert!(mean(&rewards[27..]) > mean(&rewards[..3]) + 0.2, "{rewards:?}");
+    assert!(mean(&losses[5..10]) < 0.7 * losses[0], "{losses:?}");
+}
+
+/// Asks the run to stop after a step.
+struct StopAt<'a>(u64, &'a AtomicBool);
+
+impl Observer for StopAt<'_> {
+    fn observe(&mut self, event: Event<'_>) {
+        if matches!(event, Event::Step { step, .. } if step == self.0) {
+            self.1.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_run_resumes_to_the_same_bytes() {
+    for (name, setup) in careful() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
+        setup.finish(&whole);
+        let steps = setup.grpo.as_ref().unwrap().training.max_steps.unwrap();
+        for step in 1..steps {
+            let stop = AtomicBool::new(false);
+            let outcome = setup.run(&stopped, step > 1, &mut StopAt(step, &stop), &stop).unwrap();
+            assert_eq!(outcome, Outcome::Interrupted { step });
+        }
+        setup.run(&stopped, true, &mut (), &AtomicBool::new(false)).unwrap();
+        assert_same(&whole, &stopped, name);
+    }
+}
+
+/// Dies at one of the events.
+struct DieAt(usize);
+
+impl Observer for DieAt {
+    fn observe(&mut self, _event: Event<'_>) {
+        match self.0.checked_sub(1) {
+            Some(left) => self.0 = left,
+            None => resume_unwind(Box::new("death, as ordered")),
+        }
+    }
+}
+
+#[test]
+fn a_run_that_dies_anywhere_resumes_to_the_same_bytes() {
+    for (name, setup) in careful().into_iter().take(4) {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, died) = (folder.path().join("whole"), folder.path().join("died"));
+        setup.finish(&whole);
+        let mut deaths = 0;
+        while deaths < 200 {
+            let life = || setup.run(&died, died.exists(), &mut DieAt(7 + 5 * deaths), &AtomicBool::new(false));
+            match catch_unwind(AssertUnwindSafe(life)) {
+                Ok(outcome) => {
+                    assert!(matches!(outcome.unwrap(), Outcome::Finished(_)));
+                    break;
+                }
+                Err(_) => deaths += 1,
+            }
+        }
+        assert!((3..200).contains(&deaths), "{name}: {deaths} deaths");
+        assert_same(&whole, &died, name);
+    }
+}
+
+/// Trained parameters of a finished run.
+fn weights(folder: &Path) -> Vec<f32> {
+    safetensors::read(&folder.join("final")).unwrap().into_values().flat_map(|tensor| tensor.data).collect()
+}
+
+#[test]
+fn the_value_model_learns_alone_first() {
+    let run = |warmup_steps: u64, learning_rate: f64| {
+        let mut options = PolicyOptions { num_generations: 4, ..preset("ppo") };
+        options.training.learning_rate = learning_rate;
+        options.value.learning_rate = Some(2e-3);
+        options.value.warmup_steps = warmup_steps;
+        let folder = tempfile::tempdir().unwrap();
+        setup(options).finish(&folder.path().join("run"));
+        (weights(&folder.path().join("run")), metrics(&folder.path().join("run")))
+    };
+    let (start, _) = run(0, 0.0);
+    let (alone, lines) = run(4, 1e-3);
+    assert!(start == alone, "the policy moved during the warm-up");
+    assert!(run(3, 1e-3).0 != start, "the policy moves after it");
+    let loss = |line: usize| lines[line]["loss/value_avg"].as_f64().unwrap();
+    assert!(loss(3) < 0.7 * loss(0), "{} to {}", loss(0), loss(3));
+    assert!(lines.iter().all(|line| line["grad_norm"].is_null() && line["val/grad_norm"].as_f64().unwrap() > 0.0));
+}
+
+#[test]
+fn the_sampler_is_behind_by_as_much_as_asked() {
+    let with = |staleness: usize, steps: usize| {
+        let groups_per_step = if steps > 0 { 3 } else { 0 };
+        let options = PolicyOptions { staleness, replay: ReplayOptions { steps, groups_per_step }, ..preset("grpo") };
+        lines(&setup(options))
+    };
+    let numbers = |lines: &[serde_json::Map<String, serde_json::Value>], name: &str| -> Vec<f64> {
+        lines.iter().map(|line| line[name].as_f64().unwrap()).collect()
+    };
+    let lagging = with(2, 0);
+    assert_eq!(numbers(&lagging, "sampling/staleness"), [0.0, 1.0, 2.0, 2.0]);
+    let off = numbers(&lagging, "sampling/sampling_logp_difference/max");
+    assert!(off[0] == 0.0 && off[1..].iter().all(|&difference| difference > 0.0), "{off:?}");
+    // The first step learns from the same samples, whatever is sampled ahead.
+    let plain = with(0, 0);
+    assert_eq!(lagging[0]["loss"], plain[0]["loss"]);
+    assert_ne!(lagging[1]["reward"], plain[1]["reward"]);
+
+    // 4 groups of the step's own, and 3 of the one before: mean age 3/7. From two steps ages go up to 2.
+    assert_eq!(numbers(&with(0, 1), "sampling/staleness"), [0.0, 3.0 / 7.0, 3.0 / 7.0, 3.0 / 7.0]);
+    let ages = numbers(&with(0, 2), "sampling/staleness");
+    assert!(ages[2] >= 3.0 / 7.0 && ages[2] <= 6.0 / 7.0, "{ages:?}");
+}
+
+/// On policy, the trainer's log-probabilities are the sampler's: asking for them changes nothing.
+#[test]
+fn on_policy_both_old_policies_are_one() {
+    let run = |old_policy| lines(&setup(PolicyOptions { old_policy, num_iterations: 2, ..preset("grpo") }));
+    assert_eq!(run(OldPolicy::Sampler), run(OldPolicy::Trainer));
+    let stale = |old_policy| lines(&setup(PolicyOptions { old_policy, staleness: 1, ..preset("grpo") }));
+    assert_ne!(stale(OldPolicy::Sampler), stale(OldPolicy::Trainer));
+}
+
+/// Exact answers are rare at first: most groups teach nothing and make room for others.
+#[test]
+fn groups_without_variance_make_room_for_others() {
+    let options = PolicyOptions { max_resampling_rounds: 3, ..preset("grpo") };
+    let few = Setup { reward: || Box::new(common::Exact), ..setup(options.clone()) };
+    for line in lines(&few) {
+        assert_eq!(line["sampling/groups_sampled"], 16, "nothing varies: all rounds are used");
+        assert_eq!((line["loss"].as_f64(), line["grad_norm"].as_f64()), (Some(0.0), Some(0.0)));
+    }
+    for line in lines(&setup(options)) {
+        assert_eq!(line["sampling/groups_sampled"], 4, "everything varies: nothing is sampled again");
+    }
+}
+
+#[test]
+fn the_coefficient_of_the_divergence_follows_its_target() {
+    let mut options = preset("reinforce_plus_plus");
+    options.training.learning_rate = 1e-2;
+    options.objective.kl_target = Some(1e-4);
+    options.objective.kl_horizon = 10.0;
+    let lines = lines(&setup(options));
+    let coefficients: Vec<f64> = lines.iter().map(|line| line["objective/kl_coef"].as_f64().unwrap()).collect();
+    assert_eq!(coefficients[0], 0.01);
+    assert_eq!(lines[0]["objective/kl"], 0, "the reference is the policy at first");
+    // Below its target the coefficient shrinks, by 0.2 * 4 completions / 10 a step, and above it grows.
+    assert!((coefficients[1] - 0.01 * 0.92).abs() < 1e-12, "{coefficients:?}");
+    let far = lines.iter().position(|line| line["objective/kl"].as_f64().unwrap() > 2e-4).unwrap();
+    assert!(coefficients[far + 1] > coefficients[far], "{coefficients:?}");
+}
+
+#[test]
+fn ppo_logs_the_usual_names() {
+    let lines = lines(&setup(preset("ppo")));
+    for name in "objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores \
+                 policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg \
+                 val/ratio val/ratio_var val/num_eos_tokens val/explained_variance episode loss grad_norm entropy reward \
+                 clip_ratio/region_mean"
+        .split_whitespace()
+    {
+        assert!(lines.iter().all(|line| line[name].is_number()), "{name}: {:?}", lines[0].get(name));
+    }
+    assert_eq!(lines[3]["episode"], 16);
+}
+
+#[test]
+fn options_that_contradict_each_other_are_refused() {
+    let refused = |change: fn(&mut PolicyOptions)| {
+        let mut options = PolicyOptions::default();
+        change(&mut options);
+        options.validate().unwrap_err().to_string()
+    };
+    let error = refused(|options| options.num_generations = 1);
+    assert_eq!(error, "num_generations: expected 2 (one has no baseline in its group) to 65536, got 1");
+    let error = refused(|options| options.replay.steps = 2);
+    assert!(error.starts_with("replay.groups_per_step: expected a number above 0"), "{error}");
+    let error = refused(|options| options.objective.lam = 2.0);
+    assert_eq!(error, "objective: lam is 2, expected 0 to 1");
+    let error = refused(|options| options.value.cliprange_value = Some(0.0));
+    assert!(error.starts_with("value.cliprange_value"), "{error}");
+    let error = refused(|options| {
+        options.max_resampling_rounds = 2;
+        options.num_generations = 1;
+        options.objective.baseline = Baseline::Value;
+    });
+    assert!(error.starts_with("max_resampling_rounds"), "{error}");
+    for preset in PRESETS {
+        let options: PolicyOptions = toml::from_str(preset.settings).unwrap();
+        options.validate().unwrap_or_else(|error| panic!("{}: {error}", preset.name));
+    }
+    assert!(PRESETS.iter().any(|found| preset(found.name).objective.clip == ClipKind::Vespo));
+}
