@@ -20,6 +20,7 @@ fn run(arguments: &[&str]) -> String {
     write(folder.path(), "type.toml", "seed = 1\n[sft]\nbatch_size = \"large\"\n");
     write(folder.path(), "broken.toml", "seed = 1\n[model\n");
     write(folder.path(), "empty.toml", "");
+    write(folder.path(), "method.toml", "[policy]\nmethod = \"gropo\"\n");
     write(folder.path(), "rows.toml", "[data]\ntrain = ['rows.jsonl']\n[model]\nname = 'tiny-llama'\n[sft]\n");
     write(
         folder.path(),
@@ -47,6 +48,10 @@ shows! {
     no_verb: [];
     unknown_verb: ["trian"];
     models: ["models"];
+    methods: ["methods"];
+    explained_method: ["explain", "sft"];
+    unknown_method: ["explain", "gpro"];
+    unknown_method_of_a_family: ["train", "method.toml"];
     explained_option: ["config", "explain", "grpo.num_generations"];
     explained_section: ["config", "explain", "run"];
     explained_choice: ["config", "explain", "rewards"];
@@ -141,6 +146,14 @@ fn generated_documents_are_fresh() {
         expect(0, &output);
         let written = std::fs::read_to_string(root().join("docs").join(file)).unwrap();
         assert!(written == stdout(&output), "docs/{file} is stale: run `posttrain config {verb} > docs/{file}`");
+    }
+    for family in train::methods::FAMILIES {
+        let section = family.section;
+        let output = posttrain(folder.path()).args(["explain", section, "--markdown"]).output().unwrap();
+        expect(0, &output);
+        let written = std::fs::read_to_string(root().join(format!("docs/methods/{section}.md"))).unwrap_or_default();
+        let command = format!("posttrain explain {section} --markdown > docs/methods/{section}.md");
+        assert!(written == stdout(&output), "docs/methods/{section}.md is stale: run `{command}`");
     }
 }
 
