@@ -45,6 +45,7 @@ pub use isa::Isa;
 pub use math::{exp, ln};
 pub use matrix::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
 pub use norm::{head_norm, head_norm_backward, rms_norm, rms_norm_backward};
+pub use parallel::on_each;
 pub use profile::{Profile, Profiler, Share};
 pub use roofline::{Bandwidth, bandwidth, matrix_peak};
 pub use rope::{HeadRange, RopeTable, rope};

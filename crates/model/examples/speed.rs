@@ -18,7 +18,6 @@ use kernels::{AdamW, AdamWStep, Precision};
 use posttrain_model::decoder::{DecodeRow, Decoder, Gradients, PackedTokens, SequenceCache, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
 use posttrain_model::{DeviceName, ModelConfig};
-use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -229,7 +228,7 @@ fn generate(
 
 /// Draws one token from each row of logits by inverting the distribution function.
 fn sample(logits: &[f32], weights: &mut [f32], vocabulary: usize, position: u32) -> Vec<u32> {
-    let draw = |(row, (logits, weights)): (usize, (&[f32], &mut [f32]))| {
+    let draw = |row: usize, logits: &[f32], weights: &mut [f32]| {
         kernels::softmax_weights(logits, 1.0, weights);
         let blocks: Vec<f32> = weights.chunks(64).map(|block| block.iter().sum()).collect();
         let uniform = Random::new(3, Purpose::Sampling).sample(row as u32).at(position).uniform() as f32;
@@ -246,7 +245,10 @@ fn sample(logits: &[f32], weights: &mut [f32], vocabulary: usize, position: u32)
         });
         (64 * block + place.unwrap_or(0)) as u32
     };
-    logits.par_chunks(vocabulary).zip(weights.par_chunks_mut(vocabulary)).enumerate().map(draw).collect()
+    let rows = logits.chunks_exact(vocabulary).zip(weights.chunks_exact_mut(vocabulary)).enumerate();
+    let mut rows: Vec<_> = rows.map(|(row, (logits, weights))| (row, logits, weights, 0)).collect();
+    kernels::on_each(&mut rows, |(row, logits, weights, token)| *token = draw(*row, logits, weights));
+    rows.into_iter().map(|(.., token)| token).collect()
 }
 
 /// The process's largest resident size so far, where the system tells.

@@ -12,7 +12,6 @@ use base::Random;
 use kernels::log_softmax_row;
 use model::decoder::{DecodeRow, Decoder, Workspace};
 use model::tokenizer::Tokenizer;
-use rayon::prelude::*;
 
 use crate::prefix_cache::PrefixCache;
 use crate::queue::Queue;
@@ -280,13 +279,14 @@ impl Round<'_> {
             self.logits.resize(heads.len() * vocabulary, 0.0);
             self.decoder.logits(hidden, &mut self.logits)?;
             let (generator, slots, stop_tokens) = (self.generator, &self.slots, self.stop_tokens);
-            let rows = self.logits.par_chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);
-            let tokens: Vec<std::result::Result<Token, NoChoice>> = rows
-                .map(|((logits, head), scratch)| {
-                    generator.next_token(&slots[head.slot], head.position, stop_tokens, logits, scratch)
-                })
-                .collect();
-            for (head, token) in heads.iter().zip(tokens) {
+            let rows = self.logits.chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);
+            let mut rows: Vec<_> = rows.map(|((logits, head), scratch)| (logits, head, scratch, None)).collect();
+            kernels::on_each(&mut rows, |(logits, head, scratch, token)| {
+                let slot = &slots[head.slot];
+                *token = Some(generator.next_token(slot, head.position, stop_tokens, logits, scratch));
+            });
+            let tokens: Vec<_> = rows.into_iter().map(|(_, head, _, token)| (head, token)).collect();
+            for (head, token) in tokens.into_iter().filter_map(|(head, token)| Some((head, token?))) {
                 let slot = &mut self.slots[head.slot];
                 let token = token.map_err(|reason| Error::Logits {
                     prompt_id: slot.request.prompt_id,

@@ -27,6 +27,17 @@ pub(crate) fn each(count: usize, elements: usize, work: impl Fn(usize) + Sync + 
     }
 }
 
+/// Calls `work` with each of `items`, on the kernels' own threads: for what is done between products, where the threads of
+/// another pool would have to be woken and would get in the way of these. An item should be worth ten microseconds or more.
+pub fn on_each<T: Send>(items: &mut [T], work: impl Fn(&mut T) + Sync + Send) {
+    let count = items.len();
+    let shared = SharedMut::new(items);
+    each(count, SMALL, |index| {
+        // SAFETY: item `index` belongs to this call alone.
+        unsafe { shared.slice(index, 1) }.iter_mut().for_each(&work);
+    });
+}
+
 /// Calls `work` with the start and the contents of each run of `size` elements of `data` (fewer in the last).
 pub(crate) fn each_chunk<T: Send>(data: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync + Send) {
     let len = data.len();
@@ -97,6 +108,13 @@ mod tests {
             std::thread::sleep(Duration::from_micros(if round % 50 < 6 { pause } else { 0 }));
             assert_eq!(counts(1 + round % 37), vec![1; 1 + round % 37], "round {round}");
         }
+    }
+
+    #[test]
+    fn every_item_comes_once() {
+        let mut items: Vec<usize> = (0..100).collect();
+        on_each(&mut items, |item| *item += 1);
+        assert_eq!(items, (1..101).collect::<Vec<_>>());
     }
 
     #[test]

@@ -371,11 +371,12 @@ impl Decoder {
             let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
             // All keys and values come first: a prompt may see those of another.
             let mut rest = &kept.qkv[..];
-            for (extension, own) in extensions.iter().zip(own.iter_mut()) {
+            let appended = extensions.iter().zip(own.iter_mut()).map(|(extension, own)| {
                 let qkv;
                 (qkv, rest) = rest.split_at(extension.tokens.len() * width);
-                own.layers[layer.index].extend(qkv);
-            }
+                (&mut own.layers[layer.index], qkv)
+            });
+            kernels::on_each(&mut appended.collect::<Vec<_>>(), |(block, qkv)| block.extend(qkv));
             let contexts = extensions.iter().enumerate().map(|(index, extension)| {
                 let known = extension.known.iter().map(|(known, len)| match known {
                     Known::Old(run) => (&run.layers[layer.index], *len),
