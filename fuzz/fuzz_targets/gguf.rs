@@ -8,9 +8,9 @@ use model::weights::gguf::Gguf;
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(gguf) = Gguf::from_bytes(bytes.to_vec()) else { return };
-    let _ = gguf.load();
     if let Ok(tokenizer) = Tokenizer::from_gguf(gguf.metadata()) {
         let _ = tokenizer.encode("What is 12 + 30?");
         let _ = ChatTemplate::from_gguf(gguf.metadata(), &tokenizer);
     }
+    let _ = gguf.load();
 });

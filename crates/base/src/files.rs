@@ -5,12 +5,15 @@
 //! it lists the size and SHA-256 of each, and [`Manifest::verify`] refuses the folder when anything is missing or differs.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use sha2::Sha256;
+use sha2::digest::Digest as _;
 
 /// The name of the manifest inside a folder.
 pub const MANIFEST: &str = "manifest.json";
@@ -131,7 +134,13 @@ fn aside(path: &Path) -> PathBuf {
 
 /// The SHA-256 of a file, in hexadecimal.
 pub fn sha256(path: &Path) -> Result<String, FileError> {
-    let mut file = File::open(path).map_err(io_error("open", path))?;
+    let file = File::open(path).map_err(io_error("open", path))?;
+    sha256_of_file(&file, path)
+}
+
+/// The SHA-256 of an open file from its start on, in hexadecimal. The path is for messages.
+pub fn sha256_of_file(mut file: &File, path: &Path) -> Result<String, FileError> {
+    file.rewind().map_err(io_error("read", path))?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -150,6 +159,55 @@ pub fn sha256_of(bytes: &[u8]) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A SHA-256 in hexadecimal that is worked out when it is first asked for, or before that on a thread of its own.
+///
+/// Hashing a model takes longer than reading it, and nobody needs the hash before the first result is written.
+#[derive(Clone)]
+pub struct Digest {
+    compute: Arc<dyn Fn() -> Result<String, FileError> + Send + Sync>,
+    value: Arc<Mutex<Option<String>>>,
+}
+
+impl Digest {
+    /// The digest that `compute` will give.
+    pub fn later(compute: impl Fn() -> Result<String, FileError> + Send + Sync + 'static) -> Self {
+        Self { compute: Arc::new(compute), value: Arc::default() }
+    }
+
+    /// Starts working it out. What goes wrong is told to whoever asks.
+    pub fn start(&self) {
+        let digest = self.clone();
+        // Without the thread, it is worked out when somebody asks.
+        let _ = std::thread::Builder::new().name("digest".into()).spawn(move || digest.get());
+    }
+
+    /// The digest, once it is there.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn get(&self) -> Result<String, FileError> {
+        // Held while computing, so that others wait; a panic on the way leaves nothing behind.
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*value {
+            Some(value) => Ok(value.clone()),
+            None => Ok(value.insert((self.compute)()?).clone()),
+        }
+    }
+}
+
+impl From<String> for Digest {
+    fn from(value: String) -> Self {
+        let compute = value.clone();
+        Self { compute: Arc::new(move || Ok(compute.clone())), value: Arc::new(Mutex::new(Some(value))) }
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Digest")
+    }
 }
 
 /// Size and hash of one file of a folder.
@@ -229,6 +287,21 @@ mod tests {
         assert!(matches!(error, Err(FileError::Io { action: "write", .. })));
         assert_eq!(read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no leftover");
+    }
+
+    #[test]
+    fn a_digest_is_of_the_file_that_was_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        write(&path, b"old").unwrap();
+        let (file, name) = (File::open(&path).unwrap(), path.clone());
+        let digest = Digest::later(move || sha256_of_file(&file, &name));
+        write(&path, b"new").unwrap();
+        digest.start();
+        assert_eq!(digest.get().unwrap(), sha256_of(b"old"));
+        let missing = Digest::later(move || sha256(Path::new("/nowhere")));
+        missing.start();
+        assert!(matches!(missing.get(), Err(FileError::Io { action: "open", .. })));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! A model from wherever it is: a name, a folder in Hugging Face layout, or a GGUF file.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 
-use base::files;
+use base::files::{self, Digest};
 
 use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 use crate::hub::{self, Origin, Progress};
 use crate::save;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{self, Tensors, gguf, safetensors};
+use crate::weights::{self, Source, gguf, safetensors};
 
-/// A model in memory, ready to become a decoder.
+/// A model ready to become a decoder. The weights stay where they are until then.
 #[derive(Debug)]
 pub struct Loaded {
     /// How it was asked for.
@@ -21,14 +21,14 @@ pub struct Loaded {
     /// The shape, its special tokens completed from the tokenizer's.
     pub config: ModelConfig,
     /// The weights, or `None` for a preset, whose weights are to be drawn.
-    pub tensors: Option<Tensors>,
+    pub weights: Option<Box<dyn Source>>,
     /// The tokenizer; its vocabulary is at most the embedding's.
     pub tokenizer: Tokenizer,
     /// The chat template, if the model has one.
     pub chat_template: Option<ChatTemplate>,
     /// SHA-256 of what the model was read from: the GGUF file, the files of the folder that were used, or the preset's
     /// configuration.
-    pub sha256: String,
+    pub sha256: Digest,
 }
 
 /// Loads a named model (fetching it if need be), a folder, or a GGUF file. A name goes before a path; write `./tiny` for
@@ -40,11 +40,13 @@ pub fn load(name_or_path: &str, progress: &mut dyn FnMut(Progress)) -> Result<Lo
         Some(Origin::Download(download)) => {
             let path = hub::pull(name_or_path, progress)?;
             // The file was right when it came; the name must mean the same bytes now.
-            hub::verify(&path, download).map_err(|reason| Error::malformed(path.display(), reason))?;
-            from_gguf(&path, download.sha256.to_owned())?
+            let sha256 = download.sha256.to_owned().into();
+            let (verified, loaded) = rayon::join(|| hub::verify(&path, download), || from_gguf(&path, sha256));
+            verified.map_err(|reason| Error::malformed(path.display(), reason))?;
+            loaded?
         }
         None if path.is_dir() => from_folder(path)?,
-        None if path.is_file() => from_gguf(path, files::sha256(path)?)?,
+        None if path.is_file() => from_gguf(path, file_sha256(path)?)?,
         None => return Err(hub::unknown(name_or_path)),
     };
     name_or_path.clone_into(&mut loaded.name);
@@ -56,16 +58,17 @@ fn preset(config: fn(usize) -> ModelConfig) -> Result<Loaded> {
     let config = config(tokenizer.vocab_size());
     let chat_template = Some(ChatTemplate::chatml()?);
     let sha256 = files::sha256_of(config.to_json().to_string().as_bytes());
-    Loaded::new(config, None, tokenizer, chat_template, sha256)
+    Loaded::new(config, None, tokenizer, chat_template, sha256.into())
 }
 
-fn from_gguf(path: &Path, sha256: String) -> Result<Loaded> {
-    let gguf = gguf::read(path)?;
+fn from_gguf(path: &Path, sha256: Digest) -> Result<Loaded> {
     let in_file = |error: Error| error.in_file(path);
-    let (config, tensors) = gguf.load().map_err(in_file)?;
-    let tokenizer = Tokenizer::from_gguf(gguf.metadata()).map_err(in_file)?;
-    let chat_template = ChatTemplate::from_gguf(gguf.metadata(), &tokenizer).map_err(in_file)?;
-    Loaded::new(config, Some(tensors), tokenizer, chat_template, sha256).map_err(in_file)
+    let weights = gguf::read(path)?.weights().map_err(in_file)?;
+    let metadata = weights.gguf().metadata();
+    let tokenizer = Tokenizer::from_gguf(metadata).map_err(in_file)?;
+    let chat_template = ChatTemplate::from_gguf(metadata, &tokenizer).map_err(in_file)?;
+    let config = weights.config.clone();
+    Loaded::new(config, Some(Box::new(weights)), tokenizer, chat_template, sha256).map_err(in_file)
 }
 
 fn from_folder(folder: &Path) -> Result<Loaded> {
@@ -76,13 +79,13 @@ fn from_folder(folder: &Path) -> Result<Loaded> {
     }
     let mut config = ModelConfig::from_json_bytes(&files::read(&path)?).map_err(|error| error.in_file(&path))?;
     generation_tokens(&folder.join("generation_config.json"), &mut config)?;
-    // Hashing takes as long as reading: the two run beside each other.
-    let (tensors, sha256) = rayon::join(|| safetensors::read(folder), || folder_sha256(folder));
-    let mut tensors = tensors?;
-    weights::check(&config, &mut tensors).map_err(|error| error.in_file(folder))?;
+    let sha256 = folder_sha256(folder)?;
+    let weights = safetensors::open(folder)?;
+    weights::check(&config, &weights).map_err(|error| error.in_file(folder))?;
     let tokenizer = Tokenizer::from_folder(folder)?;
     let chat_template = ChatTemplate::from_folder(folder, &tokenizer)?;
-    Loaded::new(config, Some(tensors), tokenizer, chat_template, sha256?).map_err(|error| error.in_file(folder))
+    Loaded::new(config, Some(Box::new(weights)), tokenizer, chat_template, sha256)
+        .map_err(|error| error.in_file(folder))
 }
 
 /// Adds the tokens that end a generation according to `generation_config.json`: chat models often name more there.
@@ -106,8 +109,14 @@ fn dedup(ids: &mut Vec<u32>) {
     });
 }
 
+/// The hash of a file. It is opened here, so that the hash is that of what is read even if its name means another file later.
+fn file_sha256(path: &Path) -> Result<Digest> {
+    let (path, file) = (path.to_owned(), File::open(path).map_err(files::io_error("open", path))?);
+    Ok(Digest::later(move || files::sha256_of_file(&file, &path)))
+}
+
 /// The hash of the names and hashes of a folder's model files, in the order of their names.
-fn folder_sha256(folder: &Path) -> Result<String> {
+fn folder_sha256(folder: &Path) -> Result<Digest> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(files::io_error("list", folder))? {
         let name = entry.map_err(files::io_error("list", folder))?.file_name().to_string_lossy().into_owned();
@@ -117,21 +126,25 @@ fn folder_sha256(folder: &Path) -> Result<String> {
         }
     }
     names.sort();
-    let mut lines = String::new();
-    for name in names {
-        lines += &format!("{} {name}\n", files::sha256(&folder.join(&name))?);
-    }
-    Ok(files::sha256_of(lines.as_bytes()))
+    let hash = |name| Ok((file_sha256(&folder.join(&name))?, name));
+    let hashes = names.into_iter().map(hash).collect::<Result<Vec<_>>>()?;
+    Ok(Digest::later(move || {
+        let mut lines = String::new();
+        for (sha256, name) in &hashes {
+            lines += &format!("{} {name}\n", sha256.get()?);
+        }
+        Ok(files::sha256_of(lines.as_bytes()))
+    }))
 }
 
 impl Loaded {
     /// Joins the parts, checks that the vocabularies fit, and completes the configuration's special tokens.
     fn new(
         mut config: ModelConfig,
-        tensors: Option<Tensors>,
+        weights: Option<Box<dyn Source>>,
         tokenizer: Tokenizer,
         chat_template: Option<ChatTemplate>,
-        sha256: String,
+        sha256: Digest,
     ) -> Result<Self> {
         if tokenizer.vocab_size() > config.vocab_size {
             let reason = format!("{} tokens, but the embedding has {} rows", tokenizer.vocab_size(), config.vocab_size);
@@ -145,6 +158,6 @@ impl Loaded {
             let reason = format!("{id} is outside the vocabulary of {}", config.vocab_size);
             return Err(Error::malformed("eos_token_id", reason));
         }
-        Ok(Self { name: String::new(), config, tensors, tokenizer, chat_template, sha256 })
+        Ok(Self { name: String::new(), config, weights, tokenizer, chat_template, sha256 })
     }
 }

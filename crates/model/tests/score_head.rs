@@ -224,7 +224,7 @@ fn heads_survive_the_way_through_a_folder() {
             save::model(folder.path(), before.config(), before.views(), Dtype::F32, &loaded.tokenizer, None).unwrap();
             let read = source::load(folder.path().to_str().unwrap(), &mut |_| {}).unwrap();
             assert_eq!(read.config.score, Some(head), "{name}");
-            let after = Decoder::new(read.config, read.tensors.unwrap()).unwrap();
+            let after = Decoder::new(read.config, read.weights.unwrap()).unwrap();
             assert!(after.tensors() == before.tensors(), "{name}: {head:?}");
             let own_head = before.tensors().contains_key("lm_head.weight");
             assert_eq!(own_head, !config.tied_head && head.task == HeadTask::Value, "{name}: {head:?}");

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use base::files;
+use base::files::{self, Digest};
 use model::chat::ChatTemplate;
 use model::lora::{self, LoraConfig};
 use model::tokenizer::Tokenizer;
@@ -28,7 +28,7 @@ pub struct Opened {
     /// How it was asked for.
     pub name: String,
     /// SHA-256 of what it was read from.
-    pub sha256: String,
+    pub sha256: Digest,
     /// The decoder; its weights are not packed yet.
     pub decoder: Decoder,
     /// Its tokenizer.
@@ -56,8 +56,8 @@ impl Opener {
             return self.open_adapter(&path, &adapter, seed);
         }
         let loaded = source::load(&path, &mut |_| {})?;
-        let decoder = match loaded.tensors {
-            Some(tensors) => Decoder::new(loaded.config, tensors)?,
+        let decoder = match loaded.weights {
+            Some(weights) => Decoder::new(loaded.config, weights)?,
             None => Decoder::random(loaded.config, seed)?,
         };
         Ok(Opened {
@@ -127,8 +127,8 @@ impl Opener {
             opened.decoder.add_score(head, 0.0, 0)?;
         }
         opened.decoder.load_adapter(&LoraConfig::from_peft_json(&text)?, tensors)?;
-        opened.sha256 =
-            files::sha256_of(format!("{} {}", opened.sha256, files::sha256(&adapter_weights(folder))?).as_bytes());
+        let (base, own) = (opened.sha256, files::sha256(&adapter_weights(folder))?);
+        opened.sha256 = Digest::later(move || Ok(files::sha256_of(format!("{} {own}", base.get()?).as_bytes())));
         opened.name = folder.to_owned();
         Ok(opened)
     }

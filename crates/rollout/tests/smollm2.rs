@@ -22,7 +22,7 @@ fn it_knows_paris_and_its_log_probs_are_the_trainers() {
     }
     let loaded = source::load(NAME, &mut |_| {}).unwrap();
     let tokenizer = &loaded.tokenizer;
-    let mut decoder = Decoder::new(loaded.config, loaded.tensors.unwrap()).unwrap();
+    let mut decoder = Decoder::new(loaded.config, loaded.weights.unwrap()).unwrap();
     let template = loaded.chat_template.unwrap();
     let ask = |question: &str| -> Arc<[u32]> {
         template.encode(tokenizer, &[Message::user(question)], None, true).unwrap().into()

@@ -53,7 +53,7 @@ pub(crate) fn text(run: &Run<'_>, stages: &[&str], state: &State) -> String {
     line("\n## Training\n".into());
     line("| | |\n| --- | --- |".into());
     line(format!("| Base model | {} |", provenance.base_model));
-    if let Some(hash) = &provenance.base_model_sha256 {
+    if let Some(hash) = &state.origin.base_model_sha256 {
         line(format!("| Base model, SHA-256 | `{hash}` |"));
     }
     line(format!("| Method | {} |", stages.join(", then ")));

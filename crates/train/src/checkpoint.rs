@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use base::files::{self, FileError, Manifest, io_error};
+use base::files::{self, Digest, FileError, Manifest, io_error};
 use model::decoder::Decoder;
 use model::save;
 use model::weights::Tensors;
@@ -61,26 +61,28 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// The origin of a run.
-    pub fn of(provenance: &Provenance) -> Self {
-        Self {
+    /// The origin of a run; waits for the hash of its base model.
+    ///
+    /// # Errors
+    /// A base model that cannot be read.
+    pub fn of(provenance: &Provenance) -> Result<Self, FileError> {
+        Ok(Self {
             config_sha256: files::sha256_of(provenance.config.as_bytes()),
-            base_model_sha256: provenance.base_model_sha256.clone(),
+            base_model_sha256: provenance.base_model_sha256.as_ref().map(Digest::get).transpose()?,
             data: provenance.data.clone(),
-        }
+        })
     }
 
-    /// Compares with what there is now.
+    /// Compares with what there is now, made from `base_model`.
     ///
     /// # Errors
     /// In words, what differs.
-    pub fn check(&self, provenance: &Provenance) -> Result<(), String> {
-        let now = Self::of(provenance);
+    pub fn check(&self, now: &Self, base_model: &str) -> Result<(), String> {
         if self.config_sha256 != now.config_sha256 {
             return Err("the configuration is another than the run was started with".into());
         }
         if self.base_model_sha256 != now.base_model_sha256 {
-            return Err(format!("{} holds another model than the run was started with", provenance.base_model));
+            return Err(format!("{base_model} holds another model than the run was started with"));
         }
         let changed = now.data.iter().zip(&self.data).find(|(now, then)| now != then);
         match changed {

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use base::files::{self, FileError, io_error};
+use base::files::{self, Digest, FileError, io_error};
 use base::{Purpose, Random};
 use kernels::Precision;
 use model::chat::ChatTemplate;
@@ -50,8 +50,8 @@ pub struct Provenance {
     pub config: String,
     /// The model the run starts from, by name or path.
     pub base_model: String,
-    /// A hash of the base model's weights, where there is one.
-    pub base_model_sha256: Option<String>,
+    /// A hash of the base model's weights, where there is one; asked for with the first result that is written.
+    pub base_model_sha256: Option<Digest>,
     /// The data, each with a hash of its content.
     pub data: Vec<DataSource>,
 }
@@ -145,7 +145,9 @@ impl Run<'_> {
         let restored = step.map(|step| checkpoint::load(&directory, step, adapter)).transpose()?;
         if let Some(restored) = &restored {
             let folder = directory.checkpoint(restored.state.global_step);
-            (restored.state.origin.check(&self.provenance)).map_err(|reason| Error::Mismatch { folder, reason })?;
+            let now = Origin::of(&self.provenance)?;
+            (restored.state.origin.check(&now, &self.provenance.base_model))
+                .map_err(|reason| Error::Mismatch { folder, reason })?;
         }
         files::write(&directory.config(), self.provenance.config.as_bytes())?;
         Session::open(self, directory, restored)?.run()
@@ -178,7 +180,7 @@ impl<'a> Session<'a> {
         let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
         let state = match &restored {
             Some(restored) => restored.state.clone(),
-            None => State { max_steps: steps.iter().sum(), origin: Origin::of(&run.provenance), ..State::default() },
+            None => State { max_steps: steps.iter().sum(), ..State::default() },
         };
         let fits = state.max_steps == steps.iter().sum::<u64>()
             && state.stage_step <= steps.get(state.stage).copied().unwrap_or(0)
@@ -433,6 +435,7 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         self.state.metrics_bytes = self.metrics.sync()?;
         self.state.events_bytes = self.events.sync()?;
+        self.state.origin = Origin::of(&self.run.provenance)?;
         checkpoint::save(&self.directory, &self.state, optimizer, |folder| {
             self.write_model(folder)?;
             method.save(folder)
@@ -459,6 +462,7 @@ impl<'a> Session<'a> {
     fn finish(mut self, stages: &[Box<dyn Method + 'a>]) -> Result<Outcome> {
         let started = Instant::now();
         let methods: Vec<&str> = stages.iter().map(|method| method.name()).collect();
+        self.state.origin = Origin::of(&self.run.provenance)?;
         let card = card::text(&self.run, &methods, &self.state);
         write_folder(&self.directory.final_model(), |folder| {
             self.write_model(folder)?;

@@ -90,9 +90,9 @@ impl Summary {
         Self {
             program: run.provenance.program.clone(),
             command: run.provenance.command.clone(),
-            config_sha256: files::sha256_of(run.provenance.config.as_bytes()),
+            config_sha256: state.origin.config_sha256.clone(),
             base_model: run.provenance.base_model.clone(),
-            base_model_sha256: run.provenance.base_model_sha256.clone(),
+            base_model_sha256: state.origin.base_model_sha256.clone(),
             data: run.provenance.data.clone(),
             seed: run.seed,
             stages: stages.iter().map(|&name| name.to_owned()).collect(),

@@ -32,7 +32,7 @@ use rayon::prelude::*;
 use crate::config::{ModelConfig, ScoreHead};
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, PEFT_PREFIX, peft_key};
-use crate::weights::{TensorView, Tensors};
+use crate::weights::{Source, TensorView, Tensors};
 use device::OnDevice;
 use head::{Ends, Head, check_temperature};
 use layer::{Layer, Pass};
@@ -110,14 +110,17 @@ impl Decoder {
     ///
     /// # Errors
     /// A configuration that contradicts itself; a tensor that is missing, unexpected or of another shape.
-    pub fn new(config: ModelConfig, mut tensors: Tensors) -> Result<Self> {
-        crate::weights::check(&config, &mut tensors)?;
+    pub fn new(config: ModelConfig, weights: impl Source) -> Result<Self> {
+        crate::weights::check(&config, &weights)?;
         let mut decoder = Self::zeros(config)?;
-        for entry in &decoder.layout.entries {
-            // Removing each tensor keeps no second copy of the whole model.
-            let tensor = tensors.remove(&entry.name).ok_or_else(|| Error::tensor(&entry.name, "missing"))?;
-            decoder.base[entry.range.clone()].copy_from_slice(&tensor.data);
-        }
+        let mut rest = &mut decoder.base[..];
+        let places = decoder.layout.entries.iter().map(|entry| {
+            let place;
+            (place, rest) = std::mem::take(&mut rest).split_at_mut(entry.range.len());
+            (entry, place)
+        });
+        let places: Vec<_> = places.collect();
+        places.into_par_iter().try_for_each(|(entry, place)| weights.read(&entry.name, place))?;
         Ok(decoder)
     }
 

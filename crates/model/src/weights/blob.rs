@@ -1,13 +1,16 @@
 //! Bytes at an offset, from a file or from memory.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 use base::files::{FileError, io_error};
 
-/// The content of a file, read piece by piece so that at most one tensor of it is in memory for each thread.
+/// Bytes that a thread reads at a time: they stay in its second-level cache while they become floats.
+const CHUNK: usize = 1 << 18;
+
+/// The content of a file, read piece by piece.
 #[derive(Debug)]
 pub(super) struct Blob {
     content: Content,
@@ -16,7 +19,7 @@ pub(super) struct Blob {
 
 #[derive(Debug)]
 enum Content {
-    File(Mutex<File>),
+    File(File),
     Bytes(Vec<u8>),
 }
 
@@ -27,7 +30,7 @@ impl Blob {
         if metadata.is_dir() {
             return Err(io_error("read", path)(io::ErrorKind::IsADirectory.into()));
         }
-        Ok(Self { content: Content::File(Mutex::new(file)), length: metadata.len() })
+        Ok(Self { content: Content::File(file), length: metadata.len() })
     }
 
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
@@ -44,18 +47,43 @@ impl Blob {
         if offset.checked_add(length as u64).is_none_or(|end| end > self.length) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        let mut bytes = vec![0; length];
+        self.read_into(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `bytes` from `offset` on.
+    fn read_into(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > self.length) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         match &self.content {
             // Both ends are at most the length of the vector.
-            Content::Bytes(bytes) => Ok(bytes[offset as usize..][..length].to_vec()),
-            Content::File(file) => {
-                let mut bytes = vec![0; length];
-                // A panic while the lock was held cannot have left the file in a state that the seek does not reset.
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                file.seek(SeekFrom::Start(offset))?;
-                file.read_exact(&mut bytes)?;
-                Ok(bytes)
-            }
+            Content::Bytes(content) => bytes.copy_from_slice(&content[offset as usize..][..bytes.len()]),
+            Content::File(file) => file.read_exact_at(bytes, offset)?,
         }
+        Ok(())
+    }
+
+    /// Decodes what lies at `offset` into `to`, some whole blocks at a time: `block.0` bytes become `block.1` floats.
+    pub fn decode(
+        &self,
+        offset: u64,
+        block: (usize, usize),
+        to: &mut [f32],
+        decode: impl Fn(&[u8], &mut [f32]),
+    ) -> io::Result<()> {
+        let (bytes, floats) = block;
+        let blocks = (CHUNK / bytes).min(to.len() / floats);
+        let mut buffer = vec![0; blocks * bytes];
+        let mut offset = offset;
+        for to in to.chunks_mut((blocks * floats).max(1)) {
+            let buffer = &mut buffer[..to.len() / floats * bytes];
+            self.read_into(offset, buffer)?;
+            decode(buffer, to);
+            offset += buffer.len() as u64;
+        }
+        Ok(())
     }
 
     /// Reads from the start.
@@ -72,7 +100,7 @@ struct Cursor<'a> {
 impl Read for Cursor<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = (buffer.len() as u64).min(self.blob.length - self.position) as usize;
-        buffer[..count].copy_from_slice(&self.blob.read(self.position, count)?);
+        self.blob.read_into(self.position, &mut buffer[..count])?;
         self.position += count as u64;
         Ok(count)
     }

@@ -1,13 +1,17 @@
 //! Weights in memory and in files.
 //!
 //! Whatever the file, weights have Hugging Face names and layout and are `f32`: [`safetensors`] reads and writes that
-//! layout as it is, [`gguf`] dequantises and maps llama.cpp's.
+//! layout as it is, [`gguf`] dequantises and maps llama.cpp's. A file is opened as a [`Source`], whose values go straight to
+//! where they are used: a copy of a model on the way costs more time than reading it.
 
 mod blob;
 pub mod gguf;
 pub mod safetensors;
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+
+use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -56,31 +60,83 @@ impl From<TensorView<'_>> for Tensor {
 /// Tensors by Hugging Face name.
 pub type Tensors = BTreeMap<String, Tensor>;
 
-/// Checks that `tensors` are exactly those that `config` calls for, every shape included.
-///
-/// A head stored beside a tied embedding is dropped when it equals it, as some writers store both.
-pub fn check(config: &ModelConfig, tensors: &mut Tensors) -> Result<()> {
-    const HEAD: &str = "lm_head.weight";
-    if config.tied_head && tensors.get(HEAD).is_some_and(|head| Some(head) == tensors.get("model.embed_tokens.weight"))
-    {
-        tensors.remove(HEAD);
+/// Weights wherever they are: a table of names and shapes, and the values of one tensor at a time.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// The shape of every tensor, by its Hugging Face name.
+    fn shapes(&self) -> BTreeMap<&str, &[usize]>;
+
+    /// Writes the values of the tensor `name`, which is in the table, to `to`, which has its length.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()>;
+
+    /// All of them, in memory.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    fn tensors(&self) -> Result<Tensors> {
+        let read = |(&name, &shape): (&&str, &&[usize])| {
+            let mut data = vec![0.0; shape.iter().product()];
+            self.read(name, &mut data)?;
+            Ok((name.to_owned(), Tensor::new(shape.to_vec(), data)))
+        };
+        self.shapes().par_iter().map(read).collect()
     }
-    // Old checkpoints carry the rotary frequencies, which the configuration already gives.
-    tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
+}
+
+impl Source for Box<dyn Source> {
+    fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        (**self).shapes()
+    }
+
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()> {
+        (**self).read(name, to)
+    }
+}
+
+impl Source for Tensors {
+    fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        self.iter().map(|(name, tensor)| (name.as_str(), tensor.shape.as_slice())).collect()
+    }
+
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()> {
+        let tensor = self.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        to.copy_from_slice(&tensor.data);
+        Ok(())
+    }
+}
+
+/// Checks that `weights` are exactly those that `config` calls for, every shape included.
+///
+/// Two kinds of tensors may be there beside them: a head that equals the embedding it is tied to, as some writers store both,
+/// and the rotary frequencies of old checkpoints, which the configuration already gives.
+pub fn check(config: &ModelConfig, weights: &dyn Source) -> Result<()> {
+    const HEAD: &str = "lm_head.weight";
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let found = weights.shapes();
     let expected = config.tensor_shapes();
     for (name, shape) in &expected {
-        match tensors.get(name) {
+        match found.get(name.as_str()) {
             None => return Err(Error::tensor(name, "missing")),
-            Some(found) if found.shape != *shape => {
-                return Err(Error::tensor(name, format!("expected shape {shape:?}, found {:?}", found.shape)));
+            Some(found) if found != shape => {
+                return Err(Error::tensor(name, format!("expected shape {shape:?}, found {found:?}")));
             }
             Some(_) => {}
         }
     }
-    if tensors.len() > expected.len() {
-        let known: HashSet<_> = expected.iter().map(|(name, _)| name).collect();
-        if let Some(extra) = tensors.keys().find(|name| !known.contains(name)) {
-            return Err(Error::tensor(extra, format!("not part of a {} model of this configuration", config.family)));
+    let known: HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+    for (&name, shape) in &found {
+        let values = |name: &str| {
+            let mut values = vec![0.0; shape.iter().product()];
+            weights.read(name, &mut values).map(|()| values)
+        };
+        let tied = name == HEAD && config.tied_head && found.get(EMBEDDING) == Some(shape);
+        let allowed = known.contains(name)
+            || name.ends_with(".rotary_emb.inv_freq")
+            || (tied && values(HEAD)? == values(EMBEDDING)?);
+        if !allowed {
+            return Err(Error::tensor(name, format!("not part of a {} model of this configuration", config.family)));
         }
     }
     Ok(())

@@ -1,20 +1,19 @@
 //! Safetensors, the file format of Hugging Face: one file, or shards under an index.
 //!
 //! The header is read with the `safetensors` crate's own types, which check that the tensors lie one after the other
-//! without gaps; the data is read tensor by tensor, so that a file's bytes are never all in memory beside its weights.
+//! without gaps; the data is read tensor by tensor, some of it at a time, to where it is used.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use base::files;
 use half::{bf16, f16};
-use rayon::prelude::*;
 use safetensors::tensor::{Dtype as FileDtype, Metadata, TensorInfo};
 use serde::Deserialize;
 
 use super::blob::Blob;
-use super::{Tensor, TensorView, Tensors};
+use super::{Source, TensorView, Tensors};
 use crate::error::{Error, Result};
 
 /// The name of a model's weights in a folder when they are one file.
@@ -52,6 +51,24 @@ impl Dtype {
         }
     }
 
+    /// The floats of `bytes`, as many as `to` holds.
+    fn decode(self, bytes: &[u8], to: &mut [f32]) {
+        match self {
+            Self::F32 => each(bytes, to, f32::from_le_bytes),
+            Self::F16 => each(bytes, to, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Self::Bf16 => each(bytes, to, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        }
+    }
+
+    fn of_file(dtype: FileDtype, name: &str) -> Result<Self> {
+        match dtype {
+            FileDtype::F32 => Ok(Self::F32),
+            FileDtype::F16 => Ok(Self::F16),
+            FileDtype::BF16 => Ok(Self::Bf16),
+            other => Err(Error::unsupported(format!("tensor {name} of type {other:?}"), "use F32, F16 or BF16")),
+        }
+    }
+
     fn in_file(self) -> FileDtype {
         match self {
             Self::F32 => FileDtype::F32,
@@ -86,18 +103,66 @@ impl Values<'_> {
     }
 }
 
-/// Reads every tensor of a file, or of a folder that holds [`FILE`] or [`INDEX`] with its shards.
-pub fn read(path: &Path) -> Result<Tensors> {
+/// Tensors in one or several open files.
+#[derive(Debug)]
+pub struct Safetensors {
+    files: Vec<(Option<PathBuf>, Blob)>,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// Where a tensor lies.
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    offset: u64,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+/// Opens a file, or a folder that holds [`FILE`] or [`INDEX`] with its shards.
+pub fn open(path: &Path) -> Result<Safetensors> {
+    let mut opened = Safetensors { files: Vec::new(), tensors: BTreeMap::new() };
     if !path.is_dir() {
-        return read_blob(&Blob::open(path)?).map_err(|error| error.in_file(path));
+        opened.add_file(path)?;
+        return Ok(opened);
     }
     let index = path.join(INDEX);
-    if index.is_file() && !path.join(FILE).is_file() { read_shards(path, &index) } else { read(&path.join(FILE)) }
+    match index.is_file() && !path.join(FILE).is_file() {
+        true => opened.add_shards(path, &index)?,
+        false => drop(opened.add_file(&path.join(FILE))?),
+    }
+    Ok(opened)
+}
+
+/// [`open()`], and reads every tensor.
+pub fn read(path: &Path) -> Result<Tensors> {
+    open(path)?.tensors()
 }
 
 /// Reads every tensor of a file that is in memory.
 pub fn from_bytes(bytes: Vec<u8>) -> Result<Tensors> {
-    read_blob(&Blob::from_bytes(bytes))
+    let mut opened = Safetensors { files: Vec::new(), tensors: BTreeMap::new() };
+    opened.add(None, Blob::from_bytes(bytes))?;
+    opened.tensors()
+}
+
+impl Source for Safetensors {
+    fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        self.tensors.iter().map(|(name, place)| (name.as_str(), place.shape.as_slice())).collect()
+    }
+
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()> {
+        let place = self.tensors.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        let (path, blob) = &self.files[place.file];
+        let read = blob.decode(place.offset, (place.dtype.bytes(), 1), to, |bytes, to| place.dtype.decode(bytes, to));
+        read.map_err(|error| {
+            let error = Error::tensor(name, error);
+            match path {
+                Some(path) => error.in_file(path),
+                None => error,
+            }
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -105,32 +170,53 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn read_shards(folder: &Path, path: &Path) -> Result<Tensors> {
-    let index: Index =
-        serde_json::from_slice(&files::read(path)?).map_err(|error| Error::malformed(path.display(), error))?;
-    let mut tensors = Tensors::new();
-    let mut shards: Vec<&String> = index.weight_map.values().collect();
-    shards.sort();
-    shards.dedup();
-    for shard in shards {
-        if Path::new(shard).file_name() != Some(shard.as_ref()) {
-            return Err(Error::malformed(path.display(), format!("expected a plain file name, found {shard:?}")));
+impl Safetensors {
+    fn add_shards(&mut self, folder: &Path, path: &Path) -> Result<()> {
+        let index: Index =
+            serde_json::from_slice(&files::read(path)?).map_err(|error| Error::malformed(path.display(), error))?;
+        let mut shards: Vec<&String> = index.weight_map.values().collect();
+        shards.sort();
+        shards.dedup();
+        for shard in shards {
+            if Path::new(shard).file_name() != Some(shard.as_ref()) {
+                return Err(Error::malformed(path.display(), format!("expected a plain file name, found {shard:?}")));
+            }
+            for name in self.add_file(&folder.join(shard))? {
+                match index.weight_map.get(&name) {
+                    Some(expected) if expected == shard => {}
+                    Some(other) => return Err(Error::tensor(name, format!("in {shard}, but the index says {other}"))),
+                    None => return Err(Error::tensor(name, format!("in {shard}, but not in {INDEX}"))),
+                }
+            }
         }
-        for (name, tensor) in read(&folder.join(shard))? {
-            match index.weight_map.get(&name) {
-                Some(expected) if expected == shard => tensors.insert(name, tensor),
-                Some(other) => return Err(Error::tensor(name, format!("in {shard}, but the index says {other}"))),
-                None => return Err(Error::tensor(name, format!("in {shard}, but not in {INDEX}"))),
-            };
+        match index.weight_map.iter().find(|(name, _)| !self.tensors.contains_key(*name)) {
+            Some((name, shard)) => Err(Error::tensor(name, format!("missing from {shard}"))),
+            None => Ok(()),
         }
     }
-    match index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name)) {
-        Some((name, shard)) => Err(Error::tensor(name, format!("missing from {shard}"))),
-        None => Ok(tensors),
+
+    /// Adds the tensors of a file; returns their names.
+    fn add_file(&mut self, path: &Path) -> Result<Vec<String>> {
+        self.add(Some(path), Blob::open(path)?).map_err(|error| error.in_file(path))
+    }
+
+    fn add(&mut self, path: Option<&Path>, blob: Blob) -> Result<Vec<String>> {
+        let (start, header) = read_header(&blob)?;
+        let mut names = Vec::new();
+        for (name, info) in header.tensors() {
+            let dtype = Dtype::of_file(info.dtype, &name)?;
+            let offset = start + info.data_offsets.0 as u64;
+            let place = Place { file: self.files.len(), offset, dtype, shape: info.shape.clone() };
+            self.tensors.insert(name.clone(), place);
+            names.push(name);
+        }
+        self.files.push((path.map(Path::to_owned), blob));
+        Ok(names)
     }
 }
 
-fn read_blob(blob: &Blob) -> Result<Tensors> {
+/// The table of a file, and where its data starts.
+fn read_header(blob: &Blob) -> Result<(u64, Metadata)> {
     let early = |_| Error::malformed("byte 0", format!("the file ends early: {} bytes", blob.len()));
     let length = blob.read(0, 8).map_err(early)?;
     let length = u64::from_le_bytes(length.try_into().unwrap_or_default());
@@ -145,21 +231,7 @@ fn read_blob(blob: &Blob) -> Result<Tensors> {
         let reason = format!("{} bytes claimed after the header, found {}", header.data_len(), blob.len() - start);
         return Err(Error::malformed("data", reason));
     }
-    let infos = header.tensors();
-    (infos.par_iter()).map(|(name, info)| Ok((name.clone(), read_tensor(blob, start, name, info)?))).collect()
-}
-
-fn read_tensor(blob: &Blob, start: u64, name: &str, info: &TensorInfo) -> Result<Tensor> {
-    let (from, to) = info.data_offsets;
-    let bytes = blob.read(start + from as u64, to - from).map_err(|error| Error::tensor(name, error))?;
-    let pair = |pair: &[u8]| [pair[0], pair[1]];
-    let data = match info.dtype {
-        FileDtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        FileDtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(pair(b)).to_f32()).collect(),
-        FileDtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(pair(b)).to_f32()).collect(),
-        other => return Err(Error::unsupported(format!("tensor {name} of type {other:?}"), "use F32, F16 or BF16")),
-    };
-    Ok(Tensor::new(info.shape.clone(), data))
+    Ok((start, header))
 }
 
 /// Writes tensors (a [`Tensors`] or views of what lies elsewhere, which is not copied) to one file, in the order of their
@@ -217,6 +289,12 @@ fn write_data(file: &mut impl Write, values: Values<'_>) -> io::Result<()> {
         Values::Single(values, Dtype::F16) => write_each(file, values, |value| f16::from_f32(value).to_le_bytes()),
         Values::Single(values, Dtype::Bf16) => write_each(file, values, |value| bf16::from_f32(value).to_le_bytes()),
         Values::Bf16(values) => write_each(file, values, u16::to_le_bytes),
+    }
+}
+
+fn each<const N: usize>(bytes: &[u8], to: &mut [f32], decode: impl Fn([u8; N]) -> f32) {
+    for (to, &bytes) in to.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *to = decode(bytes);
     }
 }
 

@@ -113,6 +113,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         return Err(train::Error::Exists { folder: output.to_owned() }.into());
     }
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
+    model.sha256.start();
     let value_head = config.stages().into_iter().any(Stage::has_value_head);
     if value_head && model.decoder.config().score.is_none() {
         model.decoder.add_score(ScoreHead::VALUE, 0.0, config.seed)?;

@@ -3,7 +3,6 @@
 use super::{Gguf, Metadata, TensorInfo, Value};
 use crate::config::{Family, LayerAttention, ModelConfig, RopeConfig, RopeScaling, Sizes};
 use crate::error::{Error, Result};
-use crate::weights::Tensor;
 
 /// Frequency divisors, stored as a tensor by models with Llama 3 scaling.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -191,38 +190,34 @@ fn layer_name(family: Family, name: &str) -> Option<String> {
 }
 
 /// Undoes what llama.cpp's converter did to the weights beside renaming them.
-pub(super) fn undo_conversion(config: &ModelConfig, name: &str, tensor: &mut Tensor) -> Result<()> {
+pub(super) fn undo_conversion(config: &ModelConfig, name: &str, rows: usize, weights: &mut [f32]) -> Result<()> {
     if config.norm_weight_offset != 0.0 && name.ends_with("norm.weight") {
         // Stored ready for use, as offset + weight.
-        tensor.data.iter_mut().for_each(|weight| *weight -= config.norm_weight_offset);
+        weights.iter_mut().for_each(|weight| *weight -= config.norm_weight_offset);
     }
     if matches!(config.family, Family::Llama | Family::Mistral)
         && (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight"))
     {
-        if !tensor.shape[0].is_multiple_of(config.head_dim) {
-            let reason = format!("{} rows are not whole heads of {}", tensor.shape[0], config.head_dim);
-            return Err(Error::tensor(name, reason));
+        if !rows.is_multiple_of(config.head_dim) {
+            return Err(Error::tensor(name, format!("{rows} rows are not whole heads of {}", config.head_dim)));
         }
-        halve_heads(tensor, config.head_dim);
+        halve_heads(weights, weights.len() / rows, config.head_dim);
     }
     Ok(())
 }
 
 /// Reorders the rows of each head from interleaved pairs (row `2i + s` is part `s` of rotation pair `i`) to halves (row
 /// `s * head_dim / 2 + i`), the layout of Hugging Face's rotary embedding.
-fn halve_heads(tensor: &mut Tensor, head_dim: usize) {
-    let row = tensor.data.len() / tensor.shape[0];
+fn halve_heads(weights: &mut [f32], row: usize, head_dim: usize) {
     let half = head_dim / 2;
-    let mut halved = Vec::with_capacity(tensor.data.len());
-    for head in tensor.data.chunks_exact(head_dim * row) {
-        for part in 0..2 {
-            for pair in 0..half {
-                let from = (2 * pair + part) * row;
-                halved.extend_from_slice(&head[from..from + row]);
-            }
+    let mut paired = vec![0.0; head_dim * row];
+    for head in weights.chunks_exact_mut(head_dim * row) {
+        paired.copy_from_slice(head);
+        for (place, halved) in head.chunks_exact_mut(row).enumerate() {
+            let from = 2 * (place % half) + place / half;
+            halved.copy_from_slice(&paired[from * row..][..row]);
         }
     }
-    tensor.data = halved;
 }
 
 /// The metadata of one architecture: keys with its name in front.

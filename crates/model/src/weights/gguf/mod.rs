@@ -9,13 +9,11 @@ mod architecture;
 mod block;
 mod metadata;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use rayon::prelude::*;
-
 use super::blob::Blob;
-use super::{Tensor, Tensors};
+use super::{Source, Tensor, Tensors};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -117,10 +115,15 @@ impl Gguf {
 
     /// Reads and dequantises one tensor of [`Self::tensor_infos`], as it is in the file.
     pub fn tensor(&self, info: &TensorInfo) -> Result<Tensor> {
-        let bytes = (self.blob.read(info.offset, info.size)).map_err(|error| Error::tensor(&info.name, error))?;
         let mut data = vec![0.0; info.shape.iter().product()];
-        info.block_type.dequantise(&bytes, &mut data);
+        self.dequantise(info, &mut data)?;
         Ok(Tensor::new(info.shape.clone(), data))
+    }
+
+    fn dequantise(&self, info: &TensorInfo, to: &mut [f32]) -> Result<()> {
+        let block = (info.block_type.bytes(), info.block_type.weights());
+        let read = self.blob.decode(info.offset, block, to, |bytes, to| info.block_type.dequantise(bytes, to));
+        read.map_err(|error| Error::tensor(&info.name, error))
     }
 
     /// The model's configuration, from the metadata and the table of tensors.
@@ -129,22 +132,55 @@ impl Gguf {
     }
 
     /// The configuration, and every weight dequantised, in Hugging Face names and layout, checked against each other.
-    pub fn load(&self) -> Result<(ModelConfig, Tensors)> {
+    pub fn load(self) -> Result<(ModelConfig, Tensors)> {
+        let weights = self.weights()?;
+        let tensors = weights.tensors()?;
+        Ok((weights.config, tensors))
+    }
+
+    /// The configuration and the weights, in Hugging Face names and layout, checked against each other.
+    pub fn weights(self) -> Result<Weights> {
         let config = self.config()?;
-        let load = |info| -> Result<Option<(String, Tensor)>> {
-            match architecture::hugging_face_name(config.family, info)? {
-                Some(name) => {
-                    let mut tensor = self.tensor(info)?;
-                    architecture::undo_conversion(&config, &name, &mut tensor)?;
-                    Ok(Some((name, tensor)))
-                }
-                None => Ok(None),
+        let mut names = BTreeMap::new();
+        for (index, info) in self.tensors.iter().enumerate() {
+            if let Some(name) = architecture::hugging_face_name(config.family, info)? {
+                names.insert(name, index);
             }
-        };
-        let loaded: Vec<_> = self.tensors.par_iter().map(load).collect::<Result<_>>()?;
-        let mut tensors = loaded.into_iter().flatten().collect();
-        super::check(&config, &mut tensors)?;
-        Ok((config, tensors))
+        }
+        let weights = Weights { gguf: self, config, names };
+        super::check(&weights.config, &weights)?;
+        Ok(weights)
+    }
+}
+
+/// The weights of a GGUF file in Hugging Face's terms.
+#[derive(Debug)]
+pub struct Weights {
+    gguf: Gguf,
+    /// The model's configuration.
+    pub config: ModelConfig,
+    /// Hugging Face names, and places in the table of tensors.
+    names: BTreeMap<String, usize>,
+}
+
+impl Weights {
+    /// The file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+}
+
+impl Source for Weights {
+    fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        let tensors = &self.gguf.tensors;
+        self.names.iter().map(|(name, &index)| (name.as_str(), tensors[index].shape.as_slice())).collect()
+    }
+
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()> {
+        let index = *self.names.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        let info = &self.gguf.tensors[index];
+        self.gguf.dequantise(info, to)?;
+        architecture::undo_conversion(&self.config, name, info.shape[0], to)
     }
 }
 
