@@ -1,9 +1,11 @@
-//! JSON lines: rows, what they mean, and their tokens.
+//! JSON lines: rows, what they mean, their tokens, and what is wrong with them.
 #![no_main]
 
 use std::path::Path;
 use std::sync::LazyLock;
 
+use data::audit::{Rows, Setting, audit};
+use data::render::Use;
 use data::{RenderOptions, Renderer, read, sample};
 use libfuzzer_sys::fuzz_target;
 use model::chat::ChatTemplate;
@@ -22,4 +24,15 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = renderer.labelled(&samples);
         let _ = renderer.stepwise(&samples, "\n");
     }
+    let train = read::jsonl::parse_each(bytes, Path::new("fuzz.jsonl")).collect();
+    let setting = Setting {
+        tokenizer: &TOKENIZER,
+        template: Some(&TEMPLATE),
+        context: 4096,
+        answer: 0,
+        held_out_answer: 0,
+        rendering: &options,
+        used: Use::Learn,
+    };
+    audit(Rows { train, ..Rows::default() }, setting, 1);
 });

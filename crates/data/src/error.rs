@@ -45,6 +45,14 @@ pub enum Error {
     /// Files without a single row, or rows of which none is left.
     #[error("no rows: {0}")]
     Empty(String),
+    /// A sequence that begins twice: text that was rendered before, put behind another begin of sequence.
+    #[error("{at}: the sequence starts with {token} twice")]
+    DoubledBegin {
+        /// The row.
+        at: Source,
+        /// The name of the token.
+        token: String,
+    },
     /// A row that cannot be used.
     #[error("{at}{}: {reason}", column.as_ref().map(|column| format!(", column {column}")).unwrap_or_default())]
     Row {
@@ -75,6 +83,14 @@ impl Error {
         Self::Row { at: at.clone(), column: Some(column.into()), reason: reason.into(), hint: None }
     }
 
+    /// The row that the error is about, where it is about one.
+    pub fn source(&self) -> Option<&Source> {
+        match self {
+            Self::Row { at, .. } | Self::DoubledBegin { at, .. } => Some(at),
+            _ => None,
+        }
+    }
+
     /// The same error with advice.
     pub(crate) fn with_hint(mut self, advice: impl Into<String>) -> Self {
         if let Self::Row { hint, .. } = &mut self {
@@ -94,6 +110,9 @@ impl Hint for Error {
             ),
             Self::Damaged { .. } => Some(DAMAGED.into()),
             Self::Empty(_) => Some("check the files, and what was left out of them and why".into()),
+            Self::DoubledBegin { token, .. } => {
+                Some(format!("{token} is put in front of plain text already; take it out of the text"))
+            }
             Self::Row { hint, .. } => hint.clone(),
         }
     }

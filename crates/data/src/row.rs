@@ -4,15 +4,21 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 /// The place a row comes from.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Source {
     /// The file, as it was named, or what made the row.
+    #[serde(serialize_with = "as_text")]
     pub file: Arc<Path>,
     /// Number of the row, from 1; in JSONL the number of its line.
     pub row: u64,
+}
+
+fn as_text<S: Serializer>(file: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&file.display())
 }
 
 impl Source {

@@ -7,6 +7,7 @@ pub mod evaluate;
 pub mod interval;
 pub mod metrics;
 pub mod paired;
+pub mod sequential;
 
 pub use evaluate::{EvaluateError, EvaluateOptions, Evaluation, Sample, evaluate};
 pub use interval::Interval;

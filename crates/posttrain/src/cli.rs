@@ -11,7 +11,9 @@ use crate::config::Precision;
 /// Post-training of language models: one binary, exact numbers.
 #[derive(Debug, Parser)]
 #[command(name = "posttrain", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and saved.")]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped by the referee, 130 interrupted and saved."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -61,6 +63,18 @@ pub enum Command {
     Methods,
     /// Say what a training method is: formula, paper, settings, every default, metrics
     Explain(Explain),
+    /// Look at data before anything is trained on it
+    Data {
+        /// What to do.
+        #[command(subcommand)]
+        command: DataCommand,
+    },
+    /// Look at rewards before anything is paid by them
+    Reward {
+        /// What to do.
+        #[command(subcommand)]
+        command: RewardCommand,
+    },
     /// Explain options, print their schema
     Config {
         /// What to print.
@@ -289,6 +303,64 @@ pub struct Merge {
     /// Where to write the merged model
     #[arg(long, short, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+/// `posttrain data`
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Show what is learnt of rows, and find what is wrong with them; exits with 1 on errors
+    #[command(
+        after_help = "Errors are what training would refuse, or what would make its result worthless; warnings are the rest.\n\
+        Learnt text is green, or stands between ⟦ and ⟧ where there are no colours."
+    )]
+    Validate(Validate),
+}
+
+/// `posttrain data validate`
+#[derive(Debug, Args)]
+pub struct Validate {
+    /// A recipe (or several, as for `train`), or files with rows to train on
+    #[arg(required = true, value_name = "RECIPE_OR_FILES")]
+    pub sources: Vec<String>,
+    /// Files with held-out rows [default: the recipe's]
+    #[arg(long, value_name = "FILE")]
+    pub test: Vec<String>,
+    /// The model whose tokenizer and chat template are used [default: the recipe's]
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Override one option of the recipe; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Rows to show with their mask
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub show: usize,
+    /// Rows to name for each finding
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub name: usize,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `posttrain reward`
+#[derive(Debug, Subcommand)]
+pub enum RewardCommand {
+    /// Pay answers that deserve nothing, and find those that are paid like the right one; exits with 1 if there are any
+    Lint(Lint),
+}
+
+/// `posttrain reward lint`
+#[derive(Debug, Args)]
+pub struct Lint {
+    /// The recipe whose rewards to pay and whose rows to pay them on.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Rows to try every answer on, taken evenly from those to train on
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub rows: u32,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `posttrain config`

@@ -122,14 +122,41 @@ fn note_drops(drops: &data::Drops, what: &str, terminal: Terminal) {
     }
 }
 
+/// Everything a recipe trains on and holds out, with an error for each row that cannot be read.
+pub fn rows_to_audit(config: &Config) -> Result<data::audit::Rows, Failure> {
+    let read = |files: &[String]| match files.is_empty() {
+        true => Ok(Vec::new()),
+        false => data::read::read_each(files, &config.data.columns),
+    };
+    let mut rows = data::audit::Rows { train: read(&config.data.train)?, ..Default::default() };
+    for task in &config.tasks {
+        rows.generated.extend(made_rows(task, config.seed)?);
+        rows.test.extend(test_rows(task)?.into_iter().map(Ok));
+    }
+    rows.test.extend(read(&config.data.test)?);
+    Ok(rows)
+}
+
+/// Rows to train on, as prompts with the columns their rewards read.
+pub fn prompts(config: &Config, language: Language<'_>, terminal: Terminal) -> Result<Vec<Prompt>, Failure> {
+    let samples = data::sample::parse(train_rows(config, &mut Vec::new())?)?;
+    let rendered = language.renderer(&config.rendering).prompts(&samples)?;
+    note_drops(&rendered.drops, "prompts", terminal);
+    Ok(rendered.items)
+}
+
+/// The training problems of a task.
+fn made_rows(options: &TaskOptions, seed: u64) -> Result<Vec<Row>, Failure> {
+    let task = options.task.build()?;
+    let problems = (0..u64::from(options.train_problems)).map(|i| task.generate(seed, Split::Train, i));
+    Ok(problems.zip(1..).map(|(problem, number)| row(options, problem.columns(), task.name(), number)).collect())
+}
+
 fn train_rows(config: &Config, sources: &mut Vec<DataSource>) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for options in config.tasks.iter().filter(|task| task.train_problems > 0) {
-        let task = options.task.build()?;
-        let problems = (0..u64::from(options.train_problems)).map(|i| task.generate(config.seed, Split::Train, i));
-        let made: Vec<Row> =
-            problems.zip(1..).map(|(problem, number)| row(options, problem.columns(), task.name(), number)).collect();
-        sources.push(source_of("train", task.name(), &made));
+        let made = made_rows(options, config.seed)?;
+        sources.push(source_of("train", &task_name(options)?, &made));
         rows.extend(made);
     }
     if !config.data.train.is_empty() {

@@ -16,6 +16,8 @@ pub mod exit {
     pub const FAILED: u8 = 1;
     /// The command line was wrong.
     pub const USAGE: u8 = 2;
+    /// The referee stopped the run; everything was saved.
+    pub const ALARMED: u8 = 3;
     /// Ctrl-C: the step was finished and saved.
     pub const INTERRUPTED: u8 = 130;
 }
@@ -42,6 +44,11 @@ impl Failure {
     /// The work was stopped by Ctrl-C after everything had been saved.
     pub fn interrupted(message: impl Into<String>) -> Self {
         Self { exit: exit::INTERRUPTED, ..Self::new(message) }
+    }
+
+    /// The referee stopped the run after everything had been saved.
+    pub fn alarmed(message: impl Into<String>) -> Self {
+        Self { exit: exit::ALARMED, ..Self::new(message) }
     }
 
     /// A mistake on the command line.

@@ -15,6 +15,8 @@ pub struct Terminal {
     pub quiet: bool,
     /// Colours on standard error.
     pub color: bool,
+    /// Colours in results, on standard output.
+    pub color_results: bool,
     /// Somebody watches standard error: progress bars instead of lines.
     pub interactive: bool,
 }
@@ -24,7 +26,8 @@ impl Terminal {
     pub fn new(quiet: bool, no_color: bool) -> Self {
         let interactive = io::stderr().is_terminal();
         let no_color = no_color || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self { quiet, color: interactive && !no_color, interactive }
+        let color_results = io::stdout().is_terminal() && !no_color;
+        Self { quiet, color: interactive && !no_color, color_results, interactive }
     }
 
     /// One line for the reader, not part of the result.

@@ -113,6 +113,13 @@ impl Observer for Watcher {
                 let when = if step == 0 { "before training".to_owned() } else { format!("after step {step}") };
                 self.line(&format!("accuracy {when}: {:.1} %{interval}", 100.0 * accuracy));
             }
+            Event::Alarm { alarm } => self.line(&format!("referee: {alarm}")),
+            Event::GoneBack { step, learning_rate_factor } => {
+                self.done = step;
+                self.line(&format!(
+                    "going back to step {step}, from there with {learning_rate_factor} × the learning rate"
+                ));
+            }
             Event::Saved { .. } => {}
             Event::Stopping { step } => self.line(&format!("stopping after step {step}: saving")),
         }

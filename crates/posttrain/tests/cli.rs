@@ -45,6 +45,10 @@ shows! {
     help_of_train: ["train", "--help"];
     help_of_generate: ["generate", "--help"];
     help_of_bench: ["bench", "--help"];
+    help_of_data_validate: ["data", "validate", "--help"];
+    help_of_reward_lint: ["reward", "lint", "--help"];
+    explained_referee: ["config", "explain", "referee"];
+    referee_without_its_verifier: ["train", "small.toml", "--set", "referee.verifier='rewards/gold/mean'"];
     no_verb: [];
     unknown_verb: ["trian"];
     models: ["models"];

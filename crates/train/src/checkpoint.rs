@@ -17,6 +17,7 @@ use crate::directory::{Directory, remove, write_folder};
 use crate::error::{Error, Result};
 use crate::evaluation::Evaluation;
 use crate::optimizer::Optimizer;
+use crate::referee::Alarm;
 use crate::run::{DataSource, Provenance};
 
 const STATE: &str = "trainer_state.json";
@@ -47,6 +48,12 @@ pub struct State {
     pub metrics_bytes: u64,
     /// Length of the TensorBoard file in bytes.
     pub events_bytes: u64,
+    /// The referee's alarms so far.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alarms: Vec<Alarm>,
+    /// How often it took the run back.
+    #[serde(default)]
+    pub rollbacks: u32,
 }
 
 /// What a run is made from. Where it differs, going on would give neither this run nor the other.

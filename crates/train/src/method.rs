@@ -53,7 +53,7 @@ pub trait Method {
         Ok(())
     }
 
-    /// Reads back what [`Method::save`] wrote.
+    /// Reads back what [`Method::save`] wrote, in place of whatever the method has come to carry since.
     ///
     /// # Errors
     /// A file that is missing or does not fit.

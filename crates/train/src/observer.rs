@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::metrics::Metrics;
+use crate::referee::Alarm;
 use crate::timing::{Phase, StepTiming};
 
 /// Something that happened in a run.
@@ -60,6 +61,18 @@ pub enum Event<'a> {
     Damaged {
         /// What is wrong with it.
         error: &'a base::files::FileError,
+    },
+    /// The referee raises an alarm.
+    Alarm {
+        /// What is wrong.
+        alarm: &'a Alarm,
+    },
+    /// The run goes back to where it was after this many steps.
+    GoneBack {
+        /// Steps done then.
+        step: u64,
+        /// What the learning rate is multiplied with from here on.
+        learning_rate_factor: f64,
     },
     /// An interruption was noticed: the run stops after this step.
     Stopping {

@@ -10,6 +10,8 @@
 //! - `status/ok|wrong|malformed|timeout|error`: share of completions with this verdict.
 //! - `completions/mean_length|min_length|max_length`, and the same as `*_terminated_length` over completions that ended by
 //!   themselves. `completions/clipped_ratio`: share that ran out of tokens.
+//! - `completions/length_reward_correlation`: Pearson correlation of length and reward within groups (both less their group's
+//!   mean); `null` where either does not vary.
 //! - `sampling/prompt_tokens_computed`, `sampling/prompt_tokens_reused`: tokens of the prompts of all completions that went
 //!   through the model while sampling, and that were known from the other samples of the prompt or from prompts that begin
 //!   alike.
@@ -167,6 +169,7 @@ impl<'p> Groups<'p> {
         metrics.set("sampling/prompt_tokens_reused", self.prompt_tokens.reused as f64);
         self.reward_metrics(scores, &mut metrics);
         self.length_metrics(&mut metrics);
+        metrics.set("completions/length_reward_correlation", self.length_reward_correlation(scores));
         metrics
     }
 
@@ -201,6 +204,25 @@ impl<'p> Groups<'p> {
             metrics.set(format!("completions/max_{kind}"), lengths.iter().copied().fold(f64::NAN, f64::max));
         }
         metrics.set("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all.len() as f64);
+    }
+
+    /// Correlation of length and reward over all scored episodes, each less the mean of its group; NaN where one is constant.
+    fn length_reward_correlation(&self, scores: &[Option<Score>]) -> f64 {
+        let scored = self.episodes.iter().zip(scores);
+        let pairs: Vec<Option<(f64, f64)>> =
+            scored.map(|(episode, score)| Some((episode.completion.len() as f64, score.as_ref()?.value))).collect();
+        let [mut both, mut lengths, mut rewards] = [0.0; 3];
+        for group in pairs.chunks(self.size) {
+            let (length, reward): (Vec<f64>, Vec<f64>) = group.iter().flatten().copied().unzip();
+            let (mean_length, mean_reward) = (mean(&length), mean(&reward));
+            for (length, reward) in length.iter().zip(&reward) {
+                let (length, reward) = (length - mean_length, reward - mean_reward);
+                both += length * reward;
+                lengths += length * length;
+                rewards += reward * reward;
+            }
+        }
+        both / (lengths * rewards).sqrt()
     }
 
     /// One row an episode. `values` holds what the method made of each of them, by name: its advantage, say.

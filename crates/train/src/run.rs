@@ -7,8 +7,12 @@
 //! write the final model, the model card and the summary
 //! ```
 //!
+//! Stages that learn from rewards are watched by a [`Referee`](crate::referee), whose alarms may stop the run or take it back.
+//!
 //! A checkpoint holds the lengths of the logs at its time. Resuming cuts them back to these lengths, removes the other
 //! files that are newer, and goes on; since a step is a function of what the checkpoint holds, the files come out the same.
+
+mod ruling;
 
 use std::fs;
 use std::path::Path;
@@ -35,9 +39,11 @@ use crate::metrics::Metrics;
 use crate::observer::{Event, Observer};
 use crate::optimizer::Optimizer;
 use crate::options::{GradientCheckpointing, RunOptions};
+use crate::referee::{Alarm, Referee, RefereeOptions};
 use crate::summary::Summary;
 use crate::tensorboard;
 use crate::timing::{Clock, Phase, StepTiming};
+use ruling::Ruling;
 
 /// Where the parts of a run come from; written into the model card and the summary.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +79,8 @@ pub struct Run<'a> {
     pub directory: &'a Path,
     /// When to save, evaluate and write episodes.
     pub options: RunOptions,
+    /// What is watched for in stages that learn from rewards, and what happens then.
+    pub referee: RefereeOptions,
     /// Seed of every draw.
     pub seed: u64,
     /// Number format of the matrix products.
@@ -105,6 +113,18 @@ pub enum Outcome {
         /// Steps done.
         step: u64,
     },
+    /// The referee stopped it; it is saved, and can be resumed past the alarm.
+    Stopped {
+        /// Why.
+        alarm: Box<Alarm>,
+    },
+}
+
+/// How a stage ended.
+enum End {
+    Finished,
+    Interrupted,
+    Stopped(Alarm),
 }
 
 impl Run<'_> {
@@ -168,6 +188,10 @@ struct Session<'a> {
     workspace: Workspace,
     /// Tokens trained on since the last line of timing.
     tokens: u64,
+    /// Watches the current stage.
+    referee: Option<Referee>,
+    /// Alarms raised and not yet ruled on.
+    alarms: Vec<Alarm>,
 }
 
 impl<'a> Session<'a> {
@@ -205,6 +229,8 @@ impl<'a> Session<'a> {
             clock: Clock::start(),
             workspace: Workspace::new(),
             tokens: 0,
+            referee: None,
+            alarms: Vec::new(),
             run,
             directory,
             state,
@@ -233,8 +259,10 @@ impl<'a> Session<'a> {
         let mut started_from = Some(started_from);
         while let Some(method) = stages.get_mut(self.state.stage) {
             let reference = started_from.take().flatten();
-            if !self.stage(&mut **method, reference)? {
-                return Ok(Outcome::Interrupted { step: self.state.global_step });
+            match self.stage(&mut **method, reference)? {
+                End::Finished => {}
+                End::Interrupted => return Ok(Outcome::Interrupted { step: self.state.global_step }),
+                End::Stopped(alarm) => return Ok(Outcome::Stopped { alarm: Box::new(alarm) }),
             }
             if self.state.stage + 1 == stages.len() {
                 break;
@@ -287,15 +315,15 @@ impl<'a> Session<'a> {
         Ok(Some(reference))
     }
 
-    /// Runs the current stage from where it stands. Returns whether it came to its end.
-    fn stage(&mut self, method: &mut dyn Method, reference: Option<Decoder>) -> Result<bool> {
+    /// Runs the current stage from where it stands.
+    fn stage(&mut self, method: &mut dyn Method, reference: Option<Decoder>) -> Result<End> {
         let steps = stage_steps(method);
         let schedule = method.training().schedule(steps);
         self.run.observer.observe(Event::Stage { stage: self.state.stage, method: method.name(), steps });
         if self.state.stage_step == steps {
             // Only what comes after the stage is left to do; a killed process may have removed the reference already.
             self.restored = None;
-            return Ok(true);
+            return Ok(End::Finished);
         }
         let mut reference = match reference {
             Some(reference) => Some(reference),
@@ -317,9 +345,10 @@ impl<'a> Session<'a> {
         }
         let mut gradients = self.run.decoder.gradients();
         self.workspace.set_checkpointing(method.training().gradient_checkpointing == GradientCheckpointing::On);
+        self.referee = Some(self.referee_of_stage()?);
         while self.state.stage_step < steps {
             let number = self.state.global_step + 1;
-            let learning_rate = schedule.learning_rate(self.state.stage_step);
+            let learning_rate = schedule.learning_rate(self.state.stage_step) * self.learning_rate_factor();
             let report = method.step(&mut Step {
                 number,
                 index: self.state.stage_step,
@@ -342,6 +371,14 @@ impl<'a> Session<'a> {
             if last || every(self.run.options.eval_steps, self.state.global_step) {
                 self.evaluate()?;
             }
+            match self.rule(method, &mut optimizer)? {
+                Ruling::Proceed => {}
+                Ruling::GoneBack => continue,
+                Ruling::Stop(alarm) => {
+                    self.save(&optimizer, method)?;
+                    return Ok(End::Stopped(alarm));
+                }
+            }
             let stopping = !last && self.run.interrupt.load(Ordering::Relaxed);
             if stopping {
                 self.run.observer.observe(Event::Stopping { step: self.state.global_step });
@@ -350,10 +387,10 @@ impl<'a> Session<'a> {
                 self.save(&optimizer, method)?;
             }
             if stopping {
-                return Ok(false);
+                return Ok(End::Interrupted);
             }
         }
-        Ok(true)
+        Ok(End::Finished)
     }
 
     /// Writes down what a step has to tell.
@@ -377,6 +414,7 @@ impl<'a> Session<'a> {
         metrics.extend(report.metrics);
         metrics.set("learning_rate", learning_rate);
         metrics.set("num_tokens", self.state.num_tokens as f64);
+        self.watch(&mut metrics);
         self.record(&metrics)?;
         let timing = self.lap()?;
         self.run.observer.observe(Event::Step { step, metrics: &metrics, timing: &timing });
@@ -417,6 +455,7 @@ impl<'a> Session<'a> {
         let mut metrics = Metrics::new();
         metrics.set("step", step as f64);
         metrics.extend(evaluation.metrics());
+        self.watch(&mut metrics);
         self.record(&metrics)?;
         self.state.evaluations.push(evaluation);
         self.clock.add(Phase::Evaluate, started);

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::State;
 use crate::evaluation::Evaluation;
 use crate::metrics::Metrics;
+use crate::referee::Alarm;
 use crate::run::{DataSource, Run};
 use crate::timing::{Phase, StepTiming, peak_memory_bytes};
 
@@ -44,6 +45,12 @@ pub struct Summary {
     pub after: Option<Evaluation>,
     /// The change between the two, problem by problem.
     pub change: Option<Comparison>,
+    /// The referee's alarms.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alarms: Vec<Alarm>,
+    /// How often it took the run back.
+    #[serde(default)]
+    pub rollbacks: u32,
     /// The metrics of the last step.
     pub last_step: Metrics,
     /// The only part that differs from one execution to the next.
@@ -102,6 +109,8 @@ impl Summary {
             before: before.cloned(),
             after: after.cloned(),
             change,
+            alarms: state.alarms.clone(),
+            rollbacks: state.rollbacks,
             last_step,
             timing: Timing::of(laps),
         }

@@ -232,7 +232,7 @@ fn every_metric_has_its_usual_name() {
              status/ok status/wrong status/malformed status/timeout status/error \
              completions/mean_length completions/min_length completions/max_length \
              completions/mean_terminated_length completions/min_terminated_length completions/max_terminated_length \
-             completions/clipped_ratio \
+             completions/clipped_ratio completions/length_reward_correlation \
              sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max \
              loss grad_norm kl \
              clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean \

@@ -10,30 +10,35 @@ use crate::row::{Row, Source, kind};
 
 /// Parses JSON lines that come from `path`. Empty lines are skipped; a row's number is that of its line.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    parse_each(bytes, path).collect()
+}
+
+/// Like [`parse`], line by line: an error is about one row, and the others are still there.
+pub fn parse_each(bytes: &[u8], path: &Path) -> impl Iterator<Item = Result<Row>> {
     let file: Arc<Path> = path.into();
-    let bytes = without_byte_order_mark(bytes);
-    let mut rows = Vec::new();
-    for (number, line) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
+    let lines = (1..).zip(without_byte_order_mark(bytes).split(|&byte| byte == b'\n'));
+    lines.filter(|(_, line)| !line.iter().all(u8::is_ascii_whitespace)).map(move |(number, line)| {
         let source = Source { file: file.clone(), row: number };
         let value = serde_json::from_slice(line).map_err(|error| not_json(&source, &error))?;
-        rows.push(row(source, value)?);
-    }
-    Ok(rows)
+        row(source, value)
+    })
 }
 
 /// Parses a JSON file that comes from `path`: a list of objects, or JSON lines after all.
 pub fn parse_json(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    parse_json_each(bytes, path)?.into_iter().collect()
+}
+
+/// Like [`parse_json`], with an error for each row that cannot be used.
+pub fn parse_json_each(bytes: &[u8], path: &Path) -> Result<Vec<Result<Row>>> {
     let bytes = without_byte_order_mark(bytes);
     if bytes.trim_ascii_start().first() != Some(&b'[') {
-        return parse(bytes, path);
+        return Ok(parse_each(bytes, path).collect());
     }
     let file: Arc<Path> = path.into();
     let items: Vec<Value> =
         serde_json::from_slice(bytes).map_err(|error| Error::damaged(path, format!("not valid JSON: {error}")))?;
-    (1..).zip(items).map(|(number, value)| row(Source { file: file.clone(), row: number }, value)).collect()
+    Ok((1..).zip(items).map(|(number, value)| row(Source { file: file.clone(), row: number }, value)).collect())
 }
 
 fn row(source: Source, value: Value) -> Result<Row> {

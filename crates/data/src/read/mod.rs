@@ -29,27 +29,37 @@ pub struct DataOptions {
 /// Reads the rows of files, folders and patterns, in the order given; a folder's or pattern's files in the order of
 /// their names. `columns` renames columns, as in [`DataOptions::columns`].
 pub fn read(patterns: &[String], columns: &BTreeMap<String, String>) -> Result<Vec<Row>> {
+    read_each(patterns, columns)?.into_iter().collect()
+}
+
+/// Like [`read()`], with an error for each row that cannot be used.
+///
+/// # Errors
+/// What concerns more than one row: a file that cannot be read or is of no known format, nothing to read at all.
+pub fn read_each(patterns: &[String], columns: &BTreeMap<String, String>) -> Result<Vec<Result<Row>>> {
     let mut rows = Vec::new();
     for pattern in patterns {
         for path in files(pattern)? {
-            rows.extend(read_file(&path)?);
+            rows.extend(read_file_each(&path)?);
         }
     }
     if rows.is_empty() {
         return Err(Error::Empty(format!("nothing in {}", patterns.join(", "))));
     }
-    for row in &mut rows {
-        rename(row, columns)?;
-    }
-    Ok(rows)
+    let renamed = |row: Result<Row>| row.and_then(|row| rename(row, columns));
+    Ok(rows.into_iter().map(renamed).collect())
 }
 
 /// Reads one file by the format its name tells.
 pub fn read_file(path: &Path) -> Result<Vec<Row>> {
+    read_file_each(path)?.into_iter().collect()
+}
+
+fn read_file_each(path: &Path) -> Result<Vec<Result<Row>>> {
     match extension(path).as_deref() {
-        Some("jsonl" | "ndjson") => jsonl::parse(&base::files::read(path)?, path),
-        Some("json") => jsonl::parse_json(&base::files::read(path)?, path),
-        Some("parquet") => parquet::read(path),
+        Some("jsonl" | "ndjson") => Ok(jsonl::parse_each(&base::files::read(path)?, path).collect()),
+        Some("json") => jsonl::parse_json_each(&base::files::read(path)?, path),
+        Some("parquet") => Ok(parquet::read(path)?.into_iter().map(Ok).collect()),
         _ => Err(Error::Format { path: path.to_owned(), reason: "the name tells no known format".into() }),
     }
 }
@@ -102,19 +112,19 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn rename(row: &mut Row, columns: &BTreeMap<String, String>) -> Result<()> {
+fn rename(mut row: Row, columns: &BTreeMap<String, String>) -> Result<Row> {
     for (name, from) in columns {
         let Some(value) = row.columns.get(from).cloned() else {
             let error = Error::row(&row.source, format!("there is no column {from} to take {name} from"));
             let near = base::hint::nearest(from, row.columns.keys().map(String::as_str));
             return Err(error.with_hint(match near {
                 Some(near) => format!("did you mean {near}?"),
-                None => format!("its columns are {}", names(row)),
+                None => format!("its columns are {}", names(&row)),
             }));
         };
         row.columns.insert(name.clone(), value);
     }
-    Ok(())
+    Ok(row)
 }
 
 /// The names of a row's columns, for messages.

@@ -10,6 +10,7 @@
 
 mod conversation;
 mod drops;
+mod sequences;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use drops::{DropReason, Drops};
+pub use sequences::{Part, Sequence, Use};
 
 use crate::error::{Error, Result};
 use crate::row::Source;
@@ -167,7 +169,11 @@ impl<'a> Renderer<'a> {
 
     /// Renders language-modeling, prompt-completion and token rows.
     pub fn examples(&self, samples: &[Sample]) -> Result<Rendered<Example>> {
-        self.each(samples, |_, sample| match &sample.content {
+        self.each(samples, |_, sample| self.example_of(sample))
+    }
+
+    fn example_of(&self, sample: &Sample) -> Result<Outcome<Example>> {
+        match &sample.content {
             Content::LanguageModeling(Text::Plain(text)) => self.example(sample, self.plain("", text)),
             Content::LanguageModeling(Text::Messages(messages)) => {
                 self.example(sample, self.conversation(sample, messages, 0)?)
@@ -175,83 +181,91 @@ impl<'a> Renderer<'a> {
             Content::PromptCompletion { prompt, completion } => self.completion(sample, prompt, completion),
             Content::Tokens { ids, loss_mask } => self.finish(sample, ids.clone(), loss_mask.clone()),
             _ => Err(unexpected(sample, "language-modeling, prompt-completion or tokens")),
-        })
+        }
     }
 
     /// Renders the prompts of prompt-only rows, and of any other rows that have one. `messages` that end with another's
     /// turn are a prompt too.
     pub fn prompts(&self, samples: &[Sample]) -> Result<Rendered<Prompt>> {
-        self.each(samples, |id, sample| {
-            let text = match &sample.content {
-                Content::PromptOnly(prompt)
-                | Content::PromptCompletion { prompt, .. }
-                | Content::Preference { prompt, .. }
-                | Content::UnpairedPreference { prompt, .. }
-                | Content::LanguageModeling(prompt @ Text::Messages(_)) => prompt.clone(),
-                Content::Stepwise { prompt, .. } => Text::Plain(prompt.clone()),
-                _ => return Err(unexpected(sample, "rows with a prompt")),
-            };
-            self.prompt(id, sample, text)
-        })
+        self.each(samples, |id, sample| self.prompt_of(id, sample))
+    }
+
+    fn prompt_of(&self, id: u32, sample: &Sample) -> Result<Outcome<Prompt>> {
+        let text = match &sample.content {
+            Content::PromptOnly(prompt)
+            | Content::PromptCompletion { prompt, .. }
+            | Content::Preference { prompt, .. }
+            | Content::UnpairedPreference { prompt, .. }
+            | Content::LanguageModeling(prompt @ Text::Messages(_)) => prompt.clone(),
+            Content::Stepwise { prompt, .. } => Text::Plain(prompt.clone()),
+            _ => return Err(unexpected(sample, "rows with a prompt")),
+        };
+        self.prompt(id, sample, text)
     }
 
     /// Renders preference rows.
     pub fn preferences(&self, samples: &[Sample]) -> Result<Rendered<PreferencePair>> {
-        self.each(samples, |_, sample| {
-            let Content::Preference { prompt, chosen, rejected } = &sample.content else {
-                return Err(unexpected(sample, "preference"));
-            };
-            let chosen = self.completion(sample, prompt, chosen)?;
-            let rejected = self.completion(sample, prompt, rejected)?;
-            Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected? })))
-        })
+        self.each(samples, |_, sample| self.pair_of(sample))
+    }
+
+    fn pair_of(&self, sample: &Sample) -> Result<Outcome<PreferencePair>> {
+        let Content::Preference { prompt, chosen, rejected } = &sample.content else {
+            return Err(unexpected(sample, "preference"));
+        };
+        let chosen = self.completion(sample, prompt, chosen)?;
+        let rejected = self.completion(sample, prompt, rejected)?;
+        Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected? })))
     }
 
     /// Renders unpaired preference rows.
     pub fn labelled(&self, samples: &[Sample]) -> Result<Rendered<LabelledExample>> {
-        self.each(samples, |_, sample| {
-            let Content::UnpairedPreference { prompt, completion, label } = &sample.content else {
-                return Err(unexpected(sample, "unpaired preference"));
-            };
-            let example = self.completion(sample, prompt, completion)?;
-            Ok(example.map(|example| LabelledExample { example, label: *label }))
-        })
+        self.each(samples, |_, sample| self.labelled_of(sample))
+    }
+
+    fn labelled_of(&self, sample: &Sample) -> Result<Outcome<LabelledExample>> {
+        let Content::UnpairedPreference { prompt, completion, label } = &sample.content else {
+            return Err(unexpected(sample, "unpaired preference"));
+        };
+        let example = self.completion(sample, prompt, completion)?;
+        Ok(example.map(|example| LabelledExample { example, label: *label }))
     }
 
     /// Renders stepwise rows. Each step is followed by `separator`, whose last token stands for the step.
     pub fn stepwise(&self, samples: &[Sample], separator: &str) -> Result<Rendered<StepwiseExample>> {
-        self.each(samples, |_, sample| {
-            let Content::Stepwise { prompt, steps } = &sample.content else {
-                return Err(unexpected(sample, "stepwise supervision"));
-            };
-            let mut text = prompt.clone();
-            let mut ends = vec![text.len()];
-            for (step, _) in steps {
-                text.push_str(step);
-                text.push_str(separator);
-                ends.push(text.len());
-            }
-            let rendering = self.text(&text);
-            let mut ids = self.begin();
-            let mut labelled = Vec::new();
-            let mut from = 0;
-            for (index, end) in ends.into_iter().enumerate() {
-                let before = ids.len();
-                ids.extend(self.encode(sample, &rendering, from..end)?);
-                if index > 0 {
-                    if ids.len() == before {
-                        return Err(Error::column(&sample.source, format!("completions[{}]", index - 1), "no tokens"));
-                    }
-                    labelled.push((ids.len() - 1, steps[index - 1].1));
+        self.each(samples, |_, sample| self.steps_of(sample, separator))
+    }
+
+    fn steps_of(&self, sample: &Sample, separator: &str) -> Result<Outcome<StepwiseExample>> {
+        let Content::Stepwise { prompt, steps } = &sample.content else {
+            return Err(unexpected(sample, "stepwise supervision"));
+        };
+        let mut text = prompt.clone();
+        let mut ends = vec![text.len()];
+        for (step, _) in steps {
+            text.push_str(step);
+            text.push_str(separator);
+            ends.push(text.len());
+        }
+        let rendering = self.text(&text);
+        let mut ids = self.begin();
+        let mut labelled = Vec::new();
+        let mut from = 0;
+        for (index, end) in ends.into_iter().enumerate() {
+            let before = ids.len();
+            ids.extend(self.encode(sample, &rendering, from..end)?);
+            if index > 0 {
+                if ids.len() == before {
+                    return Err(Error::column(&sample.source, format!("completions[{}]", index - 1), "no tokens"));
                 }
-                from = end;
+                labelled.push((ids.len() - 1, steps[index - 1].1));
             }
-            self.refuse_doubled_begin(sample, &ids)?;
-            let reason = self.too_long(sample, ids.len())?;
-            Ok(match reason {
-                None => Ok(StepwiseExample { ids, steps: labelled, source: sample.source.clone() }),
-                Some(reason) => Err(reason),
-            })
+            from = end;
+        }
+        self.refuse_doubled_begin(sample, &ids)?;
+        let reason = self.too_long(sample, ids.len())?;
+        Ok(match reason {
+            None => Ok(StepwiseExample { ids, steps: labelled, source: sample.source.clone() }),
+            Some(reason) => Err(reason),
         })
     }
 
@@ -400,9 +414,8 @@ impl<'a> Renderer<'a> {
     fn refuse_doubled_begin(&self, sample: &Sample, ids: &[u32]) -> Result<()> {
         match (self.tokenizer.bos(), ids) {
             (Some(bos), &[first, second, ..]) if first == bos && second == bos => {
-                let name = self.tokenizer.token(bos).unwrap_or_default();
-                let error = Error::row(&sample.source, format!("the sequence starts with {name} twice"));
-                Err(error.with_hint(format!("{name} is put in front of plain text already; take it out of the text")))
+                let token = self.tokenizer.token(bos).unwrap_or_default();
+                Err(Error::DoubledBegin { at: sample.source.clone(), token })
             }
             _ => Ok(()),
         }

@@ -165,6 +165,15 @@ pub enum RewardKind {
 }
 
 impl RewardKind {
+    /// The column with the right answer, where the reward compares with one.
+    pub fn column(&self) -> Option<&str> {
+        match self {
+            Self::Number(options) => Some(&options.column),
+            Self::Expression(options) => Some(&options.column),
+            Self::Format(_) | Self::Length(_) | Self::Process(_) => None,
+        }
+    }
+
     /// The value of `type` in a configuration.
     pub fn name(&self) -> &'static str {
         match self {

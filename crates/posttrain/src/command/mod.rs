@@ -2,15 +2,17 @@
 
 pub mod bench;
 pub mod config;
+pub mod data;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod merge;
 pub mod methods;
 pub mod models;
+pub mod reward;
 pub mod train;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, DataCommand, RewardCommand};
 use crate::failure::Failure;
 use crate::opened::Opener;
 use crate::terminal::Terminal;
@@ -33,6 +35,8 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Merge(arguments) => merge::run(arguments, opener),
         Command::Methods => methods::list(),
         Command::Explain(arguments) => methods::explain(&arguments.name, arguments.markdown),
+        Command::Data { command: DataCommand::Validate(arguments) } => data::validate(arguments, opener),
+        Command::Reward { command: RewardCommand::Lint(arguments) } => reward::lint(arguments, opener),
         Command::Config { command } => config::run(command),
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(arguments, opener),

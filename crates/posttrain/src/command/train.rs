@@ -158,6 +158,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     let run = Run {
         directory: output,
         options: config.run.clone(),
+        referee: config.referee.clone(),
         seed: config.seed,
         precision: config.model.precision.into(),
         decoder: model.decoder,
@@ -189,6 +190,11 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         Outcome::Interrupted { step } => {
             let failure = Failure::interrupted(format!("interrupted after step {step}; everything is saved"));
             Err(failure.hint(format!("go on with `posttrain resume {}`", output.display())))
+        }
+        Outcome::Stopped { alarm } => {
+            let failure = Failure::alarmed(format!("the referee stopped the run: {alarm}"));
+            let resume = format!("everything is saved; `posttrain resume {}` goes on past the alarm", output.display());
+            Err(failure.hint(format!("{resume}; docs/referee.md says what helps")))
         }
     }
 }

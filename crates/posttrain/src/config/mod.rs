@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
 use train::options::RunOptions;
+use train::referee::RefereeOptions;
 
 use crate::failure::Failure;
 use check::{Schema, check};
@@ -59,6 +60,8 @@ pub struct Config {
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyOptions>,
+    /// Who watches stages that learn from rewards, for what, and what follows from an alarm; see `docs/referee.md`.
+    pub referee: RefereeOptions,
     /// How the model is measured on held-out problems.
     pub evaluation: EvaluateOptions,
     /// When a run saves, evaluates and writes down what it sampled.
@@ -188,6 +191,12 @@ impl Config {
         }
         let key = "evaluation.sampling";
         self.check_sampling(&self.evaluation.sampling, tree, key, key)?;
+        self.referee.validate().map_err(|error| {
+            let error = error.within("referee");
+            let key = error.key.clone();
+            blame(error.into(), tree, &key)
+        })?;
+        self.check_verifier().map_err(|failure| blame(failure, tree, "referee.verifier"))?;
         if let Some(lora) = &self.lora {
             lora.validate().map_err(|error| blame(error.into(), tree, "lora"))?;
         }
@@ -198,6 +207,20 @@ impl Config {
             reward.build().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
         }
         Ok(())
+    }
+
+    /// The referee's verifier must be something that is measured.
+    fn check_verifier(&self) -> Result<(), Failure> {
+        let Some(verifier) = &self.referee.verifier else { return Ok(()) };
+        let mut known: Vec<String> =
+            self.rewards.iter().map(|reward| format!("rewards/{}/mean", reward.name())).collect();
+        known.extend(["eval_accuracy".to_owned(), "status/ok".to_owned()]);
+        if known.contains(verifier) {
+            return Ok(());
+        }
+        let failure =
+            Failure::new(format!("`referee.verifier`: no metric {verifier:?}: expected one of {}", known.join(", ")));
+        Err(failure.hint("a judge who is not paid for is a reward with `weight = 0`"))
     }
 
     /// Checks the table at `key`, which the error calls `name`.
@@ -228,6 +251,19 @@ impl Config {
     /// Whether there is anything to measure.
     pub fn has_evaluation(&self) -> bool {
         !self.rewards.is_empty() && (self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty())
+    }
+
+    /// Whether rows are only there to be answered: every stage samples.
+    pub fn only_samples(&self) -> bool {
+        let stages = self.stages();
+        !stages.is_empty() && stages.iter().all(|stage| stage.rows() == Rows::Prompts)
+    }
+
+    /// Tokens of the longest answer that a stage samples.
+    pub fn longest_answer(&self) -> usize {
+        let longest =
+            self.stages().into_iter().filter_map(Stage::sampling).map(|sampling| sampling.max_new_tokens).max();
+        longest.unwrap_or(0)
     }
 
     /// The whole recipe as TOML, every option resolved.

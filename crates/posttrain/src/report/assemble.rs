@@ -62,6 +62,7 @@ fn read(directory: &Directory, summary: &Summary) -> Result<Report, Failure> {
             .collect(),
         difference: summary.change.as_ref().map(difference),
         facts: facts(summary),
+        alarms: summary.alarms.iter().map(ToString::to_string).collect(),
         stages: stages(&lines, &summary.stages),
         samples: samples(directory, summary)?,
         phases: phases(summary),
@@ -114,6 +115,9 @@ fn facts(summary: &Summary) -> Vec<(String, String)> {
     add("wall time", duration(summary.timing.seconds));
     if let Some(peak) = summary.timing.peak_memory_bytes {
         add("peak memory", bytes(peak));
+    }
+    if summary.rollbacks > 0 {
+        add("rollbacks", summary.rollbacks.to_string());
     }
     add("seed", summary.seed.to_string());
     add("configuration", summary.config_sha256.chars().take(12).collect());

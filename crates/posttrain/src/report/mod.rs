@@ -21,6 +21,8 @@ pub struct Report {
     pub difference: Option<String>,
     /// Names and values in a grid: problems, steps, tokens, memory, hash.
     pub facts: Vec<(String, String)>,
+    /// What the referee said.
+    pub alarms: Vec<String>,
     /// The stages of the run with their curves.
     pub stages: Vec<Stage>,
     /// Answers before and after.
@@ -84,6 +86,7 @@ impl Report {
         );
         html += &self.result();
         html += &self.facts();
+        html += &self.alarms();
         for stage in self.stages.iter().filter(|stage| !stage.curves.is_empty()) {
             html += &stage.html();
         }
@@ -124,6 +127,14 @@ impl Report {
             format!(r#"<div><div class="key">{}</div><div class="val">{}</div></div>"#, escape(key), escape(value))
         };
         format!("<div class=\"facts\">{}</div>\n", self.facts.iter().map(cell).collect::<String>())
+    }
+
+    fn alarms(&self) -> String {
+        if self.alarms.is_empty() {
+            return String::new();
+        }
+        let items: String = self.alarms.iter().map(|alarm| format!("<li>{}</li>", escape(alarm))).collect();
+        format!("<h2>Alarms of the referee</h2>\n<ul class=\"alarms\">{items}</ul>\n")
     }
 
     fn samples(&self) -> String {
@@ -279,6 +290,7 @@ mod tests {
                 Estimate { label: "after".into(), value: 0.58, low: 0.511, high: 0.646 },
             ],
             difference: Some("+26.5 points on the same 200 problems".into()),
+            alarms: vec!["step 7: <it>".into()],
             facts: [("problems", "200"), ("steps", "60"), ("wall time", "8 min 12 s"), ("peak memory", "2.1 GiB")]
                 .map(|(key, value)| (key.into(), value.into()))
                 .to_vec(),

@@ -20,7 +20,9 @@ use rollout::{Generator, Request, SamplingOptions};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
-use train::{Evaluation, EvaluationError, Evaluator, Measure, Method, Observer, Outcome, Provenance, Run};
+use train::{
+    Evaluation, EvaluationError, Evaluator, Measure, Method, Observer, Outcome, Provenance, RefereeOptions, Run,
+};
 
 /// All problems: prompt `ab>` and the larger digit.
 fn problems() -> impl Iterator<Item = (u32, String, String)> {
@@ -139,6 +141,7 @@ pub struct Setup {
     pub seed: u64,
     pub value_head: bool,
     pub options: RunOptions,
+    pub referee: RefereeOptions,
     pub evaluate: bool,
     pub family: Family,
 }
@@ -172,6 +175,7 @@ impl Setup {
             seed: 7,
             value_head: false,
             options: RunOptions { save_steps: 2, save_total_limit: 2, eval_steps: 3, ..Default::default() },
+            referee: RefereeOptions::default(),
             evaluate: true,
             family: Family::Llama,
         }
@@ -228,6 +232,7 @@ impl Setup {
         let run = Run {
             directory: folder,
             options: self.options.clone(),
+            referee: self.referee.clone(),
             seed: self.seed,
             precision: self.precision,
             decoder,
@@ -252,7 +257,7 @@ impl Setup {
     pub fn finish(&self, folder: &Path) -> train::Summary {
         match self.run(folder, false, &mut (), &AtomicBool::new(false)).unwrap() {
             Outcome::Finished(summary) => *summary,
-            Outcome::Interrupted { step } => panic!("interrupted at {step}"),
+            other => panic!("{other:?}"),
         }
     }
 }

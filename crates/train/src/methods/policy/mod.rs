@@ -212,6 +212,8 @@ impl Method for Policy {
         let text = files::read_to_string(&folder.join(STATE))?;
         self.state = serde_json::from_str(&text)
             .map_err(|error| Error::Mismatch { folder: folder.to_owned(), reason: format!("{STATE}: {error}") })?;
+        // One that has gone on since is built again.
+        self.critic = None;
         if let Some(updates) = self.state.value_updates {
             let saved = Saved::read(folder, updates);
             self.saved = Some(saved.map_err(|source| Error::Model { step: self.state.step, source })?);
