@@ -26,6 +26,7 @@ pub mod options;
 pub mod order;
 pub mod pass;
 pub mod rollouts;
+pub mod rows;
 pub mod run;
 pub mod schedule;
 pub mod summary;
