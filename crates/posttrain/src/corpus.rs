@@ -22,6 +22,8 @@ const TEST_SEED: u64 = 0;
 pub struct Corpus {
     /// For supervised stages.
     pub examples: Vec<Example>,
+    /// To be unlearnt.
+    pub forget: Vec<Example>,
     /// For stages that sample.
     pub prompts: Vec<Prompt>,
     /// Held out.
@@ -55,16 +57,25 @@ impl Corpus {
                 None => language,
             };
             let renderer = language.renderer(&config.rendering);
-            match stage.rows() {
-                Rows::Examples => {
-                    let rendered = renderer.examples(&samples)?;
-                    note_drops(&rendered.drops, "training examples", terminal);
-                    corpus.examples = rendered.items;
-                }
-                Rows::Prompts => {
-                    let rendered = renderer.prompts(&samples)?;
-                    note_drops(&rendered.drops, "prompts", terminal);
-                    corpus.prompts = rendered.items;
+            for rows in stage.rows() {
+                match rows {
+                    Rows::Examples => {
+                        let rendered = renderer.examples(&samples)?;
+                        note_drops(&rendered.drops, "training examples", terminal);
+                        corpus.examples = rendered.items;
+                    }
+                    Rows::Prompts => {
+                        let rendered = renderer.prompts(&samples)?;
+                        note_drops(&rendered.drops, "prompts", terminal);
+                        corpus.prompts = rendered.items;
+                    }
+                    Rows::Forgotten => {
+                        let read = data::read(&config.data.forget, &config.data.columns)?;
+                        corpus.sources.push(source_of("forget", &config.data.forget.join(", "), &read));
+                        let rendered = renderer.examples(&data::sample::parse(read)?)?;
+                        note_drops(&rendered.drops, "rows to forget", terminal);
+                        corpus.forget = rendered.items;
+                    }
                 }
             }
         }

@@ -80,6 +80,7 @@ impl Memory {
             "key-value cache",
             "reference model",
             "value model",
+            "teachers",
         ];
         let compared = config.stages().iter().any(|stage| stage.needs_reference());
         let reference = if compared && config.lora.is_none() { one.weights + one.packed } else { 0 };
@@ -87,6 +88,8 @@ impl Memory {
             true => one.weights + one.packed + one.gradients + optimizer(stage.training()),
             false => 0,
         };
+        // Teachers are taken to be as large as their student.
+        let teachers = |stage: Stage<'_>| stage.teachers().len() * (one.weights + one.packed);
         // Bytes for these purposes, by phase of the run.
         let mut phases = Vec::new();
         for stage in config.stages() {
@@ -107,6 +110,7 @@ impl Memory {
                 cache(slots, new_tokens),
                 if stage.needs_reference() { reference } else { 0 },
                 value_model(stage),
+                teachers(stage),
             ]);
         }
         if config.has_evaluation() {
@@ -114,7 +118,8 @@ impl Memory {
             let cache = cache(slots, config.evaluation.sampling.max_new_tokens);
             let value = config.stages().iter().map(|stage| value_model(*stage)).max().unwrap_or(0);
             let optimizer = config.stages().iter().map(|stage| optimizer(stage.training())).max().unwrap_or(0);
-            phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference, value]);
+            let teachers = config.stages().into_iter().map(teachers).max().unwrap_or(0);
+            phases.push([one.weights, one.packed, one.gradients, optimizer, 0, cache, reference, value, teachers]);
         }
         let largest = phases.into_iter().max_by_key(|phase| phase.iter().sum::<usize>()).unwrap_or_default();
         let items = purposes.into_iter().zip(largest).filter(|(_, bytes)| *bytes > 0).collect();
@@ -197,9 +202,8 @@ impl Plan {
             // A prompt is computed once for all its completions, in sampling and in training.
             let packed = done.rows_per_step as f64 * (work.row_tokens + done.sequences_per_row as f64 * tokens);
             let mut passes = packed * done.passes as f64 * training(&here, options);
-            if stage.needs_reference() {
-                passes += packed * here.forward_flops_per_token;
-            }
+            let compared = usize::from(stage.needs_reference()) + stage.teachers().len();
+            passes += compared as f64 * packed * here.forward_flops_per_token;
             let mut seconds = passes / (rate * TRAINING_EFFICIENCY);
             if stage.sampling().is_some() {
                 seconds += packed * here.forward_flops_per_token / (rate * DECODING_EFFICIENCY);

@@ -69,6 +69,16 @@ pub enum Error {
         /// Its advice.
         hint: Option<String>,
     },
+    /// A teacher that speaks of other tokens than its student.
+    #[error("teacher {teacher} has a vocabulary of {vocabulary} tokens, the student one of {student}")]
+    Vocabulary {
+        /// The teacher's name.
+        teacher: String,
+        /// Its tokens.
+        vocabulary: usize,
+        /// The student's.
+        student: usize,
+    },
     /// There is nothing to train on.
     #[error("stage {stage} ({method}): the data set has no rows")]
     NoData {
@@ -129,6 +139,9 @@ impl Hint for Error {
                 Some("lower the learning rate or max_grad_norm, or train with precision = \"f32\"".into())
             }
             Self::Evaluation { hint, .. } => hint.clone(),
+            Self::Vocabulary { .. } => {
+                Some("distillation compares distributions token by token: choose a teacher of the same family".into())
+            }
             Self::NoData { .. } => Some("check the data files and what was dropped from them".into()),
             Self::Exists { folder } => {
                 Some(format!("go on with it: `posttrain resume {}`; or choose another directory", folder.display()))

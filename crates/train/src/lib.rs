@@ -27,6 +27,7 @@ pub mod order;
 pub mod pass;
 pub mod referee;
 pub mod rollouts;
+pub mod rows;
 pub mod run;
 pub mod schedule;
 pub mod summary;

@@ -1,6 +1,8 @@
 //! Sequences packed for one forward and backward pass, and the bookkeeping between tokens and hidden rows.
 
+use data::Example;
 use model::decoder::{Decoder, PackedTokens, Target, Workspace};
+use rollout::Episode;
 
 /// One sequence and which of its tokens the loss is about.
 #[derive(Clone, Copy, Debug)]
@@ -9,6 +11,13 @@ pub struct Sequence<'a> {
     pub ids: &'a [u32],
     /// For each token, whether its log-probability enters the loss.
     pub mask: &'a [bool],
+}
+
+impl<'a> Sequence<'a> {
+    /// A sampled completion, of which the loss is about the tokens that were drawn.
+    pub fn of(episode: &'a Episode) -> Self {
+        Self { ids: &episode.completion, mask: &episode.loss_mask }
+    }
 }
 
 /// What is never separated when a batch is cut: sequences that continue the same prompt, which is computed once.
@@ -20,7 +29,12 @@ pub struct Unit<'a> {
     pub sequences: Vec<Sequence<'a>>,
 }
 
-impl Unit<'_> {
+impl<'a> Unit<'a> {
+    /// A row of data on its own.
+    pub fn of(example: &'a Example) -> Self {
+        Self { prompt: &[], sequences: vec![Sequence { ids: &example.ids, mask: &example.loss_mask }] }
+    }
+
     /// Rows the unit takes in a pass, at most.
     pub fn rows(&self) -> usize {
         let own: usize = self.sequences.iter().map(|sequence| sequence.ids.len().next_multiple_of(2)).sum();
@@ -136,6 +150,15 @@ impl Pass {
         self.places.iter().map(|&place| of_targets[place]).collect()
     }
 
+    /// For each target, the place of its loss token in sequence order.
+    pub fn token_of_target(&self) -> Vec<usize> {
+        let mut tokens = vec![0; self.places.len()];
+        for (token, &place) in self.places.iter().enumerate() {
+            tokens[place] = token;
+        }
+        tokens
+    }
+
     /// Values of loss tokens in sequence order, rearranged for `targets` and rounded to single precision.
     pub fn by_target(&self, of_tokens: &[f64]) -> Vec<f32> {
         let mut values = vec![0.0; of_tokens.len()];
@@ -185,6 +208,7 @@ mod tests {
         assert_eq!(pass.by_row(&[1.0, 2.0, 3.0, 4.0, 5.0]), (vec![2, 4, 5, 6], vec![5.0, 2.0, 3.0, 5.0]));
         assert_eq!(pass.by_sequence(&[0.0, 1.0, 2.0, 3.0, 4.0]), [0.0, 2.0, 3.0, 1.0, 4.0]);
         assert_eq!(pass.by_target(&[0.0, 2.0, 3.0, 1.0, 4.0]), [0.0, 1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(pass.token_of_target(), [0, 3, 1, 2, 4]);
         assert_eq!(pass.lengths, [3, 1, 1]);
     }
 }

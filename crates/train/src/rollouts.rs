@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::method::Step;
 use crate::metrics::{Metrics, mean, standard_deviation};
 use crate::observer::{Event, Observer};
+use crate::pass::{Sequence, Unit};
 use crate::table::{Column, Table};
 use crate::timing::Phase;
 
@@ -127,6 +128,17 @@ impl<'p> Groups<'p> {
         self.prompts[episode / self.size]
     }
 
+    /// One unit for each group: its episodes continue their prompt.
+    pub fn units(&self) -> Vec<Unit<'_>> {
+        let groups = self.prompts.iter().zip(self.episodes.chunks(self.size));
+        groups
+            .map(|(prompt, episodes)| Unit {
+                prompt: &prompt.ids,
+                sequences: episodes.iter().map(Sequence::of).collect(),
+            })
+            .collect()
+    }
+
     /// The number of episodes of each group.
     pub fn lengths(&self) -> Vec<usize> {
         vec![self.size; self.prompts.len()]
@@ -164,12 +176,24 @@ impl<'p> Groups<'p> {
 
     /// The metrics of sampling, of lengths, and of what the episodes were paid.
     pub fn metrics(&self, scores: &[Option<Score>]) -> Metrics {
-        let mut metrics = Metrics::new();
-        metrics.set("sampling/prompt_tokens_computed", self.prompt_tokens.computed as f64);
-        metrics.set("sampling/prompt_tokens_reused", self.prompt_tokens.reused as f64);
+        let mut metrics = self.prompt_metrics();
         self.reward_metrics(scores, &mut metrics);
         self.length_metrics(&mut metrics);
         metrics.set("completions/length_reward_correlation", self.length_reward_correlation(scores));
+        metrics
+    }
+
+    /// The metrics of sampling and of lengths, where nobody pays.
+    pub fn sampling_metrics(&self) -> Metrics {
+        let mut metrics = self.prompt_metrics();
+        self.length_metrics(&mut metrics);
+        metrics
+    }
+
+    fn prompt_metrics(&self) -> Metrics {
+        let mut metrics = Metrics::new();
+        metrics.set("sampling/prompt_tokens_computed", self.prompt_tokens.computed as f64);
+        metrics.set("sampling/prompt_tokens_reused", self.prompt_tokens.reused as f64);
         metrics
     }
 

@@ -58,6 +58,11 @@ impl<'a> Batch<'a> {
         self.units.len()
     }
 
+    /// A range of units.
+    pub fn units_of(&self, units: &Range<usize>) -> &[Unit<'a>] {
+        &self.units[units.clone()]
+    }
+
     /// The sequences of a range of units.
     pub fn sequences_of(&self, units: &Range<usize>) -> Range<usize> {
         self.sequences[units.start]..self.sequences[units.end]

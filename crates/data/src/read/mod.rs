@@ -20,6 +20,8 @@ use crate::row::Row;
 pub struct DataOptions {
     /// Rows to train on: files (`.jsonl`, `.json`, `.parquet`), folders of them, or patterns such as `data/*.jsonl`.
     pub train: Vec<String>,
+    /// Rows to unlearn: `[unlearning]` makes the model forget them and keep those of `train`. Named as in `train`.
+    pub forget: Vec<String>,
     /// Rows to evaluate on, never trained on. Named as in `train`.
     pub test: Vec<String>,
     /// Columns that go by another name in the files: `{ prompt = "question" }` takes the prompt from `question`.

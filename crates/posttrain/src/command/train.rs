@@ -5,9 +5,15 @@ use std::path::{Path, PathBuf};
 use envs::Weighted;
 use model::DeviceName;
 use model::config::ScoreHead;
+use model::decoder::Decoder;
+use model::tokenizer::Tokenizer;
 use train::directory::Directory;
+use train::methods::distillation::{Distillation, Lessons, TeacherOptions};
 use train::methods::policy::Policy;
+use train::methods::rejection::Rejection;
 use train::methods::sft::Sft;
+use train::methods::unlearning::Unlearning;
+use train::run::DataSource;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
 use crate::cli;
@@ -17,7 +23,7 @@ use crate::corpus::{Corpus, Language};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::measure::Measurer;
-use crate::opened::Opener;
+use crate::opened::{Opened, Opener};
 use crate::plan::{self, Memory, Plan, Workload};
 use crate::report::{assemble, bytes, duration};
 use crate::terminal::{Terminal, print};
@@ -126,7 +132,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         template: model.template.as_ref(),
         context: model.decoder.config().max_positions,
     };
-    let corpus = Corpus::for_training(&config, language, terminal)?;
+    let mut corpus = Corpus::for_training(&config, language, terminal)?;
     terminal.note(format!(
         "{}: {} rows to train on, {} held out, {} on {} threads",
         config.model.name,
@@ -146,7 +152,20 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
+            Stage::Rejection(options) => Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), reward()?)?),
             Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), reward()?)?),
+            Stage::Distillation(options) => {
+                let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
+                let teachers = teachers.collect::<Result<Vec<_>, Failure>>()?;
+                let (teachers, sources): (Vec<_>, Vec<_>) = teachers.into_iter().unzip();
+                corpus.sources.extend(sources);
+                let reward = if config.rewards.is_empty() { None } else { Some(reward()? as Box<dyn envs::Reward>) };
+                let (prompts, examples) = (corpus.prompts.clone(), corpus.examples.clone());
+                Box::new(Distillation::new(options.clone(), teachers, Lessons { prompts, examples, reward })?)
+            }
+            Stage::Unlearning(options) => {
+                Box::new(Unlearning::new(options.clone(), corpus.forget.clone(), corpus.examples.clone())?)
+            }
         });
     }
     let mut measurer = match corpus.test.is_empty() {
@@ -197,6 +216,33 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             Err(failure.hint(format!("{resume}; docs/referee.md says what helps")))
         }
     }
+}
+
+/// A teacher, and what the run writes down of it. It must speak of the same tokens as the student.
+fn open_teacher(
+    options: &TeacherOptions,
+    student: &Opened,
+    opener: Opener,
+    config: &Config,
+) -> Result<(Decoder, DataSource), Failure> {
+    let teacher = opener.open(&options.model, config.seed)?;
+    let tokens = student.decoder.config().vocab_size.max(teacher.decoder.config().vocab_size) as u32;
+    let differs = |&id: &u32| student.tokenizer.token(id) != teacher.tokenizer.token(id);
+    if let Some(id) = (0..tokens).find(differs) {
+        let word = |tokenizer: &Tokenizer| tokenizer.token(id).map_or("none".to_owned(), |token| format!("{token:?}"));
+        let failure = Failure::new(format!(
+            "teacher {} and student {} have different vocabularies: token {id} is {} to the one and {} to the other",
+            options.model,
+            student.name,
+            word(&teacher.tokenizer),
+            word(&student.tokenizer)
+        ));
+        return Err(
+            failure.hint("distillation compares distributions token by token: choose a teacher of the same family")
+        );
+    }
+    let source = DataSource { name: format!("teacher: {}", options.model), rows: 0, sha256: teacher.sha256 };
+    Ok((teacher.decoder, source))
 }
 
 /// The result on standard output, where it is on standard error.

@@ -19,8 +19,11 @@ use model::lora::LoraConfig;
 use rollout::SamplingOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use train::methods::distillation::DistillationOptions;
 use train::methods::policy::PolicyOptions;
+use train::methods::rejection::RejectionOptions;
 use train::methods::sft::SftOptions;
+use train::methods::unlearning::UnlearningOptions;
 use train::options::RunOptions;
 use train::referee::RefereeOptions;
 
@@ -57,11 +60,22 @@ pub struct Config {
     /// Supervised fine-tuning, the first stage when present.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sft: Option<SftOptions>,
+    /// Rejection sampling: learn those of the model's own answers that the rewards let pass, the stage after. `[star]` is this
+    /// section with `method = "star"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejection: Option<RejectionOptions>,
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyOptions>,
     /// Who watches stages that learn from rewards, for what, and what follows from an alarm; see `docs/referee.md`.
     pub referee: RefereeOptions,
+    /// Distillation: learn the distributions of other models. `[gkd]` is this section with `method = "gkd"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<DistillationOptions>,
+    /// Unlearning: forget the rows of `data.forget`, keep those of `data.train`, the last stage. `[npo]` is this section with
+    /// `method = "npo"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unlearning: Option<UnlearningOptions>,
     /// How the model is measured on held-out problems.
     pub evaluation: EvaluateOptions,
     /// When a run saves, evaluates and writes down what it sampled.
@@ -241,9 +255,15 @@ impl Config {
             let failure = Failure::new("the recipe has no stage to train: expected for example `[sft]` or `[grpo]`");
             return Err(failure.hint("`posttrain methods` lists them; recipes/ has complete ones"));
         }
-        if self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() {
+        let nothing = self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty();
+        let needed = |stage: &Stage<'_>| stage.rows().iter().any(|rows| *rows != Rows::Forgotten);
+        if nothing && self.stages().iter().any(needed) {
             let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
             return Err(failure.hint("name your files: `--set data.train=['rows.jsonl']`"));
+        }
+        if self.unlearning.is_some() && self.data.forget.is_empty() {
+            let failure = Failure::new("the recipe has nothing to forget: `[unlearning]` expects `data.forget`");
+            return Err(failure.hint("name your files: `--set data.forget=['rows.jsonl']`"));
         }
         Ok(())
     }

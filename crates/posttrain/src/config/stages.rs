@@ -1,8 +1,11 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
 use model::decoder::WeightFormat;
+use train::methods::distillation::{DistillationOptions, TeacherOptions};
 use train::methods::policy::PolicyOptions;
+use train::methods::rejection::{RejectionOptions, Sampler};
 use train::methods::sft::SftOptions;
+use train::methods::unlearning::UnlearningOptions;
 use train::options::{OptionError, TrainingOptions};
 
 use super::Config;
@@ -12,8 +15,14 @@ use super::Config;
 pub enum Stage<'a> {
     /// `[sft]`
     Sft(&'a SftOptions),
+    /// `[rejection]`
+    Rejection(&'a RejectionOptions),
     /// `[policy]`
     Policy(&'a PolicyOptions),
+    /// `[distillation]`
+    Distillation(&'a DistillationOptions),
+    /// `[unlearning]`
+    Unlearning(&'a UnlearningOptions),
 }
 
 /// What a stage learns from.
@@ -23,6 +32,8 @@ pub enum Rows {
     Examples,
     /// Prompts, to which the model finds answers itself, and what these are judged by.
     Prompts,
+    /// Prompts with completions to forget.
+    Forgotten,
 }
 
 /// What a step of a stage computes, for the estimates of memory and time.
@@ -43,7 +54,10 @@ impl<'a> Stage<'a> {
     pub fn section(self) -> &'static str {
         match self {
             Self::Sft(_) => "sft",
+            Self::Rejection(_) => "rejection",
             Self::Policy(_) => "policy",
+            Self::Distillation(_) => "distillation",
+            Self::Unlearning(_) => "unlearning",
         }
     }
 
@@ -51,7 +65,10 @@ impl<'a> Stage<'a> {
     pub fn method(self) -> &'a str {
         match self {
             Self::Sft(options) => &options.method,
+            Self::Rejection(options) => &options.method,
             Self::Policy(options) => &options.method,
+            Self::Distillation(options) => &options.method,
+            Self::Unlearning(options) => &options.method,
         }
     }
 
@@ -59,15 +76,26 @@ impl<'a> Stage<'a> {
     pub fn training(self) -> &'a TrainingOptions {
         match self {
             Self::Sft(options) => &options.training,
+            Self::Rejection(options) => &options.training,
             Self::Policy(options) => &options.training,
+            Self::Distillation(options) => &options.training,
+            Self::Unlearning(options) => &options.training,
         }
     }
 
     /// What it learns from.
-    pub fn rows(self) -> Rows {
+    pub fn rows(self) -> Vec<Rows> {
+        let some = |needed: bool, rows| needed.then_some(rows);
         match self {
-            Self::Sft(_) => Rows::Examples,
-            Self::Policy(_) => Rows::Prompts,
+            Self::Sft(_) => vec![Rows::Examples],
+            Self::Rejection(_) | Self::Policy(_) => vec![Rows::Prompts],
+            Self::Distillation(options) => {
+                let own = some(options.prompts_per_step() > 0, Rows::Prompts);
+                own.into_iter().chain(some(options.examples_per_step() > 0, Rows::Examples)).collect()
+            }
+            Self::Unlearning(options) => {
+                std::iter::once(Rows::Forgotten).chain(some(options.retains(), Rows::Examples)).collect()
+            }
         }
     }
 
@@ -84,16 +112,18 @@ impl<'a> Stage<'a> {
     /// How it samples, where it does.
     pub fn sampling(self) -> Option<&'a rollout::SamplingOptions> {
         match self {
-            Self::Sft(_) => None,
+            Self::Sft(_) | Self::Unlearning(_) => None,
+            Self::Rejection(options) => Some(&options.sampling),
             Self::Policy(options) => Some(&options.sampling),
+            Self::Distillation(options) => (options.prompts_per_step() > 0).then_some(&options.sampling),
         }
     }
 
     /// The weights it samples with.
     pub fn rollout_weights(self) -> WeightFormat {
         match self {
-            Self::Sft(_) => WeightFormat::Full,
             Self::Policy(options) => options.rollout_weights,
+            _ => WeightFormat::Full,
         }
     }
 
@@ -109,19 +139,46 @@ impl<'a> Stage<'a> {
                 passes: options.num_iterations,
                 decode_batch_size: options.decode_batch_size,
             },
+            Self::Rejection(options) => Work {
+                rows_per_step: options.prompts_per_step,
+                sequences_per_row: options.num_generations,
+                passes: 1,
+                decode_batch_size: options.decode_batch_size,
+            },
+            Self::Distillation(options) => Work {
+                rows_per_step: options.batch_size,
+                sequences_per_row: if options.prompts_per_step() > 0 { options.num_generations } else { 1 },
+                passes: 1,
+                decode_batch_size: if options.prompts_per_step() > 0 { options.decode_batch_size } else { 0 },
+            },
+            Self::Unlearning(options) => {
+                let kept = if options.retains() { options.retain_batch_size } else { 0 };
+                let rows_per_step = options.forget_batch_size + kept;
+                Work { rows_per_step, sequences_per_row: 1, passes: 1, decode_batch_size: 0 }
+            }
         }
     }
 
     /// Whether it learns from `[[rewards]]`.
     pub fn needs_rewards(self) -> bool {
-        matches!(self, Self::Policy(_))
+        matches!(self, Self::Rejection(_) | Self::Policy(_))
+    }
+
+    /// The models it learns from.
+    pub fn teachers(self) -> &'a [TeacherOptions] {
+        match self {
+            Self::Distillation(options) => &options.teachers,
+            _ => &[],
+        }
     }
 
     /// Whether it compares with the model it started from.
     pub fn needs_reference(self) -> bool {
         match self {
-            Self::Sft(_) => false,
+            Self::Sft(_) | Self::Distillation(_) => false,
+            Self::Rejection(options) => options.sampler == Sampler::Reference,
             Self::Policy(options) => options.objective.needs_reference(),
+            Self::Unlearning(options) => options.objective.needs_reference(),
         }
     }
 
@@ -129,7 +186,10 @@ impl<'a> Stage<'a> {
     pub fn validate(self) -> Result<(), OptionError> {
         match self {
             Self::Sft(options) => options.validate(),
+            Self::Rejection(options) => options.validate(),
             Self::Policy(options) => options.validate(),
+            Self::Distillation(options) => options.validate(),
+            Self::Unlearning(options) => options.validate(),
         }
         .map_err(|error| error.within(self.method()))
     }
@@ -138,7 +198,13 @@ impl<'a> Stage<'a> {
 impl Config {
     /// The stages, in the order in which they run.
     pub fn stages(&self) -> Vec<Stage<'_>> {
-        let stages = [self.sft.as_ref().map(Stage::Sft), self.policy.as_ref().map(Stage::Policy)];
+        let stages = [
+            self.sft.as_ref().map(Stage::Sft),
+            self.rejection.as_ref().map(Stage::Rejection),
+            self.policy.as_ref().map(Stage::Policy),
+            self.distillation.as_ref().map(Stage::Distillation),
+            self.unlearning.as_ref().map(Stage::Unlearning),
+        ];
         stages.into_iter().flatten().collect()
     }
 
@@ -146,7 +212,10 @@ impl Config {
     pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
         let trainings = [
             self.sft.as_mut().map(|options| &mut options.training),
+            self.rejection.as_mut().map(|options| &mut options.training),
             self.policy.as_mut().map(|options| &mut options.training),
+            self.distillation.as_mut().map(|options| &mut options.training),
+            self.unlearning.as_mut().map(|options| &mut options.training),
         ];
         trainings.into_iter().flatten()
     }

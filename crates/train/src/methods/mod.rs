@@ -4,8 +4,11 @@
 //! A new method is a new line in the `PRESETS` of its family, or a new file here with a line in [`FAMILIES`]. Help, the
 //! pages in docs/methods and `posttrain explain` are made of the presets and of the prologues of the files.
 
+pub mod distillation;
 pub mod policy;
+pub mod rejection;
 pub mod sft;
+pub mod unlearning;
 
 /// A published method: a family's options under a name of its own.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +77,33 @@ pub const FAMILIES: &[Family] = &[
             include_str!("../../../objectives/src/kl.rs"),
             include_str!("../../../objectives/src/value.rs"),
         ],
+    },
+    Family {
+        section: "rejection",
+        title: "Rejection sampling",
+        presets: rejection::PRESETS,
+        sources: &[
+            include_str!("rejection.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/sft.rs"),
+        ],
+    },
+    Family {
+        section: "distillation",
+        title: "Distillation",
+        presets: distillation::PRESETS,
+        sources: &[
+            include_str!("distillation.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/distillation.rs"),
+            include_str!("../../../objectives/src/aggregation.rs"),
+        ],
+    },
+    Family {
+        section: "unlearning",
+        title: "Unlearning",
+        presets: unlearning::PRESETS,
+        sources: &[include_str!("unlearning.rs"), include_str!("../../../objectives/src/unlearning.rs")],
     },
 ];
 
