@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use envs::Weighted;
 use model::DeviceName;
 use model::config::ScoreHead;
 use train::directory::Directory;
@@ -142,15 +141,14 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
 
     let mut stages: Vec<Box<dyn Method>> = Vec::new();
     for stage in config.stages() {
-        let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
-            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), reward()?)?),
+            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
         });
     }
     let mut measurer = match corpus.test.is_empty() {
         true => None,
-        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer)?),
+        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer, model.template.as_ref())?),
     };
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);
@@ -161,6 +159,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         precision: config.model.precision.into(),
         decoder: model.decoder,
         tokenizer: &model.tokenizer,
+        world: config.world(model.template.as_ref())?,
         chat_template: model.template.as_ref(),
         stages,
         evaluator: measurer.as_mut().map(|measurer| measurer as &mut dyn Evaluator),
