@@ -19,7 +19,7 @@ use model::config::Family;
 use model::decoder::Decoder;
 use posttrain_train as train;
 use rollout::{ConversationOptions, SamplingOptions};
-use train::methods::grpo::{Grpo, GrpoOptions};
+use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Event, Method, Observer, Outcome, Provenance, Run};
@@ -73,7 +73,7 @@ impl Game {
         folder: &Path,
         seed: u64,
         (sft, policy): (u64, u64),
-        change: impl Fn(&mut GrpoOptions),
+        change: impl Fn(&mut PolicyOptions),
         (resume, observer, interrupt): (bool, &mut dyn Observer, &AtomicBool),
     ) -> Outcome {
         let training = |steps, learning_rate| TrainingOptions {
@@ -83,17 +83,17 @@ impl Game {
             ..TrainingOptions::default()
         };
         let imitation = SftOptions { batch_size: 16, training: training(sft, 3e-3), ..SftOptions::default() };
-        let mut options = GrpoOptions {
+        let mut options = PolicyOptions {
             prompts_per_step: 4,
             num_generations: 8,
             sampling: SamplingOptions { max_new_tokens: 250, ..SamplingOptions::default() },
             training: training(policy, 5e-4),
-            ..GrpoOptions::default()
+            ..PolicyOptions::default()
         };
         change(&mut options);
         let stages: Vec<Box<dyn Method>> = vec![
             Box::new(Sft::new(imitation, self.examples.clone()).unwrap()),
-            Box::new(Grpo::new(options, self.prompts.clone(), Box::new(Silent)).unwrap()),
+            Box::new(Policy::new(options, self.prompts.clone(), Box::new(Silent)).unwrap()),
         ];
         let tokenizer = common::tokenizer();
         let run = Run {
@@ -118,7 +118,7 @@ impl Game {
         if resume { run.resume().unwrap() } else { run.start().unwrap() }
     }
 
-    fn finish(&self, folder: &Path, seed: u64, steps: (u64, u64), change: impl Fn(&mut GrpoOptions)) {
+    fn finish(&self, folder: &Path, seed: u64, steps: (u64, u64), change: impl Fn(&mut PolicyOptions)) {
         let outcome = self.run(folder, seed, steps, change, (false, &mut (), &AtomicBool::new(false)));
         assert!(matches!(outcome, Outcome::Finished(_)));
     }
@@ -167,7 +167,7 @@ fn conversations_resume_and_split_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join("whole");
     let steps = (2, 3);
-    let same = |options: &mut GrpoOptions| options.objective.beta = 0.1;
+    let same = |options: &mut PolicyOptions| options.objective.beta = 0.1;
     on_threads(2, || game.finish(&whole, 5, steps, same));
 
     let stopped = folder.path().join("stopped");
@@ -181,7 +181,7 @@ fn conversations_resume_and_split_to_the_same_bytes() {
 
     for (micro_batch_tokens, decode_batch_size, threads) in [(1, 3, 1), (100_000, 64, 2)] {
         let cut = folder.path().join(format!("cut-{decode_batch_size}"));
-        let change = |options: &mut GrpoOptions| {
+        let change = |options: &mut PolicyOptions| {
             same(options);
             options.training.micro_batch_tokens = micro_batch_tokens;
             options.decode_batch_size = decode_batch_size;

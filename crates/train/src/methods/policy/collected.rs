@@ -80,6 +80,7 @@ impl Collected {
             size: self.size,
             episodes: self.episodes.clone(),
             prompt_tokens,
+            ..Groups::default()
         }
     }
 }
