@@ -17,6 +17,7 @@ use model::ModelConfig;
 use model::chat::ChatTemplate;
 use model::config::Family;
 use model::decoder::Decoder;
+use objectives::Credit;
 use posttrain_train as train;
 use rollout::{ConversationOptions, SamplingOptions};
 use train::methods::policy::{Policy, PolicyOptions};
@@ -167,7 +168,10 @@ fn conversations_resume_and_split_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join("whole");
     let steps = (2, 3);
-    let same = |options: &mut PolicyOptions| options.objective.beta = 0.1;
+    let same = |options: &mut PolicyOptions| {
+        options.objective.beta = 0.1;
+        options.objective.credit = Credit::Turn;
+    };
     on_threads(2, || game.finish(&whole, 5, steps, same));
 
     let stopped = folder.path().join("stopped");
