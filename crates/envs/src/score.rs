@@ -47,12 +47,29 @@ pub struct Score {
     /// Named contributions to the value, to be logged; empty where the value says it all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<(String, f64)>,
+    /// The turns of a conversation, where the environment judges them; what their rewards leave of the value is paid for the
+    /// whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<TurnScore>,
+}
+
+/// An environment's judgement of one turn.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TurnScore {
+    /// Its reward, always finite.
+    pub reward: f64,
+    /// The verdict.
+    pub status: Status,
+    /// Tools that were called in it, or attempts at it.
+    pub calls: usize,
+    /// Those of them that failed: not readable, of a tool that does not exist, refused by the tool.
+    pub failed_calls: usize,
 }
 
 impl Score {
     /// A score without parts.
     pub fn new(value: f64, status: Status) -> Self {
-        Self { value, status, parts: Vec::new() }
+        Self { value, status, parts: Vec::new(), turns: Vec::new() }
     }
 
     /// 1 for [`Status::Ok`], 0 for every other status.

@@ -53,7 +53,7 @@ fn a_reply_carries_value_status_and_parts() {
     assert_eq!(
         score(&reward, &["", "", "", ""]).unwrap(),
         [
-            Some(Score { value: -0.5, status: Status::Malformed, parts: vec![("a".into(), 1.0), ("b".into(), 0.25)] }),
+            Some(Score { parts: vec![("a".into(), 1.0), ("b".into(), 0.25)], ..Score::new(-0.5, Status::Malformed) }),
             None,
             Some(Score::new(0.0, Status::Wrong)),
             Some(Score::new(0.1, Status::Ok)),

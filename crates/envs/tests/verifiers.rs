@@ -346,7 +346,7 @@ fn weights_add_up_over_the_rewards_that_apply() {
     let answer = Answer { prompt_text: "", completion: "", completion_ids: &[], columns: &columns };
     let total = |members| weighted(members).unwrap().score(&[answer]).unwrap()[0].clone();
     let ok = |value| Some(Score::new(value, Status::Ok));
-    let shaped = Some(Score { value: 0.5, status: Status::Malformed, parts: vec![("tags".into(), 0.25)] });
+    let shaped = Some(Score { parts: vec![("tags".into(), 0.25)], ..Score::new(0.5, Status::Malformed) });
     let score = total(vec![(2.0, Fixed("a", ok(1.0))), (-1.0, Fixed("b", shaped)), (5.0, Fixed("c", None))]).unwrap();
     assert_eq!((score.value, score.status), (1.5, Status::Ok));
     assert_eq!(score.parts, [("a".to_owned(), 1.0), ("b".to_owned(), 0.5), ("b/tags".to_owned(), 0.25)]);

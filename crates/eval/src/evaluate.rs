@@ -2,6 +2,7 @@
 
 use base::{Hint, Purpose, Random};
 use data::Prompt;
+use envs::environment::Trace;
 use envs::{Answer, Reward, RewardError, Score, Status};
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::interval::{Interval, RESAMPLES, bootstrap_mean, wilson};
 use crate::metrics::{mean, pass_at_k};
+use crate::play::{PlayError, Played, World, play, scores};
 
 /// How a model is evaluated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -106,6 +108,9 @@ pub enum EvaluateError {
     /// The answers could not be judged.
     #[error(transparent)]
     Reward(#[from] RewardError),
+    /// The environment could not be played.
+    #[error(transparent)]
+    Play(#[from] PlayError),
 }
 
 impl Hint for EvaluateError {
@@ -114,6 +119,7 @@ impl Hint for EvaluateError {
             Self::Empty { .. } => Some("give at least one prompt and one sample".into()),
             Self::Generation(error) => error.hint(),
             Self::Reward(error) => error.hint(),
+            Self::Play(error) => error.hint(),
         }
     }
 }
@@ -131,11 +137,7 @@ pub fn evaluate(
     options: &EvaluateOptions,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Evaluation, EvaluateError> {
-    if prompts.is_empty() || options.samples == 0 {
-        return Err(EvaluateError::Empty { prompts: prompts.len(), samples: options.samples });
-    }
-    let requests: Vec<Request> =
-        prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, options.samples)).collect();
+    let requests = requests(prompts, options)?;
     let random = Random::new(options.seed, Purpose::Sampling);
     let episodes = Generator::new(&options.sampling, options.batch_size, random).generate(
         decoder,
@@ -145,6 +147,49 @@ pub fn evaluate(
     )?;
     let samples = judge(prompts, &episodes, options.samples, reward)?;
     Ok(summarise(samples, options.samples, options.seed))
+}
+
+/// [`evaluate()`] for prompts that begin episodes of an environment, whose verdict counts. A reward that applies, to the last
+/// turns, adds to its values. [`Sample::text`] is the conversation after the prompt, with the marks of its turns.
+///
+/// # Errors
+/// See [`EvaluateError`].
+pub fn evaluate_in(
+    world: World<'_>,
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    reward: &dyn Reward,
+    options: &EvaluateOptions,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Evaluation, EvaluateError> {
+    let requests = requests(prompts, options)?;
+    let rows: Vec<&Prompt> =
+        prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, options.samples as usize)).collect();
+    let random = Random::new(options.seed, Purpose::Sampling);
+    let generator = Generator::new(&options.sampling, options.batch_size, random);
+    let played =
+        play(&generator, decoder, tokenizer, world, &requests, &rows, |now| progress(now.finished, now.total))?;
+    let (episodes, traces): (Vec<Episode>, Vec<Trace>) =
+        played.into_iter().map(|Played { episode, trace }| (episode, trace)).unzip();
+    let mut samples = judge(prompts, &episodes, options.samples, reward)?;
+    let further = samples.iter_mut().map(|sample| sample.score.take()).collect();
+    let scores = scores(world.environment.name(), &traces, further);
+    for ((sample, episode), score) in samples.iter_mut().zip(&episodes).zip(scores) {
+        sample.score = score;
+        if let Some(transcript) = &episode.transcript {
+            sample.text.clone_from(&transcript.text);
+        }
+    }
+    Ok(summarise(samples, options.samples, options.seed))
+}
+
+/// The samples that are asked of each prompt.
+fn requests(prompts: &[Prompt], options: &EvaluateOptions) -> Result<Vec<Request>, EvaluateError> {
+    if prompts.is_empty() || options.samples == 0 {
+        return Err(EvaluateError::Empty { prompts: prompts.len(), samples: options.samples });
+    }
+    Ok(prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, options.samples)).collect())
 }
 
 /// Judges `count` consecutive episodes of each prompt, each beside its own prompt's row.

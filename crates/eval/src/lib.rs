@@ -1,13 +1,14 @@
 //! Metrics with intervals, and the evaluation of a model on prompts.
 //!
-//! The metrics are pure functions of numbers; only [`evaluate`](evaluate()) runs a model. This crate must not know
+//! The metrics are pure functions of numbers; only [`evaluate`](evaluate()) and [`mod@play`] run a model. This crate must not know
 //! training: it says how good a model is, not how to make it better.
 
 pub mod evaluate;
 pub mod interval;
 pub mod metrics;
 pub mod paired;
+pub mod play;
 pub mod sequential;
 
-pub use evaluate::{EvaluateError, EvaluateOptions, Evaluation, Sample, evaluate};
+pub use evaluate::{EvaluateError, EvaluateOptions, Evaluation, Sample, evaluate, evaluate_in};
 pub use interval::Interval;

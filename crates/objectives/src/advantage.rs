@@ -22,8 +22,9 @@
 //! | --- | --- |
 //! | `sequence` | that of its completion, `(R_i - baseline) / scale` |
 //! | `token` | `(Σ_{k≥t} γ^{k-t} r_k - baseline) / scale` with baseline and scale of the scores alone; REINFORCE++, arXiv 2501.03262 |
+//! | `turn` | `(Σ_{j≥k} γ^{j-k} r_j - mean) / scale` of its turn `k`, compared turn by turn ([`mod@crate::turns`]); arXiv 2505.11821 |
 //!
-//! Without a penalty in the reward and with γ = 1 the two are the same. `whiten_advantages` then shifts and scales the
+//! Without a penalty in the reward and with γ = 1 the first two are the same, and with one turn all three. `whiten_advantages` then shifts and scales the
 //! advantages of all loss tokens of the step to mean 0 and variance 1 (PPO, REINFORCE++).
 //!
 //! `ε` is [`EPSILON`], as in TRL. A sample without a reward (no reward function applied) takes no part in `m`, `s` and
@@ -35,6 +36,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gae;
 use crate::loss::{Error, Result, check_length};
+use crate::turns::{self, TurnReward};
 
 /// Added to a standard deviation before dividing by it.
 pub const EPSILON: f64 = 1e-4;
@@ -81,6 +83,8 @@ pub enum Credit {
     Sequence,
     /// Those from itself on, discounted by `gamma`.
     Token,
+    /// Those of its turn in a conversation and of later ones, discounted by `gamma` a turn.
+    Turn,
 }
 
 /// The parts of an advantage.
@@ -130,6 +134,8 @@ pub struct Rewards<'a> {
     pub lengths: &'a [usize],
     /// The reward of each loss token beside the score: minus the penalty for leaving the reference. Absent where there is none.
     pub token_rewards: Option<&'a [f64]>,
+    /// The turns of each completion, for [`Credit::Turn`].
+    pub turns: Option<&'a [Vec<TurnReward>]>,
     /// The reward of each group's greedy completion, for [`Baseline::Greedy`].
     pub greedy: Option<&'a [f64]>,
     /// The value model's estimate before each loss token, for [`Baseline::Value`].
@@ -233,6 +239,11 @@ impl Estimator {
                 *advantage = 0.0;
             }
         }
+        if self.credit == Credit::Turn {
+            let scales: Vec<f64> = comparisons.iter().map(|(_, scale)| *scale).collect();
+            found.tokens = self.by_turn(rewards, &scales)?;
+            return Ok(found);
+        }
         let numbers = found.sequences.iter().zip(&comparisons).zip(rewards.scores.iter().zip(rewards.lengths));
         let mut rest = rewards.token_rewards;
         for ((&advantage, &(baseline, scale)), (score, &length)) in numbers {
@@ -247,6 +258,26 @@ impl Estimator {
             }
         }
         Ok(found)
+    }
+
+    /// The advantage of every token from that of its turn, where those of completion i are multiplied by `scales[i]`.
+    fn by_turn(&self, rewards: &Rewards<'_>, scales: &[f64]) -> Result<Vec<f64>> {
+        let missing = Error::Missing { what: "turns", why: "a token answers for its turn and later ones" };
+        let turns = rewards.turns.ok_or(missing)?;
+        check_length("the list of turns", turns.len(), rewards.scores.len())?;
+        let mut tokens = Vec::new();
+        let mut rest = scales.iter().zip(rewards.scores).zip(rewards.lengths);
+        for group in split(turns, rewards.groups) {
+            let differences = turns::differences(group, self.gamma);
+            for ((own, differences), ((scale, score), &length)) in group.iter().zip(differences).zip(&mut rest) {
+                check_length("the loss tokens of the turns", own.iter().map(|turn| turn.tokens).sum(), length)?;
+                let scale = score.map_or(0.0, |_| *scale);
+                let of_turn =
+                    |(turn, difference): (&TurnReward, f64)| std::iter::repeat_n(difference * scale, turn.tokens);
+                tokens.extend(own.iter().zip(differences).flat_map(of_turn));
+            }
+        }
+        Ok(tokens)
     }
 
     /// Generalised advantage estimation.

@@ -29,6 +29,7 @@ pub mod ratio;
 mod sequences;
 pub mod sft;
 pub mod shaping;
+pub mod turns;
 pub mod unlearning;
 pub mod value;
 
@@ -43,5 +44,6 @@ pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
 pub use policy::{PolicyBatch, PolicyOptions, policy};
 pub use ratio::RatioLevel;
 pub use sft::{SftBatch, SftObjective, sft};
+pub use turns::TurnReward;
 pub use unlearning::UnlearningOptions;
 pub use value::{ValueBatch, value};

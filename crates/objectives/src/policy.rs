@@ -56,10 +56,11 @@ pub struct PolicyOptions {
     /// What the difference to the baseline is divided by (TRL's name): the standard deviation of the group, of the batch, or
     /// nothing. Not read with a value model.
     pub scale_rewards: ScaleRewards,
-    /// Which rewards a token answers for: those of its whole completion, or those from itself on. They differ where `kl_in =
-    /// "reward"` or `gamma` is below 1. Not read with a value model.
+    /// Which rewards a token answers for: those of its whole completion, those from itself on, or those of its turn in a
+    /// conversation and of later ones. The first two differ where `kl_in = "reward"` or `gamma` is below 1. Not read with a
+    /// value model.
     pub credit: Credit,
-    /// Discount of later rewards, per token.
+    /// Discount of later rewards, per token; with `credit = "turn"`, per turn.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub gamma: f64,
     /// λ of generalised advantage estimation, with a value model.

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
     AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, Error, Estimator, Fold, GlobalCounts,
     KlDirection, KlEstimator, Loss, PolicyBatch, PolicyOptions, RatioLevel, Rewards, ScaleRewards, SftBatch,
-    ValueBatch,
+    TurnReward, ValueBatch,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -339,7 +339,7 @@ proptest! {
             let of = |credit, token_rewards| {
                 let estimator = Estimator { baseline, credit, ..Estimator::default() };
                 let rewards = Rewards {
-                    scores: &scores, groups: &[2, 4], lengths: &lengths, token_rewards, greedy: Some(&[0.5, 1.0]), values: None,
+                    scores: &scores, groups: &[2, 4], lengths: &lengths, token_rewards, greedy: Some(&[0.5, 1.0]), values: None, turns: None,
                 };
                 estimator.advantages(&rewards).unwrap()
             };
@@ -568,6 +568,7 @@ fn unscored_samples_take_no_part() {
             token_rewards: Some(&penalties),
             greedy: None,
             values: Some(&values),
+            turns: None,
         };
         estimator.advantages(&rewards).unwrap()
     };
@@ -716,4 +717,40 @@ fn wrong_inputs_are_named() {
         assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
     }
     default().validate().unwrap();
+}
+
+/// With one turn a completion, credit by turns is credit by completions; a discount leaves the first of two turns its share.
+#[test]
+fn credit_by_turns_is_that_of_completions_where_there_is_one() {
+    let turn = |reward: f64, tokens: usize| TurnReward { reward, tokens };
+    let own_scores = [1.0, 0.0, 0.25, 3.0].map(Some);
+    let lengths = [2, 0, 1, 2];
+    let own_turns: Vec<Vec<TurnReward>> =
+        own_scores.iter().zip(lengths).map(|(score, tokens)| vec![turn(score.unwrap(), tokens)]).collect();
+    for scale in [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None] {
+        let estimator = Estimator { scale, ..Estimator::default() };
+        let rewards = Rewards {
+            scores: &own_scores,
+            groups: &[2, 2],
+            lengths: &lengths,
+            turns: Some(&own_turns),
+            ..Rewards::default()
+        };
+        let whole = estimator.advantages(&rewards).unwrap();
+        let by_turn = Estimator { credit: Credit::Turn, ..estimator }.advantages(&rewards).unwrap();
+        assert!(whole.tokens.iter().zip(&by_turn.tokens).all(|(a, b)| (a - b).abs() < 1e-12));
+        assert_eq!(whole.sequences, by_turn.sequences);
+    }
+    let estimator = Estimator { credit: Credit::Turn, scale: ScaleRewards::None, gamma: 0.5, ..Estimator::default() };
+    let turns = [vec![turn(0.0, 1), turn(1.0, 2)], vec![turn(0.0, 2), turn(0.0, 1)]];
+    let rewards = Rewards {
+        scores: &[Some(1.0), Some(0.0)],
+        groups: &[2],
+        lengths: &[3, 3],
+        turns: Some(&turns),
+        ..Rewards::default()
+    };
+    assert_eq!(estimator.advantages(&rewards).unwrap().tokens, [0.25, 0.5, 0.5, -0.25, -0.25, -0.5]);
+    assert!(estimator.advantages(&Rewards { turns: None, ..rewards }).is_err(), "turns are missing");
+    assert!(estimator.advantages(&Rewards { lengths: &[3, 2], ..rewards }).is_err(), "tokens that are in no turn");
 }

@@ -53,6 +53,8 @@ pub enum Command {
     Chat(Chat),
     /// Measure a model on held-out problems
     Eval(Eval),
+    /// Play a recipe's environment yourself
+    Play(Play),
     /// Fetch a named model into the cache and print its folder
     Pull(Pull),
     /// List the named models and which of them are cached
@@ -248,6 +250,23 @@ pub struct Eval {
     /// Write every answer with its score to this JSON-lines file
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
+}
+
+/// `posttrain play`
+#[derive(Debug, Args)]
+pub struct Play {
+    /// The recipe whose environment to play.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// The first episode
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub episode: u64,
+    /// Play held-out episodes
+    #[arg(long)]
+    pub test: bool,
+    /// Show how the episode is played perfectly
+    #[arg(long)]
+    pub solve: bool,
 }
 
 /// `posttrain bench`

@@ -4,12 +4,14 @@ use std::collections::HashSet;
 
 use base::files;
 use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
+use envs::environment::{self, EpisodeId};
 use envs::tasks::Split;
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use train::run::DataSource;
 
+use crate::config::environment::EnvironmentOptions;
 use crate::config::{Config, Rows, TaskOptions};
 use crate::failure::Failure;
 use crate::terminal::Terminal;
@@ -94,6 +96,11 @@ impl Corpus {
             corpus.sources.push(source_of("test", &task_name(task)?, &made));
             rows.extend(made);
         }
+        if let Some(options) = &config.environment {
+            let made = test_episodes(options)?;
+            corpus.sources.push(source_of("test", options.environment.name(), &made));
+            rows.extend(made);
+        }
         if !config.data.test.is_empty() {
             let read = data::read(&config.data.test, &config.data.columns)?;
             corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
@@ -170,6 +177,23 @@ fn train_rows(config: &Config, sources: &mut Vec<DataSource>) -> Result<Vec<Row>
         sources.push(source_of("train", &task_name(options)?, &made));
         rows.extend(made);
     }
+    if let Some(options) = &config.environment {
+        let name = options.environment.name();
+        let mut world = options.environment.build()?;
+        let learnt = config.stages().iter().any(|stage| stage.rows().contains(&Rows::Examples));
+        let made: Vec<Row> = (0..u64::from(options.train_episodes))
+            .map(|index| {
+                let episode = EpisodeId { seed: config.seed, split: Split::Train, index };
+                let mut columns = environment::row(&mut *world, episode);
+                if learnt {
+                    columns.insert("completion".into(), environment::demonstration(&mut *world, episode));
+                }
+                Row { source: Source::new(format!("environment {name}"), index + 1), columns }
+            })
+            .collect();
+        sources.push(source_of("train", name, &made));
+        rows.extend(made);
+    }
     if !config.data.train.is_empty() {
         let read = data::read(&config.data.train, &config.data.columns)?;
         sources.push(source_of("train", &config.data.train.join(", "), &read));
@@ -203,6 +227,29 @@ fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
         return Err(failure.hint("widen the ranges of the task, or lower its `test_problems`"));
     }
     Ok(rows)
+}
+
+/// Distinct held-out episodes.
+fn test_episodes(options: &EnvironmentOptions) -> Result<Vec<Row>, Failure> {
+    let name = options.environment.name();
+    let mut world = options.environment.build()?;
+    let wanted = u64::from(options.test_episodes);
+    let mut seen = HashSet::new();
+    let mut rows = Vec::new();
+    for index in 0..wanted * CANDIDATES {
+        let episode = EpisodeId { seed: TEST_SEED, split: Split::Test, index };
+        let problem = world.reset(episode);
+        if seen.insert((problem.key, problem.question)) {
+            let source = Source::new(format!("environment {name}"), index + 1);
+            rows.push(Row { source, columns: environment::row(&mut *world, episode) });
+        }
+        if rows.len() as u64 == wanted {
+            return Ok(rows);
+        }
+    }
+    let failure =
+        Failure::new(format!("environment {name} has only {} held-out episodes, expected {wanted}", rows.len()));
+    Err(failure.hint("allow larger worlds, or lower `environment.test_episodes`"))
 }
 
 /// A problem as a row with the completion that supervised stages learn.

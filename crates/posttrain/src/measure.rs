@@ -1,9 +1,11 @@
 //! Measures a model on held-out problems for the training loop, and keeps what it said.
 
 use data::Prompt;
-use envs::{Status, Weighted};
-use eval::{EvaluateOptions, Sample, evaluate};
+use envs::{Reward, Status};
+use eval::play::World;
+use eval::{EvaluateOptions, Sample, evaluate, evaluate_in};
 use model::Decoder;
+use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use train::{Evaluation, EvaluationError, Evaluator, Measure};
@@ -14,16 +16,25 @@ use crate::failure::Failure;
 /// Held-out problems and how to judge answers to them.
 pub struct Measurer<'a> {
     prompts: Vec<Prompt>,
-    reward: Weighted,
+    reward: Box<dyn Reward>,
+    world: Option<World<'a>>,
     options: EvaluateOptions,
     tokenizer: &'a Tokenizer,
 }
 
 impl<'a> Measurer<'a> {
     /// Measures on `prompts` as the recipe says.
-    pub fn new(config: &Config, prompts: Vec<Prompt>, tokenizer: &'a Tokenizer) -> Result<Self, Failure> {
-        let reward = Weighted::from_configs(&config.rewards)?;
-        Ok(Self { prompts, reward, options: config.evaluation.clone(), tokenizer })
+    ///
+    /// # Errors
+    /// Those of [`Config::reward`] and [`Config::world`].
+    pub fn new(
+        config: &'a Config,
+        prompts: Vec<Prompt>,
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+    ) -> Result<Self, Failure> {
+        let (reward, world) = (config.reward()?, config.world(template)?);
+        Ok(Self { prompts, reward, world, options: config.evaluation.clone(), tokenizer })
     }
 }
 
@@ -33,8 +44,12 @@ impl Evaluator for Measurer<'_> {
         decoder: &Decoder,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Evaluation, EvaluationError> {
-        let found = evaluate(decoder, self.tokenizer, &self.prompts, &self.reward, &self.options, progress)
-            .map_err(|error| Box::new(error) as EvaluationError)?;
+        let Self { prompts, reward, world, options, tokenizer } = self;
+        let found = match world {
+            Some(world) => evaluate_in(*world, decoder, tokenizer, prompts, &**reward, options, progress),
+            None => evaluate(decoder, tokenizer, prompts, &**reward, options, progress),
+        };
+        let found = found.map_err(|error| Box::new(error) as EvaluationError)?;
         let items = self.prompts.len() - found.not_applicable;
         let measure =
             |name: &str, value: f64, low: f64, high: f64| Measure { name: name.into(), value, low, high, items };

@@ -1,8 +1,11 @@
 //! What is asked of the generator and what it answers.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::conversation::Fidelity;
 
 /// One completion that is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,13 +28,32 @@ impl Request {
     }
 }
 
-/// Why a completion ended.
+/// Why a completion, or a turn of it, ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// By a stop token or a stop string.
+    /// By a stop token or a stop string; a conversation, by its other side.
     Stop,
-    /// By reaching the most tokens allowed.
+    /// By reaching the most tokens, or turns, allowed.
     Length,
+}
+
+/// One turn of the model within a completion.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Turn {
+    /// Its tokens in the completion, forced ones at its start included. Between turns lies what the other side says.
+    pub tokens: Range<usize>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// A conversation as text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transcript {
+    /// What follows the prompt, with the marks of the turns.
+    pub text: String,
+    /// How the tokens compare with those that the chat template gives for the text.
+    pub fidelity: Fidelity,
 }
 
 /// One completion, in tokens from start to end. The lists have one entry per token of the completion.
@@ -44,12 +66,13 @@ pub struct Episode {
     /// As in the request.
     #[serde(with = "shared")]
     pub prompt: Arc<[u32]>,
-    /// The tokens, with the one that ended it: a stop token, or the last token of a stop string.
+    /// The tokens, with the one that ended it: a stop token, or the last token of a stop string. In a conversation, all
+    /// tokens after the prompt.
     pub completion: Vec<u32>,
-    /// True for sampled tokens, false for forced ones.
+    /// True for sampled tokens, false for forced ones and for what the other side of a conversation says.
     pub loss_mask: Vec<bool>,
     /// Log-probs under softmax(logits / temperature) over the whole vocabulary, before hooks and filters. A greedy
-    /// completion has those of temperature 1.
+    /// completion has those of temperature 1. 0 for what the other side of a conversation says.
     pub log_probs: Vec<f32>,
     /// Log-probs under the distribution the token was drawn from, after hooks, bans, top-k, top-p and min-p; 0 for a
     /// greedy choice. Forced tokens, which were not drawn, repeat `log_probs`.
@@ -59,8 +82,12 @@ pub struct Episode {
     pub top_log_probs: Vec<Vec<(u32, f32)>>,
     /// Why it ended.
     pub finish: Finish,
-    /// The completion as text, without special tokens and cut before a stop string. A view: nothing is ever encoded
-    /// from it.
+    /// The turns of the model: one, except in conversations.
+    pub turns: Vec<Turn>,
+    /// Conversations as text.
+    pub transcript: Option<Transcript>,
+    /// The completion as text, without special tokens and cut before a stop string; in a conversation, its last turn. A
+    /// view: nothing is ever encoded from it.
     pub text: String,
 }
 

@@ -45,6 +45,26 @@ pub enum Error {
         /// What is wrong with them.
         reason: String,
     },
+    /// A list of conversations' openings that does not match the requests.
+    #[error("{openings} openings of conversations for {requests} requests")]
+    Openings {
+        /// Openings given.
+        openings: usize,
+        /// Requests given.
+        requests: usize,
+    },
+    /// The other side of a conversation failed.
+    #[error("prompt {prompt_id}, sample {sample}, turn {turn}: {source}")]
+    Response {
+        /// The prompt's id.
+        prompt_id: u32,
+        /// The sample's number.
+        sample: u32,
+        /// The turn that was to be answered, from 0.
+        turn: usize,
+        /// What happened.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Generation was cancelled.
     #[error("generation was cancelled")]
     Cancelled,
@@ -61,7 +81,7 @@ impl Hint for Error {
                 "the weights may have diverged: lower the learning rate, or start from an earlier checkpoint".into(),
             ),
             Self::Model(error) => error.hint(),
-            Self::Option { .. } | Self::Cancelled => None,
+            Self::Option { .. } | Self::Openings { .. } | Self::Response { .. } | Self::Cancelled => None,
         }
     }
 }

@@ -3,7 +3,8 @@
 //! Each round admits requests into free slots, feeds the decoder their prompts and the tokens it has not seen of the others,
 //! turns the hidden states into logits, chooses or scores a token for each, and retires what is finished. A slot that becomes
 //! free is taken in the next round, so that a batch with completions of very different lengths stays full; and new prompts
-//! share one pass over the weights with the running completions, so that a prompt alone costs no pass of its own.
+//! share one pass over the weights with the running completions, so that a prompt alone costs no pass of its own. A
+//! conversation leaves its slot at the end of a turn and comes back when it has been answered ([`crate::conversation`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,11 +14,13 @@ use kernels::log_softmax_row;
 use model::decoder::{DecodeRow, Decoder, Workspace};
 use model::tokenizer::Tokenizer;
 
+use crate::answers::Answers;
+use crate::conversation::{self, Dialogue, Record};
 use crate::prefix_cache::PrefixCache;
 use crate::queue::Queue;
 use crate::sampling::{Choice, NoChoice, Scratch};
 use crate::slot::{Slot, Token};
-use crate::{Episode, Error, Request, Result, SamplingOptions};
+use crate::{ConversationOptions, Episode, Error, Finish, Request, Response, Result, SamplingOptions};
 
 /// Changes logits before a token is drawn from them: to ban tokens, to follow a grammar, to mix in another model.
 ///
@@ -110,7 +113,25 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Episode>> {
         // Each prompt has most in common with the one before it in the queue, so no more than that one is kept.
         let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
-        self.answer(decoder, tokenizer, requests, cache, on_progress)
+        self.answer(decoder, tokenizer, requests, None, cache, on_progress)
+    }
+
+    /// Holds conversations: [`Generator::generate`], where the turns of request `i` are answered as conversation `i` of
+    /// `dialogue`, until the other side ends it or a limit is reached.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`]; a chat template that refuses the messages; a failure of the other side.
+    pub fn converse(
+        &self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        dialogue: &Dialogue<'_>,
+        on_progress: impl FnMut(Progress<'_>),
+    ) -> Result<Vec<Episode>> {
+        conversation::check(dialogue, requests)?;
+        let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
+        self.answer(decoder, tokenizer, requests, Some(dialogue), cache, on_progress)
     }
 
     /// [`Generator::generate`], where prompts continue what `cache` knows from earlier calls, and where it takes in the
@@ -127,7 +148,7 @@ impl<'a> Generator<'a> {
         on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
         let cache = Cache { prefixes: cache, keep_completions: true };
-        self.answer(decoder, tokenizer, requests, cache, on_progress)
+        self.answer(decoder, tokenizer, requests, None, cache, on_progress)
     }
 
     fn answer(
@@ -135,6 +156,7 @@ impl<'a> Generator<'a> {
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         requests: &[Request],
+        dialogue: Option<&Dialogue<'_>>,
         cache: Cache<'_>,
         mut on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
@@ -150,10 +172,12 @@ impl<'a> Generator<'a> {
             generator: self,
             decoder,
             tokenizer,
+            dialogue,
             stop_tokens: &stop_tokens,
             queue: Queue::new(requests),
             cache,
             slots: Vec::new(),
+            waiting: Vec::new(),
             heads: Vec::new(),
             hidden: Vec::new(),
             logits: Vec::new(),
@@ -162,26 +186,32 @@ impl<'a> Generator<'a> {
             prompt_tokens: PromptTokens::default(),
         };
         let (mut finished, mut tokens) = (0, 0);
-        while finished < requests.len() {
-            if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
-                return Err(Error::Cancelled);
+        std::thread::scope(|scope| {
+            let mut answers = Answers::new(scope, dialogue.map(|dialogue| dialogue.respondent));
+            while finished < requests.len() {
+                if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
+                    return Err(Error::Cancelled);
+                }
+                round.advance()?;
+                let mut pieces = Vec::new();
+                tokens += round.choose(&mut pieces)?;
+                round.end_turns(&mut answers);
+                round.take_answers(&mut answers)?;
+                for (request, episode) in round.retire() {
+                    episodes[request] = Some(episode);
+                    finished += 1;
+                }
+                on_progress(Progress {
+                    finished,
+                    total: requests.len(),
+                    running: round.slots.len(),
+                    tokens,
+                    prompt_tokens: round.prompt_tokens,
+                    pieces: &pieces,
+                });
             }
-            round.advance()?;
-            let mut pieces = Vec::new();
-            tokens += round.choose(&mut pieces)?;
-            for (request, episode) in round.retire(&mut pieces) {
-                episodes[request] = Some(episode);
-                finished += 1;
-            }
-            on_progress(Progress {
-                finished,
-                total: requests.len(),
-                running: round.slots.len(),
-                tokens,
-                prompt_tokens: round.prompt_tokens,
-                pieces: &pieces,
-            });
-        }
+            Ok(())
+        })?;
         Ok(episodes.into_iter().flatten().collect())
     }
 }
@@ -207,10 +237,13 @@ struct Round<'a> {
     generator: &'a Generator<'a>,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
+    dialogue: Option<&'a Dialogue<'a>>,
     stop_tokens: &'a [u32],
     queue: Queue<'a>,
     cache: Cache<'a>,
     slots: Vec<Slot<'a>>,
+    /// Conversations without a slot: their turn has not been answered, or no slot was free since.
+    waiting: Vec<Slot<'a>>,
     heads: Vec<Head>,
     /// One row for each of `heads`.
     hidden: Vec<f32>,
@@ -237,30 +270,47 @@ impl Round<'_> {
     /// Fills free slots, and computes their prompts and the tokens that the decoder has not seen of the others.
     fn advance(&mut self) -> Result<()> {
         let free = self.batch_size() - self.slots.len();
+        let answered = self.waiting.extract_if(.., |slot| slot.turn_end.is_none()).take(free);
+        self.slots.extend(answered);
+        // Conversations that wait keep their memory: no more of them than there are slots.
+        let free = (self.batch_size() - self.slots.len()).saturating_sub(self.waiting.len());
         let admission = self.queue.take(free, self.cache.prefixes);
         let prompts = self.queue.missing(&admission);
         let mut rows = Vec::with_capacity(self.slots.len());
+        // The rows of hidden states that are needed, among those of all tokens.
+        let mut needed = Vec::new();
+        let mut fed = 0;
         for (index, slot) in self.slots.iter_mut().enumerate() {
+            let next = slot.next_position();
             let (tokens, cache, first) = slot.feed(FORCED_PER_ROUND);
-            self.heads.extend((first..first + tokens.len()).map(|fed| Head { slot: index, position: fed + 1 }));
+            for position in (first + 1..=first + tokens.len()).filter(|&position| position >= next) {
+                self.heads.push(Head { slot: index, position });
+                needed.push(fed + position - first - 1);
+            }
+            fed += tokens.len();
             rows.push(DecodeRow { tokens, cache });
         }
         let mut computed = Vec::new();
         if !(rows.is_empty() && prompts.is_empty()) {
             computed = self.decoder.extend(&mut rows, &prompts, &mut self.workspace)?;
             let width = self.decoder.config().hidden_size;
-            self.hidden.extend_from_slice(&self.workspace.hidden()[..self.heads.len() * width]);
+            let hidden = self.workspace.hidden();
+            needed.into_iter().for_each(|row| self.hidden.extend_from_slice(&hidden[row * width..][..width]));
         }
 
-        let Self { generator, decoder, tokenizer, queue, cache, slots, heads, hidden, prompt_tokens, .. } = self;
+        let Self { generator, decoder, tokenizer, dialogue, queue, cache, slots, heads, hidden, prompt_tokens, .. } =
+            self;
         let new: usize = computed.iter().map(|prefill| prefill.computed).sum();
         prompt_tokens.computed += new;
         let mut all = 0;
+        let turn_tokens = dialogue.map_or(usize::MAX, |dialogue| dialogue.options.max_turn_tokens);
         queue.start(admission, computed, cache.prefixes, |index, request, prefill| {
             all += request.prompt.len();
             heads.push(Head { slot: slots.len(), position: 0 });
             hidden.extend_from_slice(&prefill.hidden);
-            slots.push(Slot::new(index, request, generator.options, decoder, tokenizer, prefill));
+            let mut slot = Slot::new(index, request, generator.options, turn_tokens, decoder, tokenizer, prefill);
+            slot.record = dialogue.map(|dialogue| Record::new(dialogue, index));
+            slots.push(slot);
         });
         prompt_tokens.reused += all - new;
         Ok(())
@@ -304,17 +354,62 @@ impl Round<'_> {
         Ok(sampled)
     }
 
-    /// Empties the slots whose completion is finished.
-    fn retire(&mut self, pieces: &mut Vec<Piece>) -> Vec<(usize, Episode)> {
-        let Self { slots, cache, .. } = self;
-        slots
+    /// Closes the turns that have ended. Where somebody answers them, the conversation leaves its slot and they are asked.
+    fn end_turns(&mut self, answers: &mut Answers<'_, '_>) {
+        for mut slot in self.slots.extract_if(.., |slot| slot.turn_end.is_some()) {
+            let finish = slot.turn_end.unwrap_or(Finish::Length);
+            let turn = slot.close_turn(finish);
+            match &mut slot.record {
+                None => slot.finish = Some(finish),
+                Some(record) => {
+                    record.push_turn(&slot.text);
+                    answers.ask(slot.index, turn, &slot.text, finish);
+                }
+            }
+            self.waiting.push(slot);
+        }
+    }
+
+    /// Takes the answers that are there; waits for one if nothing else can be done.
+    fn take_answers(&mut self, answers: &mut Answers<'_, '_>) -> Result<()> {
+        let Some(dialogue) = self.dialogue else { return Ok(()) };
+        let ConversationOptions { max_turns, max_turn_tokens } = *dialogue.options;
+        let idle =
+            self.slots.is_empty() && self.waiting.iter().all(|slot| slot.turn_end.is_some() && slot.finish.is_none());
+        for (index, answer) in answers.take(idle && !self.waiting.is_empty()) {
+            let Some(slot) = self.waiting.iter_mut().find(|slot| slot.index == index) else { continue };
+            let Request { prompt_id, sample, .. } = *slot.request;
+            let turn = slot.turns.len() - 1;
+            let answer = answer.map_err(|source| Error::Response { prompt_id, sample, turn, source })?;
+            let messages = match answer {
+                Response::End => {
+                    slot.finish = Some(Finish::Stop);
+                    continue;
+                }
+                Response::Continue(messages) => messages,
+            };
+            let last = slot.completion.last().copied().filter(|last| self.stop_tokens.contains(last));
+            let stop = last.filter(|_| slot.turns[turn].finish == Finish::Stop);
+            let Some(record) = &mut slot.record else { continue };
+            let goes_on = turn + 1 < max_turns && {
+                let tokens = record.push_answer(self.tokenizer, messages, stop)?;
+                slot.continue_with(&tokens, max_turn_tokens)
+            };
+            if !goes_on {
+                slot.finish = Some(Finish::Length);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes out what is finished.
+    fn retire(&mut self) -> Vec<(usize, Episode)> {
+        let Self { waiting, cache, .. } = self;
+        waiting
             .extract_if(.., |slot| slot.finish.is_some())
             .map(|slot| {
                 let request = slot.index;
-                let (episode, rest, seen) = slot.into_episode();
-                if !rest.is_empty() {
-                    pieces.push(Piece { request, text: rest });
-                }
+                let (episode, seen) = slot.into_episode();
                 if cache.keep_completions {
                     let tokens = episode.prompt.iter().chain(&episode.completion).take(seen.len()).copied().collect();
                     cache.prefixes.keep(tokens, Arc::new(seen.into_shared()));

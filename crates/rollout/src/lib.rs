@@ -4,11 +4,14 @@
 //! were sampled, their log-probs, and text as a mere view. [`Generator`] admits requests into a batch of slots as slots
 //! become free. What an episode contains depends on the weights, the options, the seed and its own request, never on the
 //! batch size, the other requests, their order or the number of threads; and the log-probs it records equal, bit for bit,
-//! those that [`model::decoder::Decoder::log_probs`] computes for the same tokens.
+//! those that [`model::decoder::Decoder::log_probs`] computes for the same tokens. With a [`Dialogue`], somebody answers the
+//! model's turns, and an episode is a whole conversation.
 //!
 //! This crate knows decoders and tokenizers. It must not know rewards, losses, data sets or files.
 
+mod answers;
 mod check;
+pub mod conversation;
 pub mod episode;
 pub mod error;
 pub mod generator;
@@ -19,7 +22,8 @@ pub mod sampling;
 mod slot;
 pub mod stop;
 
-pub use episode::{Episode, Finish, Request};
+pub use conversation::{ConversationOptions, Dialogue, Fidelity, Opening, Respondent, Response, TurnEnd};
+pub use episode::{Episode, Finish, Request, Transcript, Turn};
 pub use error::{Error, Result};
 pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress, PromptTokens};
 pub use options::SamplingOptions;

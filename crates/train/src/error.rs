@@ -33,6 +33,14 @@ pub enum Error {
         /// What the generator says.
         source: rollout::Error,
     },
+    /// The environment could not be played.
+    #[error("step {step}: {source}")]
+    Play {
+        /// The step.
+        step: u64,
+        /// What is wrong with it or with its rows.
+        source: eval::play::PlayError,
+    },
     /// A reward could not do its work.
     #[error("step {step}: {source}")]
     Reward {
@@ -133,6 +141,7 @@ impl Hint for Error {
             Self::File(error) => error.hint(),
             Self::Model { source, .. } => source.hint(),
             Self::Rollout { source, .. } => source.hint(),
+            Self::Play { source, .. } => source.hint(),
             Self::Reward { source, .. } => source.hint(),
             Self::Objective { .. } => None,
             Self::NonFinite { .. } => {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use base::Random;
+use eval::play::World;
 use kernels::Precision;
 use model::decoder::{Decoder, Gradients, Workspace};
 use model::tokenizer::Tokenizer;
@@ -94,6 +95,8 @@ pub struct Step<'a> {
     pub reference: Option<&'a Decoder>,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
+    /// The environment that answers what is sampled, in runs that have one.
+    pub world: Option<World<'a>>,
     /// The optimiser.
     pub optimizer: &'a mut Optimizer,
     /// Gradients, zero at the start of the step and after each update.

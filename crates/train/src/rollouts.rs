@@ -15,16 +15,25 @@
 //! - `sampling/prompt_tokens_computed`, `sampling/prompt_tokens_reused`: tokens of the prompts of all completions that went
 //!   through the model while sampling, and that were known from the other samples of the prompt or from prompts that begin
 //!   alike.
+//!
+//! In a run with an environment, a completion is a conversation: what the environment says in between counts as its tokens,
+//! and is no part of the loss. Further metrics:
+//! - `turns/mean|min|max`: turns of the model in an episode.
+//! - `tools/call_frequency`: tool calls of an episode, attempts included. `tools/failure_frequency`: share of calls that failed.
+//! - `rendering/other_tokens`, `rendering/other_text`: share of episodes for which the chat template, given the conversation as
+//!   text, comes to the same text in other tokens, or to another text ([`rollout::Fidelity`]).
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use base::Random;
 use data::Prompt;
+use envs::environment::Trace;
 use envs::{Answer, Reward, Score, Status};
+use eval::play::{self, PlayError, World, play};
 use model::decoder::{Decoder, WeightFormat};
 use model::tokenizer::Tokenizer;
-use rollout::{Episode, Finish, Generator, LogitsHook, PromptTokens, Request, SamplingOptions};
+use rollout::{Episode, Fidelity, Finish, Generator, LogitsHook, Progress, PromptTokens, Request, SamplingOptions};
 
 use crate::error::{Error, Result};
 use crate::method::Step;
@@ -55,9 +64,9 @@ impl Rollouts<'_> {
     pub fn sample<'p>(&self, step: &mut Step<'_>, random: Random, prompts: &[&'p Prompt]) -> Result<Groups<'p>> {
         step.decoder.prepare_for_generation(step.precision, self.weights);
         let started = Instant::now();
-        let found = self.generate(step.decoder, None, step.tokenizer, step.observer, random, prompts);
+        let found = self.generate(step.decoder, None, (step.tokenizer, step.world), step.observer, random, prompts);
         step.spent(Phase::Rollout, started);
-        found.map_err(|source| Error::Rollout { step: step.number, source })
+        found.map_err(failed(step.number))
     }
 
     /// Samples with another model, which must be prepared, or with several in one through a hook.
@@ -73,20 +82,20 @@ impl Rollouts<'_> {
         prompts: &[&'p Prompt],
     ) -> Result<Groups<'p>> {
         let started = Instant::now();
-        let found = self.generate(decoder, hook, step.tokenizer, step.observer, random, prompts);
+        let found = self.generate(decoder, hook, (step.tokenizer, step.world), step.observer, random, prompts);
         step.spent(Phase::Rollout, started);
-        found.map_err(|source| Error::Rollout { step: step.number, source })
+        found.map_err(failed(step.number))
     }
 
     fn generate<'p>(
         &self,
         decoder: &Decoder,
         hook: Option<&dyn LogitsHook>,
-        tokenizer: &Tokenizer,
+        (tokenizer, world): (&Tokenizer, Option<World<'_>>),
         observer: &mut dyn Observer,
         random: Random,
         prompts: &[&'p Prompt],
-    ) -> rollout::Result<Groups<'p>> {
+    ) -> Result<Groups<'p>, PlayError> {
         let generations = self.num_generations as u32;
         // A prompt may come twice in a step, at the seam of two epochs: its samples then get other numbers.
         let mut seen = BTreeMap::new();
@@ -101,16 +110,36 @@ impl Rollouts<'_> {
             .collect();
         let generator = Generator { hook, ..Generator::new(self.sampling, self.decode_batch_size, random) };
         let mut prompt_tokens = PromptTokens::default();
-        let episodes = generator.generate(decoder, tokenizer, &requests, |progress| {
+        let on_progress = |progress: Progress<'_>| {
             prompt_tokens = progress.prompt_tokens;
             observer.observe(Event::Progress { phase: Phase::Rollout, done: progress.finished, total: progress.total });
-        })?;
-        Ok(Groups { prompts: prompts.to_vec(), size: self.num_generations, episodes, prompt_tokens })
+        };
+        let mut found = Groups { prompts: prompts.to_vec(), size: self.num_generations, ..Groups::default() };
+        match world {
+            None => found.episodes = generator.generate(decoder, tokenizer, &requests, on_progress)?,
+            Some(world) => {
+                let rows: Vec<&Prompt> = (0..requests.len()).map(|index| found.prompt_of(index)).collect();
+                let played = play(&generator, decoder, tokenizer, world, &requests, &rows, on_progress)?;
+                let traces;
+                (found.episodes, traces) = played.into_iter().map(|played| (played.episode, played.trace)).unzip();
+                found.traces = Some((world.environment.name(), traces));
+            }
+        }
+        found.prompt_tokens = prompt_tokens;
+        Ok(found)
+    }
+}
+
+/// Gives a failure of sampling its step.
+fn failed(step: u64) -> impl Fn(PlayError) -> Error {
+    move |source| match source {
+        PlayError::Generation(source) => Error::Rollout { step, source },
+        source => Error::Play { step, source },
     }
 }
 
 /// Episodes of several prompts: the first `size` are those of the first prompt, and so on.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Groups<'p> {
     /// The prompts, each with what its answers are judged by.
     pub prompts: Vec<&'p Prompt>,
@@ -120,6 +149,8 @@ pub struct Groups<'p> {
     pub episodes: Vec<Episode>,
     /// What the prompts cost.
     pub prompt_tokens: PromptTokens,
+    /// In a run with an environment its name, and what it made of each episode.
+    pub traces: Option<(&'static str, Vec<Trace>)>,
 }
 
 impl<'p> Groups<'p> {
@@ -144,7 +175,8 @@ impl<'p> Groups<'p> {
         vec![self.size; self.prompts.len()]
     }
 
-    /// Scores every completion against the row of its own prompt; `None` where no reward applies to it.
+    /// Scores every completion against the row of its own prompt; `None` where no reward applies to it. An environment pays
+    /// its episodes itself, and a reward then adds what it thinks of their last turns.
     ///
     /// # Errors
     /// A reward that cannot be computed.
@@ -171,7 +203,10 @@ impl<'p> Groups<'p> {
             return Err(reward_error(envs::RewardError::Count { reward, expected, found }));
         }
         step.spent(Phase::Score, started);
-        Ok(scores)
+        Ok(match &self.traces {
+            Some((environment, traces)) => play::scores(environment, traces, scores),
+            None => scores,
+        })
     }
 
     /// The metrics of sampling, of lengths, and of what the episodes were paid.
@@ -180,6 +215,7 @@ impl<'p> Groups<'p> {
         self.reward_metrics(scores, &mut metrics);
         self.length_metrics(&mut metrics);
         metrics.set("completions/length_reward_correlation", self.length_reward_correlation(scores));
+        self.conversation_metrics(scores, &mut metrics);
         metrics
     }
 
@@ -249,6 +285,27 @@ impl<'p> Groups<'p> {
         both / (lengths * rewards).sqrt()
     }
 
+    fn conversation_metrics(&self, scores: &[Option<Score>], metrics: &mut Metrics) {
+        let fidelity: Vec<Fidelity> =
+            self.episodes.iter().filter_map(|episode| Some(episode.transcript.as_ref()?.fidelity)).collect();
+        if fidelity.is_empty() {
+            return;
+        }
+        let turns: Vec<f64> = self.episodes.iter().map(|episode| episode.turns.len() as f64).collect();
+        metrics.set("turns/mean", mean(&turns));
+        metrics.set("turns/min", turns.iter().copied().fold(f64::NAN, f64::min));
+        metrics.set("turns/max", turns.iter().copied().fold(f64::NAN, f64::max));
+        let judged = || scores.iter().flatten().flat_map(|score| &score.turns);
+        let calls: usize = judged().map(|turn| turn.calls).sum();
+        let failed: usize = judged().map(|turn| turn.failed_calls).sum();
+        metrics.set("tools/call_frequency", calls as f64 / turns.len() as f64);
+        metrics.set("tools/failure_frequency", failed as f64 / calls.max(1) as f64);
+        for (name, other) in [("tokens", Fidelity::Text), ("text", Fidelity::Differs)] {
+            let count = fidelity.iter().filter(|fidelity| **fidelity == other).count();
+            metrics.set(format!("rendering/other_{name}"), count as f64 / fidelity.len() as f64);
+        }
+    }
+
     /// One row an episode. `values` holds what the method made of each of them, by name: its advantage, say.
     pub fn table(&self, step: u64, scores: &[Option<Score>], values: &[(&str, &[f64])]) -> Table {
         let episodes = &self.episodes;
@@ -259,7 +316,11 @@ impl<'p> Groups<'p> {
         table.push("sample", Column::Integer(episodes.iter().map(|e| i64::from(e.sample)).collect()));
         let texts = (0..episodes.len()).map(|index| self.prompt_of(index).text.clone()).collect();
         table.push("prompt", Column::Text(texts));
-        table.push("completion", Column::Text(episodes.iter().map(|episode| episode.text.clone()).collect()));
+        let completion = |episode: &Episode| match &episode.transcript {
+            Some(transcript) => transcript.text.clone(),
+            None => episode.text.clone(),
+        };
+        table.push("completion", Column::Text(episodes.iter().map(completion).collect()));
         let rewards = scores.iter().map(|score| score.as_ref().map(|score| score.value)).collect();
         table.push("reward", Column::Number(rewards));
         for name in part_names(scores) {
@@ -275,6 +336,12 @@ impl<'p> Groups<'p> {
         table.push("prompt_ids", Column::Integers(episodes.iter().map(|e| signed(&e.prompt)).collect()));
         table.push("completion_ids", Column::Integers(episodes.iter().map(|e| signed(&e.completion)).collect()));
         table.push("log_probs", Column::Numbers(episodes.iter().map(|e| e.log_probs.clone()).collect()));
+        if episodes.iter().any(|episode| episode.transcript.is_some()) {
+            let rewards = |score: &Option<Score>| {
+                score.iter().flat_map(|score| &score.turns).map(|turn| turn.reward as f32).collect()
+            };
+            table.push("turn_rewards", Column::Numbers(scores.iter().map(rewards).collect()));
+        }
         let columns = |index| serde_json::Value::Object(self.prompt_of(index).columns.clone()).to_string();
         table.push("columns", Column::Text((0..episodes.len()).map(columns).collect()));
         table

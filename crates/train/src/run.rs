@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use base::files::{self, Digest, FileError, io_error};
 use base::{Purpose, Random};
+use eval::play::World;
 use kernels::Precision;
 use model::chat::ChatTemplate;
 use model::decoder::{Decoder, Workspace};
@@ -89,6 +90,8 @@ pub struct Run<'a> {
     pub decoder: Decoder,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
+    /// The environment that answers what is sampled; without one, an answer is one turn.
+    pub world: Option<World<'a>>,
     /// Its chat template, which goes with the saved model.
     pub chat_template: Option<&'a ChatTemplate>,
     /// The stages, in order.
@@ -359,6 +362,7 @@ impl<'a> Session<'a> {
                 decoder: &mut self.run.decoder,
                 reference: reference.as_ref(),
                 tokenizer: self.run.tokenizer,
+                world: self.run.world,
                 optimizer: &mut optimizer,
                 gradients: &mut gradients,
                 workspace: &mut self.workspace,

@@ -165,7 +165,7 @@ impl Reward for PaidByLength {
         let score = |answer: &Answer<'_>| {
             let right = answer.columns["answer"] == answer.completion;
             let parts = vec![("gold".to_owned(), f64::from(u8::from(right)))];
-            Some(Score { value: answer.completion_ids.len() as f64, status: Status::Ok, parts })
+            Some(Score { parts, ..Score::new(answer.completion_ids.len() as f64, Status::Ok) })
         };
         Ok(answers.iter().map(score).collect())
     }

@@ -1,5 +1,6 @@
 //! Rewards: judges of answers, by name and in weighted combination.
 
+pub mod judge;
 pub mod length;
 pub mod process;
 mod weighted;
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::score::{Answer, Score, Status};
 use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
+pub use judge::JudgeOptions;
 pub use length::LengthOptions;
 pub use process::ProcessOptions;
 pub use weighted::Weighted;
@@ -25,6 +27,19 @@ pub trait Reward: Send + Sync {
     /// Only what makes every further score meaningless: a row without the expected column, an external command that
     /// cannot be run. A bad *answer* is never an error, it is a [`Score`].
     fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError>;
+}
+
+/// The reward that applies to no row: for environments, which pay by themselves.
+pub struct Silent;
+
+impl Reward for Silent {
+    fn name(&self) -> &str {
+        "silent"
+    }
+
+    fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError> {
+        Ok(vec![None; answers.len()])
+    }
 }
 
 /// Why a reward could not do its work.
@@ -72,6 +87,14 @@ pub enum RewardError {
         /// What happened.
         reason: String,
     },
+    /// Another model that judges did not answer, or not with a score, and its options say to stop the run.
+    #[error("reward {reward}: {source}")]
+    Partner {
+        /// The reward's name.
+        reward: String,
+        /// What happened.
+        source: crate::partner::PartnerError,
+    },
     /// A reward returned another number of scores than answers.
     #[error("reward {reward} returned {found} scores for {expected} answers")]
     Count {
@@ -96,6 +119,7 @@ impl base::Hint for RewardError {
                 "try the command by hand: it reads one JSON object a line from stdin and writes one a line to stdout"
                     .into(),
             ),
+            Self::Partner { source, .. } => source.hint(),
             Self::Count { .. } => None,
         }
     }
@@ -143,6 +167,7 @@ impl RewardConfig {
             }
             RewardKind::Format(options) => Box::new(crate::verify::format::FormatReward::new(name, options.clone())?),
             RewardKind::Length(options) => Box::new(length::LengthReward::new(name, options.clone())?),
+            RewardKind::Judge(options) => Box::new(judge::JudgeReward::new(name, options.clone())?),
             RewardKind::Process(options) => Box::new(process::ProcessReward::new(name, options.clone())?),
         })
     }
@@ -162,6 +187,8 @@ pub enum RewardKind {
     Length(LengthOptions),
     /// An external command that scores answers over JSON lines.
     Process(ProcessOptions),
+    /// Another model that says how good an answer is.
+    Judge(JudgeOptions),
 }
 
 impl RewardKind {
@@ -170,7 +197,7 @@ impl RewardKind {
         match self {
             Self::Number(options) => Some(&options.column),
             Self::Expression(options) => Some(&options.column),
-            Self::Format(_) | Self::Length(_) | Self::Process(_) => None,
+            Self::Format(_) | Self::Length(_) | Self::Process(_) | Self::Judge(_) => None,
         }
     }
 
@@ -182,6 +209,7 @@ impl RewardKind {
             Self::Format(_) => "format",
             Self::Length(_) => "length",
             Self::Process(_) => "process",
+            Self::Judge(_) => "judge",
         }
     }
 }
@@ -236,7 +264,7 @@ fn expected<'a>(
 }
 
 /// At most 80 characters of `text`, for messages.
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     match text.char_indices().nth(80) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),

@@ -325,5 +325,5 @@ fn read_reply(line: &[u8], id: u64) -> Result<Option<Score>, Failure> {
             .ok_or_else(|| refuse("a part that is no finite number"))?,
         Some(_) => return Err(refuse("parts that are no object")),
     };
-    Ok(Some(Score { value, status, parts }))
+    Ok(Some(Score { parts, ..Score::new(value, status) }))
 }

@@ -69,16 +69,30 @@ pub trait Task: Send + Sync {
     /// If ten thousand candidates in a row belong to the other split, which the construction of a task rules out (see
     /// [`TaskConfig::build`]).
     fn generate(&self, seed: u64, split: Split, index: u64) -> Problem {
-        let random = Random::new(seed, Purpose::Task).step((index >> 32) as u32).prompt(index as u32);
-        (0..MAX_ATTEMPTS)
-            .map(|attempt| self.draw(&mut Draws { random: random.sample(attempt), position: 0 }))
+        candidates(seed, index)
+            .map(|mut draws| self.draw(&mut draws))
             .find(|problem| split_of(&problem.key) == split)
             .expect("both splits of a task hold problems")
     }
 }
 
+/// The draws of one candidate after the other for the problem of this seed and index.
+pub(crate) fn candidates(seed: u64, index: u64) -> impl Iterator<Item = Draws> {
+    let random = Random::new(seed, Purpose::Task).step((index >> 32) as u32).prompt(index as u32);
+    (0..MAX_ATTEMPTS).map(move |attempt| Draws { random: random.sample(attempt), position: 0 })
+}
+
 /// Candidates drawn for one problem before a split counts as empty.
 const MAX_ATTEMPTS: u32 = 10_000;
+
+/// Whether both splits occur among the keys of a thousand candidates.
+pub(crate) fn has_both_splits(key: impl Fn(&mut Draws) -> String) -> bool {
+    let mut seen = [false; 2];
+    candidates(0, 0).take(MAX_ATTEMPTS as usize / 10).any(|mut draws| {
+        seen[usize::from(split_of(&key(&mut draws)) == Split::Test)] = true;
+        seen == [true; 2]
+    })
+}
 
 /// The draws of one candidate problem, in order.
 pub struct Draws {
@@ -95,6 +109,13 @@ impl Draws {
     /// Uniform in `low..=high`.
     pub fn between(&mut self, low: i64, high: i64) -> i64 {
         self.next().between(low, high)
+    }
+
+    /// `items` in random order (Fisher-Yates).
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.next().below(i as u64 + 1) as usize);
+        }
     }
 
     /// One of `items`, which must not be empty.
@@ -150,17 +171,12 @@ impl TaskConfig {
             Self::Arithmetic(options) => Box::new(arithmetic::Arithmetic::new(options.clone())?),
             Self::WordProblems(options) => Box::new(word_problems::WordProblems::new(options.clone())?),
         };
-        let random = Random::new(0, Purpose::Task);
-        let mut seen = [false; 2];
-        for attempt in 0..MAX_ATTEMPTS / 10 {
-            let problem = task.draw(&mut Draws { random: random.sample(attempt), position: 0 });
-            seen[(split_of(&problem.key) == Split::Test) as usize] = true;
-        }
-        if seen == [true; 2] {
-            Ok(task)
-        } else {
-            let reason = "its options leave too few problems to hold some out; widen the ranges".into();
-            Err(TaskError { task: task.name(), reason })
+        match has_both_splits(|draws| task.draw(draws).key) {
+            true => Ok(task),
+            false => {
+                let reason = "its options leave too few problems to hold some out; widen the ranges".into();
+                Err(TaskError { task: task.name(), reason })
+            }
         }
     }
 }

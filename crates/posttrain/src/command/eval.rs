@@ -33,7 +33,7 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
     };
     let corpus = Corpus::for_evaluation(&config, language, opener.terminal)?;
     let mut progress = opener.terminal.progress("evaluating", "problem", corpus.test.len() as u64);
-    let mut measurer = Measurer::new(&config, corpus.test, &model.tokenizer)?;
+    let mut measurer = Measurer::new(&config, corpus.test, &model.tokenizer, model.template.as_ref())?;
     let evaluation = measurer
         .evaluate(&model.decoder, &mut |done, _| progress.update(done as u64, ""))
         .map_err(|error| Failure::advised(&*error))?;

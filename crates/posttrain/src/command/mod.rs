@@ -9,6 +9,7 @@ pub mod generate;
 pub mod merge;
 pub mod methods;
 pub mod models;
+pub mod play;
 pub mod reward;
 pub mod train;
 
@@ -29,6 +30,7 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Resume(arguments) => train::resume(arguments, opener),
         Command::Generate(arguments) => generate::generate(arguments, opener),
         Command::Chat(arguments) => generate::chat(arguments, opener),
+        Command::Play(arguments) => play::run(arguments, terminal),
         Command::Eval(arguments) => eval::run(arguments, opener),
         Command::Pull(arguments) => models::pull(arguments, terminal),
         Command::Models => models::list(),

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use envs::Weighted;
 use model::DeviceName;
 use model::config::ScoreHead;
 use model::decoder::Decoder;
@@ -149,17 +148,16 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
 
     let mut stages: Vec<Box<dyn Method>> = Vec::new();
     for stage in config.stages() {
-        let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
-            Stage::Rejection(options) => Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), reward()?)?),
-            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), reward()?)?),
+            Stage::Rejection(options) => Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
+            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
             Stage::Distillation(options) => {
                 let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
                 let teachers = teachers.collect::<Result<Vec<_>, Failure>>()?;
                 let (teachers, sources): (Vec<_>, Vec<_>) = teachers.into_iter().unzip();
                 corpus.sources.extend(sources);
-                let reward = if config.rewards.is_empty() { None } else { Some(reward()? as Box<dyn envs::Reward>) };
+                let reward = if config.rewards.is_empty() { None } else { Some(config.reward()? as Box<dyn envs::Reward>) };
                 let (prompts, examples) = (corpus.prompts.clone(), corpus.examples.clone());
                 Box::new(Distillation::new(options.clone(), teachers, Lessons { prompts, examples, reward })?)
             }
@@ -170,7 +168,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     }
     let mut measurer = match corpus.test.is_empty() {
         true => None,
-        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer)?),
+        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer, model.template.as_ref())?),
     };
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);
@@ -182,6 +180,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         precision: config.model.precision.into(),
         decoder: model.decoder,
         tokenizer: &model.tokenizer,
+        world: config.world(model.template.as_ref())?,
         chat_template: model.template.as_ref(),
         stages,
         evaluator: measurer.as_mut().map(|measurer| measurer as &mut dyn Evaluator),
@@ -241,7 +240,7 @@ fn open_teacher(
             failure.hint("distillation compares distributions token by token: choose a teacher of the same family")
         );
     }
-    let source = DataSource { name: format!("teacher: {}", options.model), rows: 0, sha256: teacher.sha256 };
+    let source = DataSource { name: format!("teacher: {}", options.model), rows: 0, sha256: teacher.sha256.get()? };
     Ok((teacher.decoder, source))
 }
 

@@ -1,6 +1,7 @@
 //! One TOML file composed of the option structs of the crates.
 
 pub mod check;
+pub mod environment;
 pub mod load;
 pub mod methods;
 pub mod reference;
@@ -29,6 +30,7 @@ use train::referee::RefereeOptions;
 
 use crate::failure::Failure;
 use check::{Schema, check};
+use environment::EnvironmentOptions;
 use load::{Layers, blame, to_toml};
 pub use stages::{Rows, Stage, Work};
 use tree::Node;
@@ -50,6 +52,9 @@ pub struct Config {
     /// Generated problems to train on and to measure with.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tasks: Vec<TaskOptions>,
+    /// A world to train in and to measure in, in place of tasks and files; `docs/agents.md` tells of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub environment: Option<EnvironmentOptions>,
     /// Files to train on and to measure with; `docs/data.md` describes their columns.
     pub data: DataOptions,
     /// How rows become tokens.
@@ -194,7 +199,7 @@ impl Config {
                 let place = format!("{}.rollout_weights", stage.section());
                 return Err(blame(failure.hint("leave it at \"full\""), tree, &place));
             }
-            if stage.needs_rewards() && self.rewards.is_empty() {
+            if stage.needs_rewards() && self.rewards.is_empty() && self.environment.is_none() {
                 let failure = Failure::new(format!(
                     "`{}` has no reward to learn from: expected at least one `[[rewards]]`",
                     stage.method()
@@ -216,6 +221,18 @@ impl Config {
         }
         for (i, task) in self.tasks.iter().enumerate() {
             task.task.build().map_err(|error| blame(error.into(), tree, &format!("tasks.{i}")))?;
+        }
+        if let Some(environment) = &self.environment {
+            environment.environment.build().map_err(|error| blame(error.into(), tree, "environment"))?;
+            environment
+                .conversation
+                .validate()
+                .map_err(|error| blame(error.into(), tree, "environment.conversation"))?;
+            if !(self.tasks.is_empty() && self.data.train.is_empty() && self.data.test.is_empty()) {
+                let failure =
+                    Failure::new("`environment` stands beside tasks or files: expected one source of prompts");
+                return Err(blame(failure.hint("leave out `[[tasks]]` and `[data]`"), tree, "environment"));
+            }
         }
         for (i, reward) in self.rewards.iter().enumerate() {
             reward.build().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
@@ -255,7 +272,9 @@ impl Config {
             let failure = Failure::new("the recipe has no stage to train: expected for example `[sft]` or `[grpo]`");
             return Err(failure.hint("`posttrain methods` lists them; recipes/ has complete ones"));
         }
-        let nothing = self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty();
+        let played = self.environment.as_ref().is_some_and(|environment| environment.train_episodes > 0);
+        let nothing =
+            self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() && !played;
         let needed = |stage: &Stage<'_>| stage.rows().iter().any(|rows| *rows != Rows::Forgotten);
         if nothing && self.stages().iter().any(needed) {
             let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
@@ -270,13 +289,16 @@ impl Config {
 
     /// Whether there is anything to measure.
     pub fn has_evaluation(&self) -> bool {
+        if let Some(environment) = &self.environment {
+            return environment.test_episodes > 0;
+        }
         !self.rewards.is_empty() && (self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty())
     }
 
     /// Whether rows are only there to be answered: every stage samples.
     pub fn only_samples(&self) -> bool {
         let stages = self.stages();
-        !stages.is_empty() && stages.iter().all(|stage| stage.rows() == Rows::Prompts)
+        !stages.is_empty() && stages.iter().all(|stage| stage.rows() == [Rows::Prompts])
     }
 
     /// Tokens of the longest answer that a stage samples.

@@ -299,7 +299,7 @@ impl Distillation {
         let chosen: Vec<&Prompt> = match self.options.prompts_per_step() {
             0 => {
                 let (episodes, prompt_tokens) = (Vec::new(), PromptTokens::default());
-                return Ok(Groups { prompts: Vec::new(), size, episodes, prompt_tokens });
+                return Ok(Groups { prompts: Vec::new(), size, episodes, prompt_tokens, traces: None });
             }
             count => {
                 let rows = Order::new(prompts.len(), step.seed, step.stage).batch(step.index, count);

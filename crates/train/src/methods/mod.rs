@@ -67,6 +67,7 @@ pub const FAMILIES: &[Family] = &[
             include_str!("../rollouts.rs"),
             include_str!("../../../objectives/src/policy.rs"),
             include_str!("../../../objectives/src/advantage.rs"),
+            include_str!("../../../objectives/src/turns.rs"),
             include_str!("../../../objectives/src/gae.rs"),
             include_str!("../../../objectives/src/shaping.rs"),
             include_str!("../../../objectives/src/ratio.rs"),

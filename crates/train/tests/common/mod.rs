@@ -237,6 +237,7 @@ impl Setup {
             precision: self.precision,
             decoder,
             tokenizer: &tokenizer,
+            world: None,
             chat_template: None,
             stages: self.stages(),
             evaluator: self.evaluate.then_some(&mut accuracy as &mut dyn Evaluator),

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use base::Random;
 use data::Prompt;
 use envs::Score;
-use objectives::filter;
+use objectives::{TurnReward, filter};
 use rollout::{Episode, PromptTokens};
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,26 @@ impl Collected {
         groups.filter(|(_, group)| filter::has_variance(group)).map(|(index, _)| index).collect()
     }
 
+    /// The turns of every completion, of which `values` has what it was paid and `masks` the loss tokens. What a value has beside
+    /// the rewards of turns is paid to the last one.
+    pub fn turns(&self, values: &[Option<f64>], masks: &[Vec<bool>]) -> Vec<Vec<TurnReward>> {
+        let of = |(((episode, score), value), mask): (((&Episode, &Option<Score>), &Option<f64>), &Vec<bool>)| {
+            let judged = score.as_ref().map_or(&[][..], |score| &score.turns);
+            let mut turns: Vec<TurnReward> = (episode.turns.iter().enumerate())
+                .map(|(index, turn)| TurnReward {
+                    reward: judged.get(index).map_or(0.0, |turn| turn.reward),
+                    tokens: mask[turn.tokens.clone()].iter().filter(|counted| **counted).count(),
+                })
+                .collect();
+            let paid: f64 = turns.iter().map(|turn| turn.reward).sum();
+            if let Some(last) = turns.last_mut() {
+                last.reward += value.unwrap_or(paid) - paid;
+            }
+            turns
+        };
+        self.episodes.iter().zip(&self.scores).zip(values).zip(masks).map(of).collect()
+    }
+
     /// The same groups beside their prompts. Their prompts cost `prompt_tokens`.
     pub fn groups_of<'p>(&self, prompts: &'p [Prompt], prompt_tokens: PromptTokens) -> Groups<'p> {
         Groups {
@@ -80,6 +100,7 @@ impl Collected {
             size: self.size,
             episodes: self.episodes.clone(),
             prompt_tokens,
+            ..Groups::default()
         }
     }
 }

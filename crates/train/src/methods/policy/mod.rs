@@ -80,7 +80,9 @@ use base::Purpose;
 use base::files::{self, io_error};
 use data::Prompt;
 use envs::{Reward, Score};
-use objectives::{AdaptiveKl, GlobalCounts, Loss, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping};
+use objectives::{
+    AdaptiveKl, Credit, GlobalCounts, Loss, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping,
+};
 use rollout::{Episode, Finish, PromptTokens};
 use serde::{Deserialize, Serialize};
 
@@ -256,8 +258,13 @@ impl Policy {
             .map_err(step.objective_error())?;
         let beta = self.state.kl.map_or(objective.beta, |kl| kl.coefficient);
         let token_rewards: Option<Vec<f64>> = divergence.as_ref().map(|all| all.iter().map(|kl| -beta * kl).collect());
+        let turns = (objective.credit == Credit::Turn).then(|| {
+            let masks: Vec<Vec<bool>> = collected.episodes.iter().map(|episode| self.mask(episode)).collect();
+            collected.turns(&scores, &masks)
+        });
         let rewards = Rewards {
             scores: &scores,
+            turns: turns.as_deref(),
             groups: &vec![collected.size; collected.groups()],
             lengths: episodes.batch.lengths(),
             token_rewards: token_rewards.as_deref(),

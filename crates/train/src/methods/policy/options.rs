@@ -1,7 +1,7 @@
 //! What a user can set about a policy gradient.
 
 use model::decoder::WeightFormat;
-use objectives::{Baseline, ScaleRewards};
+use objectives::{Baseline, Credit, ScaleRewards};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -221,6 +221,14 @@ impl PolicyOptions {
             self.sampling.temperature,
             drawn,
             "a number above 0: completions need to differ",
+        )?;
+        let turn_by_turn = self.objective.credit == Credit::Turn;
+        let compared = self.objective.baseline == Baseline::GroupMean && !self.objective.kl_in_reward();
+        check(
+            "objective.credit",
+            "turn",
+            compared || !turn_by_turn,
+            "\"sequence\" or \"token\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
         )?;
         self.training.validate().map_err(|error| error.within("training"))?;
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))
