@@ -351,6 +351,8 @@ impl Policy {
         if !self.needs_reference() {
             return Ok(None);
         }
+        // With an adapter the reference is the decoder itself; a step that samples nothing has not prepared it yet.
+        step.decoder.prepare(step.precision);
         episodes.batch.reference_log_probs(step, self.reading()).map(Some)
     }
 
