@@ -155,6 +155,7 @@ fn advantages_of_tokens_agree_with_their_formulas() {
         token_rewards: Some(&penalties),
         greedy: Some(&greedy),
         values: Some(&values),
+        turns: None,
     };
     let cases = reference["advantages"].as_array().unwrap();
     assert_eq!(cases.len(), 8);

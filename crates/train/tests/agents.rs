@@ -104,6 +104,7 @@ impl Game {
             precision: Precision::F32,
             decoder: Decoder::random(ModelConfig::tiny(Family::Llama, 259), seed).unwrap(),
             tokenizer: &tokenizer,
+            referee: Default::default(),
             world: Some(World {
                 environment: &self.environment,
                 template: &self.template,

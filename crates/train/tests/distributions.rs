@@ -139,6 +139,8 @@ impl Setup {
             precision: self.precision,
             decoder: self.decoder.clone(),
             tokenizer: &tokenizer,
+            world: None,
+            referee: Default::default(),
             chat_template: None,
             stages: vec![self.stage.method()],
             evaluator: self.evaluate.then_some(&mut accuracy as &mut dyn Evaluator),
@@ -152,7 +154,7 @@ impl Setup {
     fn finish(&self, folder: &Path) -> train::Summary {
         match self.run(folder, false, &mut (), &AtomicBool::new(false)).unwrap() {
             Outcome::Finished(summary) => *summary,
-            Outcome::Interrupted { step } => panic!("interrupted at {step}"),
+            outcome => panic!("{outcome:?}"),
         }
     }
 
@@ -462,6 +464,8 @@ fn misuse_is_one_clear_error() {
         precision: Precision::F32,
         decoder: random(1),
         tokenizer: &tokenizer,
+        world: None,
+        referee: Default::default(),
         chat_template: None,
         stages: vec![Box::new(method)],
         evaluator: None,

@@ -150,14 +150,17 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     for stage in config.stages() {
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
-            Stage::Rejection(options) => Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
+            Stage::Rejection(options) => {
+                Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), config.reward()?)?)
+            }
             Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
             Stage::Distillation(options) => {
                 let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
                 let teachers = teachers.collect::<Result<Vec<_>, Failure>>()?;
                 let (teachers, sources): (Vec<_>, Vec<_>) = teachers.into_iter().unzip();
                 corpus.sources.extend(sources);
-                let reward = if config.rewards.is_empty() { None } else { Some(config.reward()? as Box<dyn envs::Reward>) };
+                let reward =
+                    if config.rewards.is_empty() { None } else { Some(config.reward()? as Box<dyn envs::Reward>) };
                 let (prompts, examples) = (corpus.prompts.clone(), corpus.examples.clone());
                 Box::new(Distillation::new(options.clone(), teachers, Lessons { prompts, examples, reward })?)
             }

@@ -273,8 +273,7 @@ impl Config {
             return Err(failure.hint("`posttrain methods` lists them; recipes/ has complete ones"));
         }
         let played = self.environment.as_ref().is_some_and(|environment| environment.train_episodes > 0);
-        let nothing =
-            self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() && !played;
+        let nothing = self.tasks.iter().all(|task| task.train_problems == 0) && self.data.train.is_empty() && !played;
         let needed = |stage: &Stage<'_>| stage.rows().iter().any(|rows| *rows != Rows::Forgotten);
         if nothing && self.stages().iter().any(needed) {
             let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
