@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn what_cannot_be_compared_is_zero() {
         assert_eq!(differences(&[episode(&[0.1; 3]), episode(&[0.1; 3])], 1.0), [[0.0; 3], [0.0; 3]]);
-        assert_eq!(differences(&[vec![], episode(&[2.0])], 1.0), [vec![], vec![0.0]]);
+        assert_eq!(differences(&[vec![], episode(&[2.0])], 1.0), [Vec::<f64>::new(), vec![0.0]]);
         assert!(differences(&[], 1.0).is_empty());
     }
 }
