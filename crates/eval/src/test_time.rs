@@ -50,6 +50,11 @@ pub enum Strategy {
 }
 
 impl Strategy {
+    /// Whether the answer is one of several independent completions.
+    pub fn takes_samples(self) -> bool {
+        matches!(self, Self::BestOfN | Self::Majority | Self::WeightedVote)
+    }
+
     /// Whether a judge has to choose.
     pub fn needs_judge(self) -> bool {
         !matches!(self, Self::Majority | Self::Beam)
@@ -139,6 +144,12 @@ impl TestTimeOptions {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(format!("{option} is {value}, expected a number from 0 up"));
             }
+        }
+        let by_steps = matches!(self.strategy, Strategy::StepBeam | Strategy::Mcts);
+        if by_steps && !(self.sampling.stop.is_empty() && self.sampling.min_new_tokens == 0) {
+            return Err(
+                "sampling.stop and sampling.min_new_tokens have no meaning for steps, expected none and 0".into()
+            );
         }
         if self.step_separator.is_empty() {
             return Err("step_separator is empty, expected at least one character".into());

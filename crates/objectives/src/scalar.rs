@@ -23,7 +23,7 @@ mod tests {
 
     #[test]
     fn log_sigmoid_and_its_derivative() {
-        let xs = [-1e6, -800.0, -3.0, -1e-9, 0.0, 0.5, 40.0, 1e6];
+        let xs = [-1e6f64, -800.0, -3.0, -1e-9, 0.0, 0.5, 40.0, 1e6];
         let variable = Var::from_slice(&xs, xs.len(), &Device::Cpu).unwrap();
         let value = log_sigmoid(variable.as_tensor()).unwrap();
         let found: Vec<f64> = value.to_vec1().unwrap();

@@ -9,7 +9,6 @@ use kernels::Precision;
 use model::config::{Family, ModelConfig};
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
-use posttrain_model as model;
 use posttrain_rollout::search::{
     BeamOptions, Expansion, Judge, LengthNormalized, MctsOptions, Path, Proposer, Step, StepSampler, TokenProposer,
     beam, mcts,
@@ -95,15 +94,37 @@ fn problems_side_by_side_are_as_problems_alone_and_an_early_end_keeps_its_place(
     assert!(cut[0].iter().all(|found| !found.path.is_finished() && found.path.steps.len() == 2));
 }
 
+/// Pays for every digit, from the first, that is as it should be: 1 for a path that is right throughout.
+struct Digit {
+    depth: usize,
+}
+
+impl Digit {
+    fn wanted(&self, problem: usize) -> Vec<u32> {
+        let random = Random::new(6, Purpose::Test).prompt(problem as u32);
+        (0..self.depth).map(|place| random.at(place as u32).below(3) as u32).collect()
+    }
+}
+
+impl Judge<Infallible> for Digit {
+    fn judge(&self, paths: &[(usize, &Path)]) -> Result<Vec<f64>, Infallible> {
+        let value = |(problem, path): &(usize, &Path)| {
+            let right =
+                path.tokens().iter().zip(self.wanted(*problem)).take_while(|(got, wanted)| *got == wanted).count();
+            right as f64 / self.depth as f64
+        };
+        Ok(paths.iter().map(value).collect())
+    }
+}
+
 #[test]
 fn a_tree_finds_the_best_path_when_it_has_seen_enough() {
-    let judge = Worth { depth: DEPTH, perfect: true };
+    let judge = Digit { depth: DEPTH };
     let options = MctsOptions { simulations: 60, expansions: 3, exploration: 0.2, max_steps: DEPTH };
     let trees = mcts(PROBLEMS, options, &Digits { depth: DEPTH }, &judge).unwrap();
     for (problem, tree) in trees.iter().enumerate() {
         assert_eq!(tree.first_visits.iter().sum::<u32>(), 60, "every simulation goes through a first step");
-        let (value, digits) = judge.best(problem, &[]);
-        assert_eq!((tree.best.value, tree.best.path.tokens()), (value, digits), "problem {problem}");
+        assert_eq!((tree.best.value, tree.best.path.tokens()), (1.0, judge.wanted(problem)), "problem {problem}");
     }
     let alone = mcts(1, options, &Digits { depth: DEPTH }, &judge).unwrap();
     assert_eq!(alone[0], trees[0], "the other problems do not matter");

@@ -2,15 +2,16 @@
 //!
 //! ```text
 //! simulation: from the root to a node that has not been opened, each time to the child with the largest
-//!                 Q + exploration · P · √N_parent / (1 + N)
+//!                 Q + exploration · P · √max(1, N_parent) / (1 + N)
 //!             open the node: propose its next steps
 //!             its value, by the judge, goes to it and to every node above it
 //! ```
 //!
-//! `N` counts the simulations through a node, `Q` is the mean of their values (0 for none), and `P` the share of a step's probability among
-//! its siblings (PUCT: Rosin 2011; Silver et al., "Mastering the game of Go without human knowledge", 2017). The judge takes the place of a
-//! rollout, as in "Reasoning with Language Model is Planning with World Model" (arXiv 2305.14992). Values should lie in 0 to 1, for which
-//! an `exploration` of about 1 is meant. The answer is the finished path that a descent by most visits comes to, or if it ends before, the finished path of the largest value.
+//! `N` counts the simulations through a node, `Q` is the mean of their values (before the first, that of the node above), and
+//! `P` the share of a step's probability among its siblings (PUCT: Rosin 2011; Silver et al., "Mastering the game of Go without
+//! human knowledge", 2017). The judge takes the place of a rollout, as in "Reasoning with Language Model is Planning with World
+//! Model" (arXiv 2305.14992). Values should lie in 0 to 1, for which an `exploration` of about 1 is meant. The answer is the
+//! finished path that a descent by most visits comes to, or if it ends before, the finished path of the largest value.
 
 use super::{Expansion, Found, Judge, Path, Proposer, distinct};
 
@@ -83,8 +84,12 @@ impl Grown {
     fn select(&self) -> usize {
         let mut node = 0;
         loop {
-            let scale = self.options.exploration * f64::from(self.nodes[node].visits).sqrt();
-            let upper = |child: &Node| child.mean() + scale * child.prior / (1.0 + f64::from(child.visits));
+            let scale = self.options.exploration * f64::from(self.nodes[node].visits.max(1)).sqrt();
+            let expected = self.nodes[node].mean();
+            let upper = |child: &Node| {
+                let mean = if child.visits == 0 { expected } else { child.mean() };
+                mean + scale * child.prior / (1.0 + f64::from(child.visits))
+            };
             match self.child_by(node, upper) {
                 Some(child) => node = child,
                 None => return node,
