@@ -248,5 +248,14 @@ fn tokens_preferences_labels_and_steps_are_rendered() {
     let steps = json!({"prompt": "q:", "completions": ["ab", "c"], "labels": [true, false]});
     let stepwise = setting.renderer().stepwise(&samples(&[steps]), "\n").unwrap().items;
     assert_eq!(setting.tokenizer.decode(&stepwise[0].ids), "q:ab\nc\n");
-    assert_eq!(stepwise[0].steps, [(4, true), (6, false)]);
+    assert_eq!(stepwise[0].steps, [(4, 1.0), (6, 0.0)]);
+    let chat = json!({"prompt": [{"role": "user", "content": "q"}], "completions": ["ab"], "labels": [0.25]});
+    let chat = setting.renderer().stepwise(&samples(std::slice::from_ref(&chat)), "\n").unwrap().items.remove(0);
+    let prompt =
+        setting.renderer().prompts(&samples(&[json!({"prompt": [{"role": "user", "content": "q"}]})])).unwrap();
+    assert_eq!(chat.ids[..prompt.items[0].ids.len()], prompt.items[0].ids[..]);
+    assert_eq!(
+        (chat.steps[0], setting.tokenizer.decode(&chat.ids[chat.ids.len() - 3..])),
+        ((chat.ids.len() - 1, 0.25), "ab\n".into())
+    );
 }

@@ -17,6 +17,7 @@ pub mod verify;
 
 pub use environment::{Environment, EnvironmentConfig, EpisodeId, Transition};
 pub use partner::{Partner, PartnerConfig};
+pub use reward::model::ModelRewardOptions;
 pub use reward::process::{OnError, ProcessOptions};
 pub use reward::{Reward, RewardConfig, RewardError, RewardKind, Silent, Weighted};
 pub use score::{Answer, Columns, Score, Status, TurnScore};

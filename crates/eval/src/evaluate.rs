@@ -102,6 +102,9 @@ pub enum EvaluateError {
         /// Samples of each.
         samples: u32,
     },
+    /// Options that mean nothing, or lack something.
+    #[error("{0}")]
+    Options(String),
     /// The model could not answer.
     #[error(transparent)]
     Generation(#[from] rollout::Error),
@@ -117,6 +120,7 @@ impl Hint for EvaluateError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Empty { .. } => Some("give at least one prompt and one sample".into()),
+            Self::Options(_) => None,
             Self::Generation(error) => error.hint(),
             Self::Reward(error) => error.hint(),
             Self::Play(error) => error.hint(),
@@ -192,6 +196,14 @@ fn requests(prompts: &[Prompt], options: &EvaluateOptions) -> Result<Vec<Request
     Ok(prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, options.samples)).collect())
 }
 
+/// Checks that a reward said something about every answer.
+pub(crate) fn check_count(reward: &dyn Reward, expected: usize, found: usize) -> Result<(), RewardError> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(RewardError::Count { reward: reward.name().to_owned(), expected, found }),
+    }
+}
+
 /// Judges `count` consecutive episodes of each prompt, each beside its own prompt's row.
 fn judge(
     prompts: &[Prompt],
@@ -210,10 +222,7 @@ fn judge(
         })
         .collect();
     let scores = reward.score(&answers)?;
-    if scores.len() != answers.len() {
-        let reward = reward.name().to_owned();
-        return Err(RewardError::Count { reward, expected: answers.len(), found: scores.len() });
-    }
+    check_count(reward, answers.len(), scores.len())?;
     let sample = |(episode, score): (&Episode, Option<Score>)| Sample {
         prompt_id: episode.prompt_id,
         sample: episode.sample,

@@ -1,7 +1,7 @@
 //! Metrics with intervals, and the evaluation of a model on prompts.
 //!
-//! The metrics are pure functions of numbers; only [`evaluate`](evaluate()) and [`mod@play`] run a model. This crate must not know
-//! training: it says how good a model is, not how to make it better.
+//! The metrics are pure functions of numbers; only [`evaluate`](evaluate()), [`answer_at_test_time`] and [`mod@play`] run a
+//! model. This crate must not know training: it says how good a model is, not how to make it better.
 
 pub mod evaluate;
 pub mod interval;
@@ -9,6 +9,8 @@ pub mod metrics;
 pub mod paired;
 pub mod play;
 pub mod sequential;
+pub mod test_time;
 
 pub use evaluate::{EvaluateError, EvaluateOptions, Evaluation, Sample, evaluate, evaluate_in};
 pub use interval::Interval;
+pub use test_time::{Answerer, Strategy, TestTime, TestTimeOptions, answer_at_test_time};

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use posttrain_eval::interval::{Interval, bootstrap_mean, quantile, wilson};
-use posttrain_eval::metrics::{majority, mean, pass_at_k, standard_deviation};
+use posttrain_eval::metrics::{
+    best_of_n, best_of_n_divergence, majority, mean, pass_at_k, standard_deviation, weighted_vote,
+};
 use posttrain_eval::paired::{compare, mcnemar_exact};
 use proptest::prelude::*;
 
@@ -163,4 +165,46 @@ proptest! {
         let p = mcnemar_exact(gained, lost);
         prop_assert!((0.0..=1.0).contains(&p));
     }
+}
+
+/// The mean over all draws, by enumeration.
+fn drawn(scores: &[f64], outcomes: &[f64], n: usize) -> f64 {
+    let draws = (0u32..1 << scores.len()).filter(|set| set.count_ones() as usize == n);
+    let best = |set: u32| {
+        let members = (0..scores.len()).filter(|i| set >> i & 1 == 1);
+        outcomes[members.reduce(|best, other| if scores[other] > scores[best] { other } else { best }).unwrap()]
+    };
+    let values: Vec<f64> = draws.map(best).collect();
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+#[test]
+fn best_of_n_is_the_mean_over_all_draws() {
+    let scores = [0.3, -1.0, 2.0, 0.3, 0.9, 2.0];
+    let outcomes = [1.0, 0.0, 1.0, 0.0, 0.0, 0.0];
+    for n in 1..=6 {
+        let found = best_of_n(&scores, &outcomes, n).unwrap();
+        assert!((found - drawn(&scores, &outcomes, n)).abs() < 1e-12, "n = {n}: {found}");
+        // The best by its own score grows with n.
+        assert!((best_of_n(&scores, &scores, n).unwrap() - drawn(&scores, &scores, n)).abs() < 1e-12);
+    }
+    assert_eq!(best_of_n(&scores, &outcomes, 7), None);
+    assert_eq!(best_of_n(&scores, &outcomes, 0), None);
+}
+
+#[test]
+fn the_divergence_of_best_of_n() {
+    for (n, expected) in [(1, 0.0), (2, 0.1931), (4, 0.6363), (16, 1.8351)] {
+        assert!((best_of_n_divergence(n) - expected).abs() < 1e-4, "n = {n}");
+    }
+}
+
+#[test]
+fn weighted_votes() {
+    let answers = [Some("a"), Some("b"), None, Some("b"), Some("c")];
+    assert_eq!(weighted_vote(&answers, &[1.0; 5]), Some(1), "without weights, the majority");
+    assert_eq!(weighted_vote(&answers, &[1.0, 0.2, 9.0, 0.3, 0.9]), Some(0), "an empty answer does not vote");
+    assert_eq!(weighted_vote(&answers, &[0.5, 0.2, 0.0, 0.4, 0.1]), Some(3), "the best of the class that wins");
+    assert_eq!(weighted_vote(&answers, &[0.5, 0.5, 0.0, 0.0, 0.5]), Some(0), "ties: first seen");
+    assert_eq!(weighted_vote::<u8>(&[None, None], &[1.0, 1.0]), None);
 }

@@ -365,3 +365,41 @@ fn misuse_is_an_error() {
     forward(&mut scoring, &mut workspace);
     assert!(message(scoring.scores(&workspace, &[4]).map(drop)).contains("row 4: score holds NaN"));
 }
+
+#[test]
+fn averages_of_weights() {
+    let config = ModelConfig::tiny(posttrain_model::Family::Llama, VOCABULARY);
+    let build = |seed| {
+        let mut decoder = decoder(&config, seed);
+        decoder.add_score(ScoreHead::REWARD, 0.3, seed).unwrap();
+        decoder
+    };
+    let (a, b) = (build(61), build(62));
+    let mut mean = a.clone();
+    mean.average(std::slice::from_ref(&b), &[1.0, 1.0]).unwrap();
+    let mut third = a.clone();
+    third.average(std::slice::from_ref(&b), &[2.0, 1.0]).unwrap();
+    for index in 0..a.parameters().len() {
+        let name = &a.parameters()[index].name;
+        for (i, (x, y)) in a.parameter(index).iter().zip(b.parameter(index)).enumerate() {
+            assert_eq!(mean.parameter(index)[i], ((f64::from(*x) + f64::from(*y)) / 2.0) as f32, "{name}");
+            assert!((third.parameter(index)[i] - (2.0 * x + y) / 3.0).abs() < 1e-6, "{name}");
+        }
+    }
+    let mut same = a.clone();
+    same.average(&[a.clone(), a.clone()], &[0.2, 0.5, 0.1]).unwrap();
+    assert!(same.parameter(0).iter().zip(a.parameter(0)).all(|(x, y)| (x - y).abs() <= f32::EPSILON * y.abs()));
+    let mut alone = a.clone();
+    alone.average(&[], &[3.0]).unwrap();
+    assert!(alone.tensors() == a.tensors());
+
+    let message = |decoder: &mut Decoder, others: &[Decoder], shares: &[f64]| {
+        decoder.average(others, shares).unwrap_err().to_string()
+    };
+    assert!(message(&mut mean, std::slice::from_ref(&b), &[1.0]).contains("expected 2 shares"));
+    assert!(message(&mut mean, std::slice::from_ref(&b), &[0.0, 0.0]).contains("not all 0"));
+    assert!(message(&mut mean, &[decoder(&config, 63)], &[1.0, 1.0]).contains("model 2 has not the shape"));
+    let mut adapted = build(64);
+    adapt(&mut adapted, &lora(), 9);
+    assert!(message(&mut mean, &[adapted], &[1.0, 1.0]).contains("adapter"));
+}

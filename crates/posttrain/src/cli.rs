@@ -59,7 +59,7 @@ pub enum Command {
     Pull(Pull),
     /// List the named models and which of them are cached
     Models,
-    /// Fold the LoRA adapter of a run into the weights
+    /// Fold the LoRA adapter of a run into the weights, or average the weights of several models
     Merge(Merge),
     /// List the training methods
     Methods,
@@ -247,6 +247,9 @@ pub struct Eval {
     /// How weights are stored while answers are made
     #[arg(long, value_enum, default_value_t = Weights::Full)]
     pub weights: Weights,
+    /// Spend more than one completion on an answer, as `test_time` of the recipe says
+    #[arg(long, value_enum, value_name = "STRATEGY")]
+    pub test_time: Option<TestTime>,
     /// Write every answer with its score to this JSON-lines file
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
@@ -267,6 +270,37 @@ pub struct Play {
     /// Show how the episode is played perfectly
     #[arg(long)]
     pub solve: bool,
+}
+
+/// How an answer is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum TestTime {
+    /// The sample that the judge values most
+    BestOfN,
+    /// The most frequent result
+    Majority,
+    /// The result with the largest sum of the judge's values
+    WeightedVote,
+    /// The most probable completion, by beams of tokens
+    Beam,
+    /// The best path of steps, by the judge
+    StepBeam,
+    /// Tree search over steps, by the judge
+    Mcts,
+}
+
+impl From<TestTime> for eval::Strategy {
+    fn from(strategy: TestTime) -> Self {
+        match strategy {
+            TestTime::BestOfN => Self::BestOfN,
+            TestTime::Majority => Self::Majority,
+            TestTime::WeightedVote => Self::WeightedVote,
+            TestTime::Beam => Self::Beam,
+            TestTime::StepBeam => Self::StepBeam,
+            TestTime::Mcts => Self::Mcts,
+        }
+    }
 }
 
 /// `posttrain bench`
@@ -316,9 +350,15 @@ pub struct Pull {
 /// `posttrain merge`
 #[derive(Debug, Args)]
 pub struct Merge {
-    /// The folder of a LoRA run
-    #[arg(value_name = "RUN")]
-    pub run: PathBuf,
+    /// The folder of a LoRA run; with `--average`, of every model
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// Average the weights of all models, their adapters merged
+    #[arg(long)]
+    pub average: bool,
+    /// Shares of the models in the average, scaled to a sum of one [default: equal]
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', requires = "average")]
+    pub shares: Vec<f64>,
     /// Where to write the merged model
     #[arg(long, short, value_name = "DIR")]
     pub out: PathBuf,

@@ -3,13 +3,15 @@
 use std::collections::HashSet;
 
 use base::files;
-use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
+use data::{Example, Prompt, RenderOptions, Renderer, Row, Sample, Source, StepwiseExample};
 use envs::environment::{self, EpisodeId};
 use envs::tasks::Split;
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use train::methods::reward_model::{RewardLoss, RewardRows};
 use train::run::DataSource;
+use train::verdicts::Held;
 
 use crate::config::environment::EnvironmentOptions;
 use crate::config::{Config, Rows, TaskOptions};
@@ -28,8 +30,14 @@ pub struct Corpus {
     pub forget: Vec<Example>,
     /// For stages that sample.
     pub prompts: Vec<Prompt>,
-    /// Held out.
+    /// For reward models.
+    pub rewarded: RewardRows,
+    /// For process reward models.
+    pub steps: Vec<StepwiseExample>,
+    /// Held out: problems to answer.
     pub test: Vec<Prompt>,
+    /// Held out: rows to score.
+    pub held: Option<Held>,
     /// Names, sizes and hashes of everything used.
     pub sources: Vec<DataSource>,
 }
@@ -78,16 +86,55 @@ impl Corpus {
                         note_drops(&rendered.drops, "rows to forget", terminal);
                         corpus.forget = rendered.items;
                     }
+                    Rows::Rewarded(loss) => {
+                        corpus.rewarded = rewarded(loss, &renderer, &samples, "training rows", terminal)?;
+                    }
+                    Rows::Steps(separator) => {
+                        corpus.steps = steps(separator, &renderer, &samples, "training rows", terminal)?;
+                    }
                 }
             }
         }
         Ok(corpus)
     }
 
+    /// Rows to train on, whatever the stage.
+    pub fn train_rows(&self) -> usize {
+        [self.examples.len(), self.prompts.len(), self.forget.len(), self.rewarded.len(), self.steps.len()]
+            .into_iter()
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Rows held out.
+    pub fn test_rows(&self) -> usize {
+        self.test.len().max(self.held.as_ref().map_or(0, Held::len))
+    }
+
     /// The held-out problems only.
     pub fn for_evaluation(config: &Config, language: Language<'_>, terminal: Terminal) -> Result<Self, Failure> {
         let mut corpus = Self::default();
         if !config.has_evaluation() {
+            return Ok(corpus);
+        }
+        if let Some(scoring) = config.stages().into_iter().find(|stage| stage.is_scoring()) {
+            let rows = data::read(&config.data.test, &config.data.columns)?;
+            corpus.sources.push(source_of("test", &config.data.test.join(", "), &rows));
+            let samples = data::sample::parse(rows)?;
+            let renderer = language.renderer(&config.rendering);
+            for rows in scoring.rows() {
+                match rows {
+                    Rows::Rewarded(loss) => {
+                        let rows = rewarded(loss, &renderer, &samples, "held-out rows", terminal)?;
+                        corpus.held = Some(Held::Whole(rows, loss));
+                    }
+                    Rows::Steps(separator) => {
+                        let rows = steps(separator, &renderer, &samples, "held-out rows", terminal)?;
+                        corpus.held = Some(Held::Steps(rows));
+                    }
+                    Rows::Examples | Rows::Prompts | Rows::Forgotten => {}
+                }
+            }
             return Ok(corpus);
         }
         let mut rows = Vec::new();
@@ -106,7 +153,12 @@ impl Corpus {
             corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
             rows.extend(read);
         }
-        let language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
+        let mut language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
+        if let Some(test_time) = &config.test_time {
+            // A step may begin just before the answer is as long as it may be.
+            let longest = test_time.sampling.max_new_tokens + test_time.max_step_tokens;
+            language = language.with_room("test_time.sampling", longest)?;
+        }
         let rendered = language.renderer(&config.rendering).prompts(&data::sample::parse(rows)?)?;
         note_drops(&rendered.drops, "held-out problems", terminal);
         corpus.test = rendered.items;
@@ -132,6 +184,41 @@ impl<'a> Language<'a> {
     fn renderer(self, options: &'a RenderOptions) -> Renderer<'a> {
         Renderer::new(self.tokenizer, self.template, self.context, options)
     }
+}
+
+/// Renders rows for a reward model with this loss.
+fn rewarded(
+    loss: RewardLoss,
+    renderer: &Renderer<'_>,
+    samples: &[Sample],
+    what: &str,
+    terminal: Terminal,
+) -> Result<RewardRows, Failure> {
+    match loss {
+        RewardLoss::BradleyTerry => {
+            let rendered = renderer.preferences(samples)?;
+            note_drops(&rendered.drops, what, terminal);
+            Ok(RewardRows::Pairs(rendered.items))
+        }
+        RewardLoss::Bce | RewardLoss::Mse => {
+            let rendered = renderer.scored(samples)?;
+            note_drops(&rendered.drops, what, terminal);
+            Ok(RewardRows::Scored(rendered.items))
+        }
+    }
+}
+
+/// Renders rows for a process reward model that reads this separator after each step.
+fn steps(
+    separator: &str,
+    renderer: &Renderer<'_>,
+    samples: &[Sample],
+    what: &str,
+    terminal: Terminal,
+) -> Result<Vec<StepwiseExample>, Failure> {
+    let rendered = renderer.stepwise(samples, separator)?;
+    note_drops(&rendered.drops, what, terminal);
+    Ok(rendered.items)
 }
 
 fn note_drops(drops: &data::Drops, what: &str, terminal: Terminal) {

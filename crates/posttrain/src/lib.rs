@@ -9,6 +9,7 @@ pub mod config;
 pub mod corpus;
 pub mod failure;
 pub mod interrupt;
+pub mod judges;
 pub mod measure;
 pub mod opened;
 pub mod plan;

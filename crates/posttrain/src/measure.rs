@@ -8,10 +8,13 @@ use model::Decoder;
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use train::verdicts::{Held, Verdicts};
 use train::{Evaluation, EvaluationError, Evaluator, Measure};
 
 use crate::config::Config;
 use crate::failure::Failure;
+use crate::judges;
+use crate::opened::Opener;
 
 /// Held-out problems and how to judge answers to them.
 pub struct Measurer<'a> {
@@ -26,15 +29,34 @@ impl<'a> Measurer<'a> {
     /// Measures on `prompts` as the recipe says.
     ///
     /// # Errors
-    /// Those of [`Config::reward`] and [`Config::world`].
+    /// Those of [`judges::rewards`] and [`Config::world`].
     pub fn new(
         config: &'a Config,
         prompts: Vec<Prompt>,
         tokenizer: &'a Tokenizer,
         template: Option<&'a ChatTemplate>,
+        opener: Opener,
     ) -> Result<Self, Failure> {
-        let (reward, world) = (config.reward()?, config.world(template)?);
+        let (reward, world) = (judges::rewards(config, opener)?, config.world(template)?);
         Ok(Self { prompts, reward, world, options: config.evaluation.clone(), tokenizer })
+    }
+}
+
+/// Whoever measures what a recipe holds out, if it holds out anything: answers to problems, or scores of rows.
+pub fn evaluator<'a>(
+    config: &'a Config,
+    (test, held): (Vec<Prompt>, Option<Held>),
+    (tokenizer, template): (&'a Tokenizer, Option<&'a ChatTemplate>),
+    opener: Opener,
+) -> Result<Option<Box<dyn Evaluator + 'a>>, Failure> {
+    if let Some(held) = held {
+        let micro_batch_tokens =
+            config.stages().iter().map(|stage| stage.training().micro_batch_tokens).max().unwrap_or(2048);
+        return Ok(Some(Box::new(Verdicts { held, tokenizer, micro_batch_tokens, seed: config.evaluation.seed })));
+    }
+    match test.is_empty() {
+        true => Ok(None),
+        false => Ok(Some(Box::new(Measurer::new(config, test, tokenizer, template, opener)?))),
     }
 }
 
@@ -72,7 +94,7 @@ impl Evaluator for Measurer<'_> {
 }
 
 /// What is written down about one answer.
-fn written(prompt: &Prompt, sample: &Sample) -> Value {
+pub fn written(prompt: &Prompt, sample: &Sample) -> Value {
     let last = prompt.messages.as_ref().and_then(|messages| messages.last());
     let question = last.and_then(|message| message.text()).unwrap_or(&prompt.text);
     json!({

@@ -125,11 +125,16 @@ fn dry_run_prints_a_recipe_that_resolves_to_itself() {
 fn every_recipe_is_valid_and_plans() {
     let folder = tempfile::tempdir().unwrap();
     let row = "{\"prompt\": [{\"role\": \"user\", \"content\": \"1 + 1?\"}], \"completion\": [{\"role\": \"assistant\", \"content\": \"2\"}], \"answer\": \"2\"}\n";
-    write(folder.path(), "train.jsonl", row);
-    write(folder.path(), "test.jsonl", row);
+    let pair = "{\"prompt\": \"1 + 1?\", \"chosen\": \"2\", \"rejected\": \"3\"}\n";
+    let steps = "{\"prompt\": \"1 + 1?\", \"completions\": [\"2\"], \"labels\": [true]}\n";
+    let rows = [("[reward_model]", pair), ("[process_reward]", steps)];
     for entry in std::fs::read_dir(root().join("recipes")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "toml") {
+            let recipe = std::fs::read_to_string(&path).unwrap();
+            let row = rows.iter().find(|(section, _)| recipe.contains(section)).map_or(row, |(_, row)| row);
+            write(folder.path(), "train.jsonl", row);
+            write(folder.path(), "test.jsonl", row);
             // Whatever the model, the rest of the recipe must hold.
             let output = posttrain(folder.path())
                 .arg("train")

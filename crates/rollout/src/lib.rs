@@ -7,6 +7,8 @@
 //! those that [`model::decoder::Decoder::log_probs`] computes for the same tokens. With a [`Dialogue`], somebody answers the
 //! model's turns, and an episode is a whole conversation.
 //!
+//! [`search`] grows solutions step by step where a judge says that it pays.
+//!
 //! This crate knows decoders and tokenizers. It must not know rewards, losses, data sets or files.
 
 mod answers;
@@ -19,6 +21,7 @@ pub mod options;
 pub mod prefix_cache;
 mod queue;
 pub mod sampling;
+pub mod search;
 mod slot;
 pub mod stop;
 

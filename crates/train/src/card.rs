@@ -25,7 +25,8 @@ pub(crate) fn text(run: &Run<'_>, stages: &[&str], state: &State) -> String {
     line("---".into());
     line(format!("base_model: {:?}", provenance.base_model));
     line(format!("library_name: {}", if adapter.is_some() { "peft" } else { "transformers" }));
-    line("pipeline_tag: text-generation".into());
+    let writes = run.decoder.config().has_language_head();
+    line(format!("pipeline_tag: {}", if writes { "text-generation" } else { "text-classification" }));
     line("tags:".into());
     line("- posttrain".into());
     stages.iter().for_each(|stage| line(format!("- {stage}")));

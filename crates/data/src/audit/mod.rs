@@ -368,7 +368,7 @@ fn words_of(content: &Content, instructions: bool) -> Trained {
             (text(prompt), vec![text(completion), label.to_string()])
         }
         Content::Stepwise { prompt, steps } => {
-            (prompt.clone(), steps.iter().map(|(step, right)| format!("{step} {right}")).collect())
+            (text(prompt), steps.iter().map(|(step, right)| format!("{step} {right}")).collect())
         }
         Content::Tokens { ids, .. } => {
             let ids: Vec<u64> = ids.iter().map(|&id| u64::from(id)).collect();

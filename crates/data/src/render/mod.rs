@@ -10,6 +10,7 @@
 
 mod conversation;
 mod drops;
+mod scored;
 mod sequences;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use drops::{DropReason, Drops};
+pub use scored::{ScoredExample, StepwiseExample};
 pub use sequences::{Part, Sequence, Use};
 
 use crate::error::{Error, Result};
@@ -97,12 +99,14 @@ pub struct Prompt {
 }
 
 /// Two completions of one prompt, each with the prompt in front.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PreferencePair {
     /// The better one.
     pub chosen: Example,
     /// The worse one.
     pub rejected: Example,
+    /// By how much the better one should be ahead: the column `margin`, or 0.
+    pub margin: f64,
 }
 
 /// A completion that is good or bad.
@@ -112,17 +116,6 @@ pub struct LabelledExample {
     pub example: Example,
     /// Whether the completion is good.
     pub label: bool,
-}
-
-/// A solution in steps.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StepwiseExample {
-    /// The tokens of the problem and all steps.
-    pub ids: Vec<u32>,
-    /// For each step the index of its last token and whether the step is right.
-    pub steps: Vec<(usize, bool)>,
-    /// Where the example comes from.
-    pub source: Source,
 }
 
 /// What came of samples: what was rendered, and what was left out and why.
@@ -191,16 +184,8 @@ impl<'a> Renderer<'a> {
     }
 
     fn prompt_of(&self, id: u32, sample: &Sample) -> Result<Outcome<Prompt>> {
-        let text = match &sample.content {
-            Content::PromptOnly(prompt)
-            | Content::PromptCompletion { prompt, .. }
-            | Content::Preference { prompt, .. }
-            | Content::UnpairedPreference { prompt, .. }
-            | Content::LanguageModeling(prompt @ Text::Messages(_)) => prompt.clone(),
-            Content::Stepwise { prompt, .. } => Text::Plain(prompt.clone()),
-            _ => return Err(unexpected(sample, "rows with a prompt")),
-        };
-        self.prompt(id, sample, text)
+        let prompt = sample.content.prompt().ok_or_else(|| unexpected(sample, "rows with a prompt"))?;
+        self.prompt(id, sample, prompt.clone())
     }
 
     /// Renders preference rows.
@@ -214,7 +199,8 @@ impl<'a> Renderer<'a> {
         };
         let chosen = self.completion(sample, prompt, chosen)?;
         let rejected = self.completion(sample, prompt, rejected)?;
-        Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected? })))
+        let margin = scored::number(sample, "margin")?.unwrap_or(0.0);
+        Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected?, margin })))
     }
 
     /// Renders unpaired preference rows.
@@ -228,45 +214,6 @@ impl<'a> Renderer<'a> {
         };
         let example = self.completion(sample, prompt, completion)?;
         Ok(example.map(|example| LabelledExample { example, label: *label }))
-    }
-
-    /// Renders stepwise rows. Each step is followed by `separator`, whose last token stands for the step.
-    pub fn stepwise(&self, samples: &[Sample], separator: &str) -> Result<Rendered<StepwiseExample>> {
-        self.each(samples, |_, sample| self.steps_of(sample, separator))
-    }
-
-    fn steps_of(&self, sample: &Sample, separator: &str) -> Result<Outcome<StepwiseExample>> {
-        let Content::Stepwise { prompt, steps } = &sample.content else {
-            return Err(unexpected(sample, "stepwise supervision"));
-        };
-        let mut text = prompt.clone();
-        let mut ends = vec![text.len()];
-        for (step, _) in steps {
-            text.push_str(step);
-            text.push_str(separator);
-            ends.push(text.len());
-        }
-        let rendering = self.text(&text);
-        let mut ids = self.begin();
-        let mut labelled = Vec::new();
-        let mut from = 0;
-        for (index, end) in ends.into_iter().enumerate() {
-            let before = ids.len();
-            ids.extend(self.encode(sample, &rendering, from..end)?);
-            if index > 0 {
-                if ids.len() == before {
-                    return Err(Error::column(&sample.source, format!("completions[{}]", index - 1), "no tokens"));
-                }
-                labelled.push((ids.len() - 1, steps[index - 1].1));
-            }
-            from = end;
-        }
-        self.refuse_doubled_begin(sample, &ids)?;
-        let reason = self.too_long(sample, ids.len())?;
-        Ok(match reason {
-            None => Ok(StepwiseExample { ids, steps: labelled, source: sample.source.clone() }),
-            Some(reason) => Err(reason),
-        })
     }
 
     fn each<T>(&self, samples: &[Sample], render: impl Fn(u32, &Sample) -> Result<Outcome<T>>) -> Result<Rendered<T>> {

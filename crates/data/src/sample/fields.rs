@@ -69,6 +69,16 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number from 0 to 1, also as a boolean.
+    fn as_share(&self, path: &str, value: &Value) -> Result<f64> {
+        let share = value.as_bool().map(|flag| f64::from(u8::from(flag))).or_else(|| value.as_f64());
+        match share {
+            Some(share) if (0.0..=1.0).contains(&share) => Ok(share),
+            Some(share) => Err(self.error(path, format!("expected true, false or a number from 0 to 1, got {share}"))),
+            None => Err(self.expected(path, "true, false or a number from 0 to 1", value)),
+        }
+    }
+
     pub fn flag(&self, column: &str) -> Result<bool> {
         self.as_flag(column, self.required(column)?)
     }
@@ -155,7 +165,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn stepwise(&self) -> Result<Content> {
-        let prompt = self.string("prompt")?.to_owned();
+        let prompt = self.text("prompt")?;
         let (completions, labels) = (self.list("completions")?, self.list("labels")?);
         if completions.len() != labels.len() {
             let reason = format!("expected one for each of {} completions, got {}", completions.len(), labels.len());
@@ -163,7 +173,7 @@ impl<'a> Fields<'a> {
         }
         let step = |(index, (text, label)): (usize, (&'a Value, &'a Value))| {
             let text = self.as_string(&format!("completions[{index}]"), text)?;
-            Ok((text.to_owned(), self.as_flag(&format!("labels[{index}]"), label)?))
+            Ok((text.to_owned(), self.as_share(&format!("labels[{index}]"), label)?))
         };
         let steps = completions.iter().zip(labels).enumerate().map(step).collect::<Result<Vec<_>>>()?;
         if steps.is_empty() {

@@ -29,7 +29,7 @@ pub enum Kind {
     Preference,
     /// `prompt`, `completion` and whether it is good: `label`.
     UnpairedPreference,
-    /// `prompt`, `completions` (steps) and whether each is right: `labels`.
+    /// `prompt`, `completions` (steps) and whether each is right, or how probably: `labels`.
     Stepwise,
     /// `input_ids`, with `labels` or `completion_mask`.
     Tokens,
@@ -93,9 +93,9 @@ pub enum Content {
     /// A solution in steps.
     Stepwise {
         /// The problem.
-        prompt: String,
-        /// The steps and whether each is right.
-        steps: Vec<(String, bool)>,
+        prompt: Text,
+        /// The steps and how right each is, from 0 to 1.
+        steps: Vec<(String, f64)>,
     },
     /// Token ids and which of them are to be learnt.
     Tokens {
@@ -107,6 +107,19 @@ pub enum Content {
 }
 
 impl Content {
+    /// What is given, in rows that have it. `messages` are a prompt where nothing is said to follow.
+    pub fn prompt(&self) -> Option<&Text> {
+        match self {
+            Self::PromptOnly(prompt)
+            | Self::PromptCompletion { prompt, .. }
+            | Self::Preference { prompt, .. }
+            | Self::UnpairedPreference { prompt, .. }
+            | Self::Stepwise { prompt, .. }
+            | Self::LanguageModeling(prompt @ Text::Messages(_)) => Some(prompt),
+            Self::LanguageModeling(Text::Plain(_)) | Self::Tokens { .. } => None,
+        }
+    }
+
     /// The row type.
     pub fn kind(&self) -> Kind {
         match self {

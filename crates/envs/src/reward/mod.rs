@@ -2,6 +2,7 @@
 
 pub mod judge;
 pub mod length;
+pub mod model;
 pub mod process;
 mod weighted;
 
@@ -12,6 +13,7 @@ use crate::score::{Answer, Score, Status};
 use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
 pub use judge::JudgeOptions;
 pub use length::LengthOptions;
+pub use model::ModelRewardOptions;
 pub use process::ProcessOptions;
 pub use weighted::Weighted;
 
@@ -95,6 +97,14 @@ pub enum RewardError {
         /// What happened.
         source: crate::partner::PartnerError,
     },
+    /// A reward model that cannot be used, or an answer that it cannot read.
+    #[error("reward {reward}: {reason}")]
+    Model {
+        /// The reward's name.
+        reward: String,
+        /// Which model or answer, and why.
+        reason: String,
+    },
     /// A reward returned another number of scores than answers.
     #[error("reward {reward} returned {found} scores for {expected} answers")]
     Count {
@@ -120,7 +130,7 @@ impl base::Hint for RewardError {
                     .into(),
             ),
             Self::Partner { source, .. } => source.hint(),
-            Self::Count { .. } => None,
+            Self::Model { .. } | Self::Count { .. } => None,
         }
     }
 }
@@ -154,11 +164,33 @@ impl RewardConfig {
         self.name.as_deref().unwrap_or(self.kind.name())
     }
 
-    /// Makes the reward.
+    /// Checks the options without loading anything.
     ///
     /// # Errors
-    /// An option with an impossible value. An external command is only started by the first score.
+    /// An option with an impossible value.
+    pub fn validate(&self) -> Result<(), RewardError> {
+        match &self.kind {
+            RewardKind::Model(options) => options.validate(self.name()),
+            _ => self.build().map(drop),
+        }
+    }
+
+    /// Makes the reward, which must be none that needs a model.
+    ///
+    /// # Errors
+    /// As [`RewardConfig::build_with`].
     pub fn build(&self) -> Result<Box<dyn Reward>, RewardError> {
+        self.build_with(&mut |reward, _| {
+            let (reward, reason) = (reward.to_owned(), "it needs a model, and none can be loaded here".to_owned());
+            Err(RewardError::Model { reward, reason })
+        })
+    }
+
+    /// Makes the reward; `models` makes those that need a model, from their name and options.
+    ///
+    /// # Errors
+    /// An option with an impossible value; a model that cannot be used. An external command is only started by the first score.
+    pub fn build_with(&self, models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, RewardError> {
         let name = self.name().to_owned();
         Ok(match &self.kind {
             RewardKind::Number(options) => Box::new(crate::verify::number::NumberReward::new(name, options.clone())?),
@@ -169,6 +201,10 @@ impl RewardConfig {
             RewardKind::Length(options) => Box::new(length::LengthReward::new(name, options.clone())?),
             RewardKind::Judge(options) => Box::new(judge::JudgeReward::new(name, options.clone())?),
             RewardKind::Process(options) => Box::new(process::ProcessReward::new(name, options.clone())?),
+            RewardKind::Model(options) => {
+                options.validate(&name)?;
+                models(&name, options)?
+            }
         })
     }
 }
@@ -189,7 +225,12 @@ pub enum RewardKind {
     Process(ProcessOptions),
     /// Another model that says how good an answer is.
     Judge(JudgeOptions),
+    /// What one or several reward models say.
+    Model(ModelRewardOptions),
 }
+
+/// What makes a reward of models, given its name and options.
+pub type MakeModelReward<'a> = &'a mut dyn FnMut(&str, &ModelRewardOptions) -> Result<Box<dyn Reward>, RewardError>;
 
 impl RewardKind {
     /// The column with the right answer, where the reward compares with one.
@@ -197,7 +238,7 @@ impl RewardKind {
         match self {
             Self::Number(options) => Some(&options.column),
             Self::Expression(options) => Some(&options.column),
-            Self::Format(_) | Self::Length(_) | Self::Process(_) | Self::Judge(_) => None,
+            Self::Format(_) | Self::Length(_) | Self::Process(_) | Self::Judge(_) | Self::Model(_) => None,
         }
     }
 
@@ -210,6 +251,7 @@ impl RewardKind {
             Self::Length(_) => "length",
             Self::Process(_) => "process",
             Self::Judge(_) => "judge",
+            Self::Model(_) => "model",
         }
     }
 }

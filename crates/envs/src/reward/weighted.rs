@@ -1,6 +1,6 @@
 //! Several rewards as one.
 
-use super::{Reward, RewardConfig, RewardError};
+use super::{MakeModelReward, Reward, RewardConfig, RewardError};
 use crate::score::{Answer, Score, Status};
 
 /// The weighted sum of several rewards.
@@ -40,7 +40,7 @@ impl Weighted {
         Ok(Self { name: "reward".into(), members })
     }
 
-    /// Builds and combines the rewards of a configuration.
+    /// Builds and combines the rewards of a configuration, none of which may need a model.
     ///
     /// # Errors
     /// Those of [`Weighted::new`] and [`RewardConfig::build`].
@@ -48,6 +48,18 @@ impl Weighted {
         Self::new(
             configs.iter().map(|config| Ok((config.weight, config.build()?))).collect::<Result<_, RewardError>>()?,
         )
+    }
+
+    /// The same, where `models` makes those that need a model.
+    ///
+    /// # Errors
+    /// Those of [`Weighted::new`] and [`RewardConfig::build_with`].
+    pub fn from_configs_with(configs: &[RewardConfig], models: MakeModelReward<'_>) -> Result<Self, RewardError> {
+        let mut members = Vec::with_capacity(configs.len());
+        for config in configs {
+            members.push((config.weight, config.build_with(models)?));
+        }
+        Self::new(members)
     }
 
     /// The names of the members, in order.

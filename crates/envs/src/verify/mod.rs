@@ -7,6 +7,7 @@ pub mod budget;
 pub mod expression;
 pub mod format;
 pub mod number;
+pub mod outcome;
 pub mod place;
 pub mod rational;
 
@@ -14,6 +15,7 @@ pub use budget::{Budget, Exhausted};
 pub use expression::ExpressionOptions;
 pub use format::FormatOptions;
 pub use number::NumberOptions;
+pub use outcome::Outcome;
 pub use place::Place;
 pub use rational::Rational;
 

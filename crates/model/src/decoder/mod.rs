@@ -9,6 +9,7 @@
 //! Results do not depend on threads, on the other sequences of a batch or on how a batch is split: every reduction is a
 //! left fold over an index of its own sequence, or over tokens in order.
 
+mod average;
 mod decode;
 mod device;
 mod estimate;

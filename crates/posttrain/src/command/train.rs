@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use model::DeviceName;
-use model::config::ScoreHead;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use train::directory::Directory;
 use train::methods::distillation::{Distillation, Lessons, TeacherOptions};
 use train::methods::policy::Policy;
+use train::methods::process_reward::ProcessReward;
 use train::methods::rejection::Rejection;
+use train::methods::reward_model::RewardModel;
 use train::methods::sft::Sft;
 use train::methods::unlearning::Unlearning;
 use train::run::DataSource;
@@ -21,7 +22,8 @@ use crate::config::{Config, Stage};
 use crate::corpus::{Corpus, Language};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
-use crate::measure::Measurer;
+use crate::judges;
+use crate::measure;
 use crate::opened::{Opened, Opener};
 use crate::plan::{self, Memory, Plan, Workload};
 use crate::report::{assemble, bytes, duration};
@@ -119,9 +121,9 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     }
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     model.sha256.start();
-    let value_head = config.stages().into_iter().any(Stage::has_value_head);
-    if value_head && model.decoder.config().score.is_none() {
-        model.decoder.add_score(ScoreHead::VALUE, 0.0, config.seed)?;
+    let head = config.stages().into_iter().find_map(Stage::score_head);
+    if let (Some(head), None) = (head, model.decoder.config().score) {
+        model.decoder.add_score(head, 0.0, config.seed)?;
     }
     if let Some(lora) = &config.lora {
         model.decoder.attach_lora(lora, config.seed)?;
@@ -135,8 +137,8 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     terminal.note(format!(
         "{}: {} rows to train on, {} held out, {} on {} threads",
         config.model.name,
-        corpus.examples.len().max(corpus.prompts.len()),
-        corpus.test.len(),
+        corpus.train_rows(),
+        corpus.test_rows(),
         place(&config),
         rayon::current_num_threads()
     ));
@@ -151,16 +153,23 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
             Stage::Rejection(options) => {
-                Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), config.reward()?)?)
+                Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), judges::rewards(&config, opener)?)?)
             }
-            Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), config.reward()?)?),
+            Stage::RewardModel(options) => Box::new(RewardModel::new(options.clone(), corpus.rewarded.clone())?),
+            Stage::ProcessReward(options) => Box::new(ProcessReward::new(options.clone(), corpus.steps.clone())?),
+            Stage::Policy(options) => {
+                Box::new(Policy::new(options.clone(), corpus.prompts.clone(), judges::rewards(&config, opener)?)?)
+            }
             Stage::Distillation(options) => {
                 let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
                 let teachers = teachers.collect::<Result<Vec<_>, Failure>>()?;
                 let (teachers, sources): (Vec<_>, Vec<_>) = teachers.into_iter().unzip();
                 corpus.sources.extend(sources);
-                let reward =
-                    if config.rewards.is_empty() { None } else { Some(config.reward()? as Box<dyn envs::Reward>) };
+                let reward = if config.rewards.is_empty() {
+                    None
+                } else {
+                    Some(judges::rewards(&config, opener)? as Box<dyn envs::Reward>)
+                };
                 let (prompts, examples) = (corpus.prompts.clone(), corpus.examples.clone());
                 Box::new(Distillation::new(options.clone(), teachers, Lessons { prompts, examples, reward })?)
             }
@@ -169,10 +178,8 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             }
         });
     }
-    let mut measurer = match corpus.test.is_empty() {
-        true => None,
-        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer, model.template.as_ref())?),
-    };
+    let language = (&model.tokenizer, model.template.as_ref());
+    let mut measurer = measure::evaluator(&config, (corpus.test, corpus.held), language, opener)?;
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);
     let run = Run {
@@ -186,7 +193,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         world: config.world(model.template.as_ref())?,
         chat_template: model.template.as_ref(),
         stages,
-        evaluator: measurer.as_mut().map(|measurer| measurer as &mut dyn Evaluator),
+        evaluator: measurer.as_deref_mut().map(|measurer| measurer as &mut dyn Evaluator),
         observer: &mut watcher,
         interrupt: interrupt.flag(),
         provenance: Provenance {

@@ -1,5 +1,6 @@
 //! The environment of a recipe.
 
+use envs::reward::MakeModelReward;
 use envs::{EnvironmentConfig, Reward, Silent, Weighted};
 use eval::play::World;
 use model::chat::ChatTemplate;
@@ -49,14 +50,14 @@ impl Config {
         Ok(Some(World { environment: &options.environment, template, conversation: &options.conversation }))
     }
 
-    /// What judges answers. An environment needs no further judge.
+    /// What judges answers; `models` makes the rewards that need a model. An environment needs no further judge.
     ///
     /// # Errors
-    /// An option of a reward with an impossible value.
-    pub fn reward(&self) -> Result<Box<dyn Reward>, Failure> {
+    /// An option of a reward with an impossible value; a model that cannot be used.
+    pub fn reward(&self, models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, Failure> {
         Ok(match self.environment.is_some() && self.rewards.is_empty() {
             true => Box::new(Silent),
-            false => Box::new(Weighted::from_configs(&self.rewards)?),
+            false => Box::new(Weighted::from_configs_with(&self.rewards, models)?),
         })
     }
 }

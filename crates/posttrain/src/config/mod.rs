@@ -12,8 +12,8 @@ use std::path::PathBuf;
 
 use base::Hint;
 use data::{DataOptions, RenderOptions};
-use envs::{RewardConfig, TaskConfig};
-use eval::EvaluateOptions;
+use envs::{ModelRewardOptions, RewardConfig, TaskConfig};
+use eval::{EvaluateOptions, TestTimeOptions};
 use model::DeviceName;
 use model::decoder::WeightFormat;
 use model::lora::LoraConfig;
@@ -22,7 +22,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::distillation::DistillationOptions;
 use train::methods::policy::PolicyOptions;
+use train::methods::process_reward::ProcessRewardOptions;
 use train::methods::rejection::RejectionOptions;
+use train::methods::reward_model::RewardModelOptions;
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
 use train::options::RunOptions;
@@ -69,6 +71,12 @@ pub struct Config {
     /// section with `method = "star"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rejection: Option<RejectionOptions>,
+    /// Reward models from pairs or labels: the only stage of its run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_model: Option<RewardModelOptions>,
+    /// Process reward models from labels of steps: the only stage of its run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process_reward: Option<ProcessRewardOptions>,
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyOptions>,
@@ -83,6 +91,12 @@ pub struct Config {
     pub unlearning: Option<UnlearningOptions>,
     /// How the model is measured on held-out problems.
     pub evaluation: EvaluateOptions,
+    /// How `posttrain eval --test-time` finds an answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub test_time: Option<TestTimeOptions>,
+    /// The reward models that `posttrain eval --test-time` asks which answer is best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge: Option<ModelRewardOptions>,
     /// When a run saves, evaluates and writes down what it sampled.
     pub run: RunOptions,
 }
@@ -208,6 +222,14 @@ impl Config {
                 return Err(blame(failure, tree, stage.section()));
             }
         }
+        self.check_scoring_is_alone(tree)?;
+        if let Some(options) = &self.test_time {
+            let failure = |reason| blame(Failure::new(format!("`test_time`: {reason}")), tree, "test_time");
+            options.validate().map_err(failure)?;
+        }
+        if let Some(judge) = &self.judge {
+            judge.validate("judge").map_err(|error| blame(error.into(), tree, "judge"))?;
+        }
         let key = "evaluation.sampling";
         self.check_sampling(&self.evaluation.sampling, tree, key, key)?;
         self.referee.validate().map_err(|error| {
@@ -235,7 +257,7 @@ impl Config {
             }
         }
         for (i, reward) in self.rewards.iter().enumerate() {
-            reward.build().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
+            reward.validate().map_err(|error| blame(error.into(), tree, &format!("rewards.{i}")))?;
         }
         Ok(())
     }
@@ -252,6 +274,21 @@ impl Config {
         let failure =
             Failure::new(format!("`referee.verifier`: no metric {verifier:?}: expected one of {}", known.join(", ")));
         Err(failure.hint("a judge who is not paid for is a reward with `weight = 0`"))
+    }
+
+    /// A model that scores has lost its language-model head: nothing else can be trained beside it.
+    fn check_scoring_is_alone(&self, tree: &Node) -> Result<(), Failure> {
+        let stages = self.stages();
+        match (stages.iter().find(|stage| stage.is_scoring()), stages.len()) {
+            (Some(scoring), 2..) => {
+                let failure = Failure::new(format!(
+                    "`{}` trains a model that scores, beside stages of one that writes: expected it alone",
+                    scoring.method()
+                ));
+                Err(blame(failure.hint("train the reward model in a run of its own"), tree, scoring.section()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Checks the table at `key`, which the error calls `name`.
@@ -288,6 +325,9 @@ impl Config {
 
     /// Whether there is anything to measure.
     pub fn has_evaluation(&self) -> bool {
+        if self.stages().into_iter().any(Stage::is_scoring) {
+            return !self.data.test.is_empty();
+        }
         if let Some(environment) = &self.environment {
             return environment.test_episodes > 0;
         }

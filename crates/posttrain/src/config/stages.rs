@@ -1,9 +1,12 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
+use model::config::{HeadTask, ScoreHead};
 use model::decoder::WeightFormat;
 use train::methods::distillation::{DistillationOptions, TeacherOptions};
 use train::methods::policy::PolicyOptions;
+use train::methods::process_reward::ProcessRewardOptions;
 use train::methods::rejection::{RejectionOptions, Sampler};
+use train::methods::reward_model::{RewardLoss, RewardModelOptions};
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
 use train::options::{OptionError, TrainingOptions};
@@ -17,6 +20,10 @@ pub enum Stage<'a> {
     Sft(&'a SftOptions),
     /// `[rejection]`
     Rejection(&'a RejectionOptions),
+    /// `[reward_model]`
+    RewardModel(&'a RewardModelOptions),
+    /// `[process_reward]`
+    ProcessReward(&'a ProcessRewardOptions),
     /// `[policy]`
     Policy(&'a PolicyOptions),
     /// `[distillation]`
@@ -27,9 +34,13 @@ pub enum Stage<'a> {
 
 /// What a stage learns from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
+pub enum Rows<'a> {
     /// Prompts with completions to imitate.
     Examples,
+    /// Completions to be scored, in pairs or with labels, as the loss wants them.
+    Rewarded(RewardLoss),
+    /// Solutions in steps, each followed by this separator.
+    Steps(&'a str),
     /// Prompts, to which the model finds answers itself, and what these are judged by.
     Prompts,
     /// Prompts with completions to forget.
@@ -55,6 +66,8 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(_) => "sft",
             Self::Rejection(_) => "rejection",
+            Self::RewardModel(_) => "reward_model",
+            Self::ProcessReward(_) => "process_reward",
             Self::Policy(_) => "policy",
             Self::Distillation(_) => "distillation",
             Self::Unlearning(_) => "unlearning",
@@ -66,6 +79,8 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(options) => &options.method,
             Self::Rejection(options) => &options.method,
+            Self::RewardModel(options) => &options.method,
+            Self::ProcessReward(options) => &options.method,
             Self::Policy(options) => &options.method,
             Self::Distillation(options) => &options.method,
             Self::Unlearning(options) => &options.method,
@@ -77,6 +92,8 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(options) => &options.training,
             Self::Rejection(options) => &options.training,
+            Self::RewardModel(options) => &options.training,
+            Self::ProcessReward(options) => &options.training,
             Self::Policy(options) => &options.training,
             Self::Distillation(options) => &options.training,
             Self::Unlearning(options) => &options.training,
@@ -84,10 +101,12 @@ impl<'a> Stage<'a> {
     }
 
     /// What it learns from.
-    pub fn rows(self) -> Vec<Rows> {
+    pub fn rows(self) -> Vec<Rows<'a>> {
         let some = |needed: bool, rows| needed.then_some(rows);
         match self {
             Self::Sft(_) => vec![Rows::Examples],
+            Self::RewardModel(options) => vec![Rows::Rewarded(options.loss_type)],
+            Self::ProcessReward(options) => vec![Rows::Steps(&options.step_separator)],
             Self::Rejection(_) | Self::Policy(_) => vec![Rows::Prompts],
             Self::Distillation(options) => {
                 let own = some(options.prompts_per_step() > 0, Rows::Prompts);
@@ -104,15 +123,10 @@ impl<'a> Stage<'a> {
         matches!(self, Self::Policy(options) if options.has_value_model() && !options.shares_value_model())
     }
 
-    /// Whether the policy carries its value model as a head of its own.
-    pub fn has_value_head(self) -> bool {
-        matches!(self, Self::Policy(options) if options.shares_value_model())
-    }
-
     /// How it samples, where it does.
     pub fn sampling(self) -> Option<&'a rollout::SamplingOptions> {
         match self {
-            Self::Sft(_) | Self::Unlearning(_) => None,
+            Self::Sft(_) | Self::RewardModel(_) | Self::ProcessReward(_) | Self::Unlearning(_) => None,
             Self::Rejection(options) => Some(&options.sampling),
             Self::Policy(options) => Some(&options.sampling),
             Self::Distillation(options) => (options.prompts_per_step() > 0).then_some(&options.sampling),
@@ -127,12 +141,31 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// Whether the model that it trains scores, and does not write.
+    pub fn is_scoring(self) -> bool {
+        matches!(self, Self::RewardModel(_) | Self::ProcessReward(_))
+    }
+
+    /// The score head of the model that it trains: of one that scores, or of a policy that carries its value model.
+    pub fn score_head(self) -> Option<ScoreHead> {
+        match self {
+            Self::RewardModel(_) => Some(ScoreHead::REWARD),
+            Self::ProcessReward(options) => {
+                Some(ScoreHead { outputs: options.loss_type.outputs(), task: HeadTask::Token })
+            }
+            Self::Policy(options) => options.shares_value_model().then_some(ScoreHead::VALUE),
+            _ => None,
+        }
+    }
+
     /// How much it computes.
     pub fn work(self) -> Work {
+        let once = |rows_per_step| Work { rows_per_step, sequences_per_row: 1, passes: 1, decode_batch_size: 0 };
         match self {
-            Self::Sft(options) => {
-                Work { rows_per_step: options.batch_size, sequences_per_row: 1, passes: 1, decode_batch_size: 0 }
-            }
+            Self::Sft(options) => once(options.batch_size),
+            // A row of pairs is as long as its two sequences.
+            Self::RewardModel(options) => once(options.batch_size),
+            Self::ProcessReward(options) => once(options.batch_size),
             Self::Policy(options) => Work {
                 rows_per_step: options.prompts_per_step,
                 sequences_per_row: options.num_generations,
@@ -175,7 +208,7 @@ impl<'a> Stage<'a> {
     /// Whether it compares with the model it started from.
     pub fn needs_reference(self) -> bool {
         match self {
-            Self::Sft(_) | Self::Distillation(_) => false,
+            Self::Sft(_) | Self::RewardModel(_) | Self::ProcessReward(_) | Self::Distillation(_) => false,
             Self::Rejection(options) => options.sampler == Sampler::Reference,
             Self::Policy(options) => options.objective.needs_reference(),
             Self::Unlearning(options) => options.objective.needs_reference(),
@@ -187,6 +220,8 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(options) => options.validate(),
             Self::Rejection(options) => options.validate(),
+            Self::RewardModel(options) => options.validate(),
+            Self::ProcessReward(options) => options.validate(),
             Self::Policy(options) => options.validate(),
             Self::Distillation(options) => options.validate(),
             Self::Unlearning(options) => options.validate(),
@@ -200,6 +235,8 @@ impl Config {
     pub fn stages(&self) -> Vec<Stage<'_>> {
         let stages = [
             self.sft.as_ref().map(Stage::Sft),
+            self.reward_model.as_ref().map(Stage::RewardModel),
+            self.process_reward.as_ref().map(Stage::ProcessReward),
             self.rejection.as_ref().map(Stage::Rejection),
             self.policy.as_ref().map(Stage::Policy),
             self.distillation.as_ref().map(Stage::Distillation),
@@ -213,6 +250,8 @@ impl Config {
         let trainings = [
             self.sft.as_mut().map(|options| &mut options.training),
             self.rejection.as_mut().map(|options| &mut options.training),
+            self.reward_model.as_mut().map(|options| &mut options.training),
+            self.process_reward.as_mut().map(|options| &mut options.training),
             self.policy.as_mut().map(|options| &mut options.training),
             self.distillation.as_mut().map(|options| &mut options.training),
             self.unlearning.as_mut().map(|options| &mut options.training),

@@ -18,10 +18,13 @@ use crate::failure::Failure;
 const SAMPLES: usize = 8;
 
 /// The order of the curves on the page.
-const CURVES: [&str; 11] = [
+const CURVES: [&str; 14] = [
     "reward",
+    "accuracy",
     "eval_accuracy",
     "loss",
+    "margin",
+    "mean_reward",
     "completions/mean_length",
     "entropy",
     "kl",

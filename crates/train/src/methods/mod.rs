@@ -6,7 +6,9 @@
 
 pub mod distillation;
 pub mod policy;
+pub mod process_reward;
 pub mod rejection;
+pub mod reward_model;
 pub mod sft;
 pub mod unlearning;
 
@@ -57,6 +59,18 @@ pub const FAMILIES: &[Family] = &[
         title: "Supervised fine-tuning",
         presets: sft::PRESETS,
         sources: &[include_str!("sft.rs"), include_str!("../../../objectives/src/sft.rs")],
+    },
+    Family {
+        section: "reward_model",
+        title: "Reward models",
+        presets: reward_model::PRESETS,
+        sources: &[include_str!("reward_model.rs"), include_str!("../../../objectives/src/reward.rs")],
+    },
+    Family {
+        section: "process_reward",
+        title: "Process reward models",
+        presets: process_reward::PRESETS,
+        sources: &[include_str!("process_reward.rs"), include_str!("../../../objectives/src/reward.rs")],
     },
     Family {
         section: "policy",

@@ -1,0 +1,168 @@
+//! Models that score, from recipe to judge: trained, measured, averaged, asked at test time and paid by.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+mod common;
+
+use std::path::Path;
+
+use common::{SMALL, expect, posttrain, stderr, stdout, write};
+
+const RECIPE: &str = r#"
+seed = 7
+[model]
+name = "tiny-llama"
+precision = "f32"
+[data]
+train = ["pairs.jsonl"]
+test = ["pairs.jsonl"]
+[reward_model]
+batch_size = 8
+center_rewards_coefficient = 0.01
+[reward_model.training]
+max_steps = 12
+learning_rate = 3e-3
+[run]
+save_steps = 0
+eval_steps = 0
+"#;
+
+/// Answers that are right win.
+fn write_rows(folder: &Path) {
+    let rows = |row: &dyn Fn(u32, u32) -> String| -> String {
+        (0..6).flat_map(|a| (0..4).map(move |b| (a, b))).map(|(a, b)| row(a, b) + "\n").collect()
+    };
+    let pairs = rows(&|a, b| {
+        let (right, wrong) = (a + b, (a + b + 1 + a % 3) % 10);
+        format!("{{\"prompt\": \"{a}+{b}=\", \"chosen\": \"{right}\", \"rejected\": \"{wrong}\", \"margin\": 0.1}}")
+    });
+    let steps = rows(&|a, b| {
+        let label = if a % 2 == 0 { "0.75" } else { "false" };
+        format!("{{\"prompt\": \"{a}+{b}=\", \"completions\": [\"{a}\", \"{b}\"], \"labels\": [true, {label}]}}")
+    });
+    write(folder, "pairs.jsonl", &pairs);
+    write(folder, "steps.jsonl", &steps);
+    write(folder, "reward.toml", RECIPE);
+    write(folder, "small.toml", SMALL);
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> String {
+    let output = posttrain(folder).args(arguments).output().unwrap();
+    expect(0, &output);
+    stdout(&output)
+}
+
+#[test]
+fn reward_models_are_trained_measured_averaged_and_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_rows(folder);
+    for (name, seed) in [("one", "seed=1"), ("two", "seed=2")] {
+        let told = run(folder, &["train", "reward.toml", "--output", name, "--set", seed]);
+        assert!(told.contains("accuracy before") && told.contains("24 problems"), "{told}");
+    }
+    let config = std::fs::read_to_string(folder.join("one/final/config.json")).unwrap();
+    assert!(config.contains("LlamaForSequenceClassification") && config.contains("\"num_labels\": 1"), "{config}");
+    let card = std::fs::read_to_string(folder.join("one/README.md")).unwrap();
+    assert!(card.contains("pipeline_tag: text-classification"), "{card}");
+    let told = run(folder, &["eval", "reward.toml", "--model", "one"]);
+    assert!(told.contains("accuracy") && told.contains("margin"), "{told}");
+
+    run(folder, &["merge", "one", "two", "--average", "--shares", "1,3", "--out", "mean"]);
+    run(folder, &["eval", "reward.toml", "--model", "mean"]);
+    let two = posttrain(folder).args(["merge", "one", "two", "--out", "none"]).output().unwrap();
+    expect(2, &two);
+
+    // As judges of answers, alone and together, and by name of a judge that is none.
+    let judged = |strategy: &str, models: &str| {
+        let models = format!("judge.models={models}");
+        let set = ["--set", &models, "--set", "test_time.samples=4", "--set", "test_time.sampling.max_new_tokens=6"];
+        let verb = ["eval", "small.toml", "--test-time", strategy, "--set", "judge.as_probability=true"];
+        run(folder, &[&verb[..], &set[..], &["--set", "test_time.simulations=2"]].concat())
+    };
+    for strategy in ["best_of_n", "majority", "weighted_vote", "step_beam", "mcts"] {
+        let told = judged(strategy, "['one', 'mean']");
+        assert!(told.contains("accuracy") && told.contains("generated for each"), "{strategy}: {told}");
+    }
+    assert!(judged("best_of_n", "['one']").contains("with   4"));
+    let none = posttrain(folder).args(["eval", "small.toml", "--test-time", "best_of_n"]).output().unwrap();
+    expect(1, &none);
+    assert!(stderr(&none).contains("`[judge]`"), "{}", stderr(&none));
+    let plain = ["eval", "small.toml", "--test-time", "best_of_n", "--set", "judge.models=['tiny-llama']"];
+    let plain = posttrain(folder).args(plain).output().unwrap();
+    expect(1, &plain);
+    assert!(stderr(&plain).contains("no score head"), "{}", stderr(&plain));
+    // A model that scores does not write.
+    let written = posttrain(folder).args(["generate", "--model", "one", "--prompt", "1", "--raw"]).output().unwrap();
+    expect(1, &written);
+    assert!(stderr(&written).contains("scores and does not write"), "{}", stderr(&written));
+
+    // As a reward.
+    write(folder, "paid.toml", "[[rewards]]\ntype = 'model'\nmodels = ['one', 'two']\nensemble = 'min'\n");
+    let steps = ["--set", "sft.training.max_steps=1", "--set", "grpo.training.max_steps=2"];
+    run(folder, &[&["train", "small.toml", "paid.toml", "--output", "paid"][..], &steps[..]].concat());
+    let metrics = std::fs::read_to_string(folder.join("paid/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("rewards/model/mean") && metrics.contains("rewards/model/1/mean"), "{metrics}");
+}
+
+#[test]
+fn process_reward_models_are_trained_with_an_adapter_and_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_rows(folder);
+    run(
+        folder,
+        &[
+            "train",
+            "small.toml",
+            "--output",
+            "base",
+            "--set",
+            "sft.training.max_steps=1",
+            "--set",
+            "grpo.training.max_steps=1",
+        ],
+    );
+    write(
+        folder,
+        "prm.toml",
+        "[model]\nname = 'base/final'\nprecision = 'f32'\n[lora]\nr = 4\n[data]\ntrain = ['steps.jsonl']\ntest = ['steps.jsonl']\n\
+         [process_reward]\nloss_type = 'bce'\n[process_reward.training]\nmax_steps = 4\nlearning_rate = 1e-3\n[run]\nsave_steps = 2\n",
+    );
+    let told = run(folder, &["train", "prm.toml", "--output", "prm"]);
+    assert!(told.contains("accuracy after"), "{told}");
+    run(folder, &["eval", "prm.toml", "--model", "prm"]);
+    run(folder, &["merge", "prm", "--out", "merged"]);
+    let config = std::fs::read_to_string(folder.join("merged/config.json")).unwrap();
+    assert!(config.contains("LlamaForTokenClassification"), "{config}");
+    for model in ["prm", "merged"] {
+        let models = format!("judge.models=['{model}']");
+        let told = run(
+            folder,
+            &[
+                "eval",
+                "small.toml",
+                "--test-time",
+                "step_beam",
+                "--set",
+                &models,
+                "--set",
+                "test_time.sampling.max_new_tokens=6",
+            ],
+        );
+        assert!(told.contains("accuracy"), "{told}");
+    }
+}
+
+#[test]
+fn stages_that_do_not_go_together_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_rows(folder);
+    let both = posttrain(folder).args(["train", "small.toml", "reward.toml"]).output().unwrap();
+    expect(1, &both);
+    assert!(stderr(&both).contains("expected it alone"), "{}", stderr(&both));
+    let centred = ["train", "reward.toml", "--set", "reward_model.loss_type=bce"];
+    let centred = posttrain(folder).args(centred).output().unwrap();
+    expect(1, &centred);
+    assert!(stderr(&centred).contains("center_rewards_coefficient"), "{}", stderr(&centred));
+}

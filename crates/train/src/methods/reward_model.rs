@@ -1,0 +1,240 @@
+//! Reward models: a score for a whole completion, learned from comparisons or from labels.
+//!
+//! ```text
+//! bradley_terry   L = 1/P Σ_pairs  -log σ(r(x, y_c) - r(x, y_r) - m) + λ (r(x, y_c) + r(x, y_r))²
+//! bce             L = 1/N Σ  -y log σ(r(x, y)) - (1 - y) log σ(-r(x, y))
+//! mse             L = 1/N Σ  (r(x, y) - y)²
+//! ```
+//!
+//! `r` is a linear head with one output, without a bias, over the hidden state of a sequence's last token; it takes the place of the
+//! language model's head. A model that has no such head gets one, all zero: every reward is 0 at first, and the loss of pairs `log 2`. With
+//! `[lora]` the head is trained with the adapter. What is trained is saved as `...ForSequenceClassification`, which transformers loads.
+//!
+//! A step takes `batch_size` rows in the order of the epoch. What the two completions of a pair begin with together is computed once.
+//!
+//! Rows: `prompt`, `chosen`, `rejected`, and where there is one `margin`, for `bradley_terry`; `prompt`, `completion` and `label` (true or
+//! false) or `score` (a number) for `bce` and `mse`. With `bce` and labels of final answers this is an outcome reward model (ORM).
+//!
+//! Deviations from TRL's `RewardTrainer`:
+//! 1. The head starts at zero, not at random.
+//! 2. Metrics are over the pairs of a step, not means of the means of micro-batches.
+//! 3. The score is always that of the last token; transformers looks for the last token that is no padding, which is another where
+//!    sequences end with a token that also pads.
+//!
+//! Metrics: `loss`; `grad_norm`, the norm of its gradient before clipping; those of [`mod@objectives::reward`].
+
+use data::{PreferencePair, ScoredExample};
+use objectives::reward::{self, LabelLoss, ScoredPairs};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Preset;
+use crate::error::Result;
+use crate::method::{Method, Report, Step};
+use crate::options::{OptionError, TrainingOptions, check};
+use crate::order::Order;
+use crate::scoring::{self, Batch, Scored, Unit};
+
+/// The published methods of the family.
+pub const PRESETS: &[Preset] = &[
+    Preset {
+        name: "bradley_terry",
+        title: "a reward model from comparisons",
+        paper: "Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
+        formula: "L = - E log σ(r(x, y_c) - r(x, y_r) - m) + λ E (r(x, y_c) + r(x, y_r))²",
+        settings: "loss_type = \"bradley_terry\"",
+    },
+    Preset {
+        name: "orm",
+        title: "an outcome reward model: right or wrong",
+        paper: "Cobbe et al. 2021, arXiv 2110.14168",
+        formula: "L = - E [y log σ(r(x, y)) + (1 - y) log σ(-r(x, y))]",
+        settings: "loss_type = \"bce\"",
+    },
+    Preset {
+        name: "regression",
+        title: "a reward model from scores",
+        paper: "Wang et al. 2024, HelpSteer2, arXiv 2406.08673",
+        formula: "L = E (r(x, y) - s)²",
+        settings: "loss_type = \"mse\"",
+    },
+];
+
+/// What rewards are learned from, and how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RewardLoss {
+    /// From pairs: the chosen completion should score higher.
+    #[default]
+    BradleyTerry,
+    /// From labels or scores between 0 and 1: the reward is the log-odds of being right.
+    Bce,
+    /// From scores: the reward is the score.
+    Mse,
+}
+
+/// Options of reward models.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RewardModelOptions {
+    /// The published method whose settings are the defaults: one of those that `posttrain methods` lists for the section.
+    pub method: String,
+    /// The loss: `bradley_terry`, `bce` or `mse`.
+    pub loss_type: RewardLoss,
+    /// Weight of the squared sum of a pair's rewards, which keeps rewards around 0; 0.01 is usual, 0 is off.
+    #[schemars(range(min = 0.0))]
+    pub center_rewards_coefficient: f64,
+    /// Rows of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub batch_size: usize,
+    /// How long the stage lasts and how the weights move.
+    pub training: TrainingOptions,
+}
+
+impl Default for RewardModelOptions {
+    fn default() -> Self {
+        Self {
+            method: "bradley_terry".into(),
+            loss_type: RewardLoss::BradleyTerry,
+            center_rewards_coefficient: 0.0,
+            batch_size: 16,
+            training: TrainingOptions::default(),
+        }
+    }
+}
+
+impl RewardModelOptions {
+    /// Refuses values that mean nothing.
+    ///
+    /// # Errors
+    /// The option, what it is, and what it may be.
+    pub fn validate(&self) -> Result<(), OptionError> {
+        let center = self.center_rewards_coefficient;
+        check("center_rewards_coefficient", center, center.is_finite() && center >= 0.0, "a number from 0 up")?;
+        let centred = center == 0.0 || self.loss_type == RewardLoss::BradleyTerry;
+        check("center_rewards_coefficient", center, centred, "0, unless loss_type is bradley_terry")?;
+        check("batch_size", self.batch_size, (1..=1 << 20).contains(&self.batch_size), "1 to 1048576")?;
+        self.training.validate().map_err(|error| error.within("training"))
+    }
+}
+
+/// What a reward model learns from.
+#[derive(Clone, Debug)]
+pub enum RewardRows {
+    /// Comparisons.
+    Pairs(Vec<PreferencePair>),
+    /// Completions with their scores.
+    Scored(Vec<ScoredExample>),
+}
+
+impl Default for RewardRows {
+    fn default() -> Self {
+        Self::Pairs(Vec::new())
+    }
+}
+
+impl RewardRows {
+    /// The tokens of every row; of both completions, for pairs.
+    pub fn lengths(&self) -> Vec<usize> {
+        match self {
+            Self::Pairs(pairs) => pairs.iter().map(|pair| pair.chosen.ids.len() + pair.rejected.ids.len()).collect(),
+            Self::Scored(examples) => examples.iter().map(|scored| scored.example.ids.len()).collect(),
+        }
+    }
+
+    /// The number of rows.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Pairs(pairs) => pairs.len(),
+            Self::Scored(examples) => examples.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The units of some rows: pairs, or single completions.
+    pub fn units(&self, rows: &[usize]) -> Vec<Unit<'_>> {
+        let unit = |&row: &usize| match self {
+            Self::Pairs(pairs) => {
+                let (chosen, rejected) = (&pairs[row].chosen.ids, &pairs[row].rejected.ids);
+                Unit::new(vec![Scored::whole(chosen), Scored::whole(rejected)])
+            }
+            Self::Scored(examples) => Unit::new(vec![Scored::whole(&examples[row].example.ids)]),
+        };
+        rows.iter().map(unit).collect()
+    }
+}
+
+/// Training of a reward model.
+pub struct RewardModel {
+    options: RewardModelOptions,
+    rows: RewardRows,
+}
+
+impl RewardModel {
+    /// Training on these rows: pairs for `bradley_terry`, scored completions for the others.
+    ///
+    /// # Errors
+    /// Options that mean nothing; rows of the other kind.
+    pub fn new(options: RewardModelOptions, rows: RewardRows) -> Result<Self> {
+        let of_pairs = matches!(rows, RewardRows::Pairs(_));
+        options
+            .validate()
+            .and_then(|()| match (options.loss_type, of_pairs) {
+                (RewardLoss::BradleyTerry, false) => {
+                    check("loss_type", "bradley_terry", false, "bce or mse, for rows with scores")
+                }
+                (RewardLoss::Bce | RewardLoss::Mse, true) => {
+                    check("loss_type", "bce or mse", false, "bradley_terry, for pairs")
+                }
+                _ => Ok(()),
+            })
+            .map_err(|error| error.within("reward_model"))?;
+        Ok(Self { options, rows })
+    }
+
+    fn loss(&self, piece: &scoring::Piece, rows: &[usize]) -> objectives::Result<objectives::Loss> {
+        let weights = vec![1.0 / rows.len() as f64; piece.units.len()];
+        let own = &rows[piece.units.clone()];
+        match &self.rows {
+            RewardRows::Pairs(pairs) => {
+                let margins = own.iter().map(|&row| pairs[row].margin).collect();
+                let (chosen, rejected) = (piece.of_pairs(0)?, piece.of_pairs(1)?);
+                let pairs = ScoredPairs { chosen, rejected, margins, weights };
+                reward::bradley_terry(&pairs, self.options.center_rewards_coefficient)
+            }
+            RewardRows::Scored(examples) => {
+                let scores: Vec<f64> = own.iter().map(|&row| examples[row].score).collect();
+                let loss = if self.options.loss_type == RewardLoss::Bce { LabelLoss::Bce } else { LabelLoss::Mse };
+                reward::labelled(loss, &piece.scores, &scores, &weights)
+            }
+        }
+    }
+}
+
+impl Method for RewardModel {
+    fn name(&self) -> &str {
+        &self.options.method
+    }
+
+    fn training(&self) -> &TrainingOptions {
+        &self.options.training
+    }
+
+    fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn rows_per_step(&self) -> usize {
+        self.options.batch_size
+    }
+
+    fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
+        let rows = Order::new(self.rows.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
+        let batch = Batch::new(self.rows.units(&rows));
+        scoring::step(step, &batch, self.options.training.micro_batch_tokens, |piece| self.loss(piece, &rows))
+    }
+}
