@@ -14,6 +14,6 @@ pub mod sample;
 
 pub use error::{Error, Result};
 pub use read::{DataOptions, read};
-pub use render::{Drops, Example, Prompt, RenderOptions, Rendered, Renderer};
+pub use render::{Drops, Example, LabelledExample, PreferencePair, Prompt, RenderOptions, Rendered, Renderer};
 pub use row::{Row, Source};
 pub use sample::{Kind, Sample, Text};

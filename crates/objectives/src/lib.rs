@@ -8,7 +8,8 @@
 //! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`ratio`] and [`clip`] bound how far the policy
 //! moves, [`kl`] measures the distance to a reference, [`correction`] weighs what another sampler drew, [`filter`] leaves tokens
 //! out, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
-//! its formula and its paper. Three rules hold for every method:
+//! its formula and its paper. Objectives of whole completions ([`preference()`], [`unpaired()`]) return one weighted loss per
+//! pair or sequence instead. Three rules hold for every method:
 //!
 //! 1. Denominators are global. They are inside the weights, so splitting a batch changes neither loss nor gradient.
 //! 2. The arithmetic is f64 whatever the precision of the inputs; it costs nothing beside the model.
@@ -27,10 +28,16 @@ pub mod loss;
 pub mod policy;
 pub mod ratio;
 mod sequences;
+pub mod online;
+pub mod pairwise;
+pub mod preference;
+mod scalar;
 pub mod sft;
 pub mod shaping;
 pub mod unlearning;
 pub mod value;
+pub mod unpaired;
+pub mod worst_case;
 
 pub use advantage::{Advantages, Baseline, Credit, Estimator, Rewards, ScaleRewards};
 pub use aggregation::{Aggregation, GlobalCounts};
@@ -45,3 +52,8 @@ pub use ratio::RatioLevel;
 pub use sft::{SftBatch, SftObjective, sft};
 pub use unlearning::UnlearningOptions;
 pub use value::{ValueBatch, value};
+pub use online::{NashMdBatch, nash_md, xpo};
+pub use pairwise::PairLoss;
+pub use preference::{Length, PairBatch, PreferenceOptions, Score, preference};
+pub use unpaired::{Baseline, RunningMean, Unpaired, UnpairedBatch, UnpairedOptions, Utility, unpaired};
+pub use worst_case::{Ball, WorstCase};

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use base::files;
-use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
-use envs::tasks::Split;
+use base::{Purpose, Random, files};
+use data::{Example, LabelledExample, PreferencePair, Prompt, RenderOptions, Renderer, Row, Source};
+use envs::tasks::{Split, near_miss};
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
@@ -22,10 +22,16 @@ const TEST_SEED: u64 = 0;
 pub struct Corpus {
     /// For supervised stages.
     pub examples: Vec<Example>,
+    /// For stages that compare two completions.
+    pub pairs: Vec<PreferencePair>,
+    /// For stages that learn from single judgements.
+    pub judged: Vec<LabelledExample>,
     /// For stages that sample.
     pub prompts: Vec<Prompt>,
-    /// Held out.
+    /// Held out: problems to answer.
     pub test: Vec<Prompt>,
+    /// Held out: pairs to tell apart.
+    pub test_pairs: Vec<PreferencePair>,
     /// Names, sizes and hashes of everything used.
     pub sources: Vec<DataSource>,
 }
@@ -61,6 +67,16 @@ impl Corpus {
                     note_drops(&rendered.drops, "training examples", terminal);
                     corpus.examples = rendered.items;
                 }
+                Rows::Pairs => {
+                    let rendered = renderer.preferences(&samples)?;
+                    note_drops(&rendered.drops, "pairs", terminal);
+                    corpus.pairs = rendered.items;
+                }
+                Rows::Judgements => {
+                    let rendered = renderer.labelled(&samples)?;
+                    note_drops(&rendered.drops, "judged completions", terminal);
+                    corpus.judged = rendered.items;
+                }
                 Rows::Prompts => {
                     let rendered = renderer.prompts(&samples)?;
                     note_drops(&rendered.drops, "prompts", terminal);
@@ -79,7 +95,7 @@ impl Corpus {
         }
         let mut rows = Vec::new();
         for task in &config.tasks {
-            let made = test_rows(task)?;
+            let made = test_rows(task, config.compares())?;
             corpus.sources.push(source_of("test", &task_name(task)?, &made));
             rows.extend(made);
         }
@@ -88,11 +104,30 @@ impl Corpus {
             corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
             rows.extend(read);
         }
-        let language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
-        let rendered = language.renderer(&config.rendering).prompts(&data::sample::parse(rows)?)?;
-        note_drops(&rendered.drops, "held-out problems", terminal);
-        corpus.test = rendered.items;
+        let samples = data::sample::parse(rows)?;
+        if !config.rewards.is_empty() {
+            let language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
+            let rendered = language.renderer(&config.rendering).prompts(&samples)?;
+            note_drops(&rendered.drops, "held-out problems", terminal);
+            corpus.test = rendered.items;
+        }
+        // Held-out problems need not be pairs, as long as there is a reward to judge answers by.
+        if config.preference.is_some() && (config.rewards.is_empty() || samples.iter().any(data::Sample::is_pair)) {
+            let rendered = language.renderer(&config.rendering).preferences(&samples)?;
+            note_drops(&rendered.drops, "held-out pairs", terminal);
+            corpus.test_pairs = rendered.items;
+        }
         Ok(corpus)
+    }
+
+    /// Rows to train on.
+    pub fn train_rows(&self) -> usize {
+        [self.examples.len(), self.pairs.len(), self.judged.len(), self.prompts.len()].into_iter().max().unwrap_or(0)
+    }
+
+    /// Held-out rows.
+    pub fn test_rows(&self) -> usize {
+        self.test.len().max(self.test_pairs.len())
     }
 }
 
@@ -127,8 +162,11 @@ fn train_rows(config: &Config, sources: &mut Vec<DataSource>) -> Result<Vec<Row>
     for options in config.tasks.iter().filter(|task| task.train_problems > 0) {
         let task = options.task.build()?;
         let problems = (0..u64::from(options.train_problems)).map(|i| task.generate(config.seed, Split::Train, i));
-        let made: Vec<Row> =
-            problems.zip(1..).map(|(problem, number)| row(options, problem.columns(), task.name(), number)).collect();
+        let wrong = config.compares().then(|| Random::new(config.seed, Purpose::Mistake).step(Split::Train as u32));
+        let made: Vec<Row> = problems
+            .zip(1..)
+            .map(|(problem, number)| row(options, problem.columns(), task.name(), number, wrong))
+            .collect();
         sources.push(source_of("train", task.name(), &made));
         rows.extend(made);
     }
@@ -148,16 +186,17 @@ fn task_name(options: &TaskOptions) -> Result<String, Failure> {
 const CANDIDATES: u64 = 100;
 
 /// Distinct held-out problems. A task with few of them gives as many as it has.
-fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
+fn test_rows(options: &TaskOptions, pairs: bool) -> Result<Vec<Row>, Failure> {
     let task = options.task.build()?;
     let wanted = u64::from(options.test_problems);
     let mut seen = HashSet::new();
     let problems = (0..wanted * CANDIDATES).map(|i| task.generate(TEST_SEED, Split::Test, i));
     let distinct = problems.filter(|problem| seen.insert((problem.key.clone(), problem.question.clone())));
+    let wrong = pairs.then(|| Random::new(TEST_SEED, Purpose::Mistake).step(Split::Test as u32));
     let rows: Vec<Row> = distinct
         .take(wanted as usize)
         .zip(1..)
-        .map(|(problem, number)| row(options, problem.columns(), task.name(), number))
+        .map(|(problem, number)| row(options, problem.columns(), task.name(), number, wrong))
         .collect();
     if rows.len() as u64 != wanted {
         let failure =
@@ -167,11 +206,23 @@ fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-/// A problem as a row with the completion that supervised stages learn.
-fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64) -> Row {
-    let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default();
-    let completion = options.completion.replace("{answer}", answer);
-    columns.insert("completion".into(), json!([{"role": "assistant", "content": completion}]));
+/// A problem as a row with the completion that supervised stages learn; or, where there are draws for wrong answers, with a
+/// chosen and a rejected one.
+fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64, wrong: Option<Random>) -> Row {
+    let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let said = |text: String| json!([{"role": "assistant", "content": text}]);
+    let completion = said(options.completion.replace("{answer}", &answer));
+    match wrong {
+        None => {
+            columns.insert("completion".into(), completion);
+        }
+        Some(random) => {
+            let wrong = near_miss(&answer, random.prompt(number as u32));
+            let rejected = options.rejected.replace("{wrong}", &wrong).replace("{answer}", &answer);
+            columns.insert("chosen".into(), completion);
+            columns.insert("rejected".into(), said(rejected));
+        }
+    }
     Row { source: Source::new(format!("task {task}"), number), columns }
 }
 

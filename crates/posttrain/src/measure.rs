@@ -1,35 +1,70 @@
-//! Measures a model on held-out problems for the training loop, and keeps what it said.
+//! Measures a model on held-out problems and pairs for the training loop, and keeps what it said.
 
-use data::Prompt;
+use data::{PreferencePair, Prompt};
 use envs::{Status, Weighted};
 use eval::{EvaluateOptions, Sample, evaluate};
 use model::Decoder;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use train::preferred::Preferred;
 use train::{Evaluation, EvaluationError, Evaluator, Measure};
 
 use crate::config::Config;
 use crate::failure::Failure;
 
-/// Held-out problems and how to judge answers to them.
+/// Held-out problems and how to judge answers to them, and held-out pairs.
 pub struct Measurer<'a> {
     prompts: Vec<Prompt>,
+    pairs: Option<Preferred>,
     reward: Weighted,
     options: EvaluateOptions,
     tokenizer: &'a Tokenizer,
 }
 
 impl<'a> Measurer<'a> {
-    /// Measures on `prompts` as the recipe says.
-    pub fn new(config: &Config, prompts: Vec<Prompt>, tokenizer: &'a Tokenizer) -> Result<Self, Failure> {
+    /// Measures on `prompts` and `pairs` as the recipe says.
+    pub fn new(
+        config: &Config,
+        prompts: Vec<Prompt>,
+        pairs: Vec<PreferencePair>,
+        tokenizer: &'a Tokenizer,
+    ) -> Result<Self, Failure> {
         let reward = Weighted::from_configs(&config.rewards)?;
-        Ok(Self { prompts, reward, options: config.evaluation.clone(), tokenizer })
+        let pairs = config.preference.as_ref().filter(|_| !pairs.is_empty()).map(|options| Preferred {
+            pairs,
+            length: options.objective.length,
+            micro_batch_tokens: options.training.micro_batch_tokens,
+            seed: config.evaluation.seed,
+        });
+        Ok(Self { prompts, pairs, reward, options: config.evaluation.clone(), tokenizer })
     }
 }
 
 impl Evaluator for Measurer<'_> {
     fn evaluate(
         &mut self,
+        decoder: &Decoder,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Evaluation, EvaluationError> {
+        let mut evaluation = match self.prompts.is_empty() {
+            true => Evaluation::default(),
+            false => self.answers(decoder, progress)?,
+        };
+        if let Some(pairs) = &self.pairs {
+            let (measures, right) = pairs.measure(decoder).map_err(|error| Box::new(error) as EvaluationError)?;
+            evaluation.measures.extend(measures);
+            if self.prompts.is_empty() {
+                evaluation.solved = right;
+            }
+        }
+        Ok(evaluation)
+    }
+}
+
+impl Measurer<'_> {
+    /// Answers the problems and judges the answers.
+    fn answers(
+        &self,
         decoder: &Decoder,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Evaluation, EvaluationError> {

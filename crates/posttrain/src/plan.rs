@@ -29,10 +29,17 @@ impl Workload {
     /// The sizes of a corpus.
     pub fn of(corpus: &Corpus) -> Self {
         let prompts = corpus.prompts.iter().map(|prompt| prompt.ids.len());
-        let lengths: Vec<usize> = prompts.chain(corpus.examples.iter().map(|example| example.ids.len())).collect();
+        let examples = corpus.examples.iter().map(|example| example.ids.len());
+        let judged = corpus.judged.iter().map(|judged| judged.example.ids.len());
+        // The prompt of a pair is computed once.
+        let pairs = corpus.pairs.iter().map(|pair| {
+            let shared = pair.shared_tokens();
+            shared + pair.completions().map(|completion| completion.ids.len() - shared).sum::<usize>()
+        });
+        let lengths: Vec<usize> = prompts.chain(examples).chain(judged).chain(pairs).collect();
         Self {
-            train_rows: corpus.examples.len().max(corpus.prompts.len()),
-            test_rows: corpus.test.len(),
+            train_rows: corpus.train_rows(),
+            test_rows: corpus.test_rows(),
             row_tokens: lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64,
             longest: lengths.iter().copied().max().unwrap_or(1),
         }

@@ -25,6 +25,8 @@ pub mod optimizer;
 pub mod options;
 pub mod order;
 pub mod pass;
+pub mod preferred;
+pub mod reference;
 pub mod rollouts;
 pub mod run;
 pub mod schedule;

@@ -1,5 +1,6 @@
 //! Sequences packed for one forward and backward pass, and the bookkeeping between tokens and hidden rows.
 
+use data::{Example, PreferencePair};
 use model::decoder::{Decoder, PackedTokens, Target, Workspace};
 
 /// One sequence and which of its tokens the loss is about.
@@ -20,7 +21,14 @@ pub struct Unit<'a> {
     pub sequences: Vec<Sequence<'a>>,
 }
 
-impl Unit<'_> {
+impl<'a> Unit<'a> {
+    /// The first completions of a pair (chosen, rejected, reference), as continuations of what they share.
+    pub fn of_pair(pair: &'a PreferencePair, completions: usize) -> Self {
+        let shared = pair.shared_tokens();
+        let rest = |example: &'a Example| Sequence { ids: &example.ids[shared..], mask: &example.loss_mask[shared..] };
+        Self { prompt: &pair.chosen.ids[..shared], sequences: pair.completions().take(completions).map(rest).collect() }
+    }
+
     /// Rows the unit takes in a pass, at most.
     pub fn rows(&self) -> usize {
         let own: usize = self.sequences.iter().map(|sequence| sequence.ids.len().next_multiple_of(2)).sum();

@@ -101,6 +101,22 @@ pub struct PreferencePair {
     pub chosen: Example,
     /// The worse one.
     pub rejected: Example,
+    /// One that is right beyond comparison, where the row has it.
+    pub reference: Option<Example>,
+}
+
+impl PreferencePair {
+    /// The completions: chosen, rejected, reference.
+    pub fn completions(&self) -> impl Iterator<Item = &Example> {
+        [&self.chosen, &self.rejected].into_iter().chain(&self.reference)
+    }
+
+    /// Tokens that all completions begin with, before anything is learnt: the prompt, which needs to be computed only once.
+    pub fn shared_tokens(&self) -> usize {
+        let given = |example: &Example| example.loss_mask.iter().take_while(|&&learnt| !learnt).count();
+        let common = |other: &Example| self.chosen.ids.iter().zip(&other.ids).take_while(|(a, b)| a == b).count();
+        self.completions().map(|example| given(example).min(common(example))).min().unwrap_or(0)
+    }
 }
 
 /// A completion that is good or bad.
@@ -165,14 +181,15 @@ impl<'a> Renderer<'a> {
         Self { tokenizer, template, options, limit }
     }
 
-    /// Renders language-modeling, prompt-completion and token rows.
+    /// Renders language-modeling, prompt-completion and token rows, and the chosen completions of preference rows.
     pub fn examples(&self, samples: &[Sample]) -> Result<Rendered<Example>> {
         self.each(samples, |_, sample| match &sample.content {
             Content::LanguageModeling(Text::Plain(text)) => self.example(sample, self.plain("", text)),
             Content::LanguageModeling(Text::Messages(messages)) => {
                 self.example(sample, self.conversation(sample, messages, 0)?)
             }
-            Content::PromptCompletion { prompt, completion } => self.completion(sample, prompt, completion),
+            Content::PromptCompletion { prompt, completion }
+            | Content::Preference { prompt, chosen: completion, .. } => self.completion(sample, prompt, completion),
             Content::Tokens { ids, loss_mask } => self.finish(sample, ids.clone(), loss_mask.clone()),
             _ => Err(unexpected(sample, "language-modeling, prompt-completion or tokens")),
         })
@@ -198,20 +215,23 @@ impl<'a> Renderer<'a> {
     /// Renders preference rows.
     pub fn preferences(&self, samples: &[Sample]) -> Result<Rendered<PreferencePair>> {
         self.each(samples, |_, sample| {
-            let Content::Preference { prompt, chosen, rejected } = &sample.content else {
+            let Content::Preference { prompt, chosen, rejected, reference } = &sample.content else {
                 return Err(unexpected(sample, "preference"));
             };
             let chosen = self.completion(sample, prompt, chosen)?;
             let rejected = self.completion(sample, prompt, rejected)?;
-            Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected? })))
+            let reference = reference.as_ref().map(|text| self.completion(sample, prompt, text)).transpose()?;
+            Ok((|| Ok(PreferencePair { chosen: chosen?, rejected: rejected?, reference: reference.transpose()? }))())
         })
     }
 
-    /// Renders unpaired preference rows.
+    /// Renders unpaired preference rows. A preference row counts as two of them: its chosen completion is good, its rejected
+    /// one bad.
     pub fn labelled(&self, samples: &[Sample]) -> Result<Rendered<LabelledExample>> {
-        self.each(samples, |_, sample| {
+        let unpaired: Vec<Sample> = samples.iter().flat_map(unpaired).collect();
+        self.each(&unpaired, |_, sample| {
             let Content::UnpairedPreference { prompt, completion, label } = &sample.content else {
-                return Err(unexpected(sample, "unpaired preference"));
+                return Err(unexpected(sample, "unpaired preference or preference"));
             };
             let example = self.completion(sample, prompt, completion)?;
             Ok(example.map(|example| LabelledExample { example, label: *label }))
@@ -421,6 +441,16 @@ impl<'a> Renderer<'a> {
             .rendering(self.tokenizer, messages, sample.tools.as_deref(), add_generation_prompt)
             .map_err(|error| Error::row(&sample.source, error.to_string()))
     }
+}
+
+/// A preference row as two judgements; any other as it is.
+fn unpaired(sample: &Sample) -> Vec<Sample> {
+    let Content::Preference { prompt, chosen, rejected, .. } = &sample.content else { return vec![sample.clone()] };
+    let judged = |completion: &Text, label: bool| {
+        let content = Content::UnpairedPreference { prompt: prompt.clone(), completion: completion.clone(), label };
+        Sample { content, ..sample.clone() }
+    };
+    vec![judged(chosen, true), judged(rejected, false)]
 }
 
 fn unexpected(sample: &Sample, expected: &str) -> Error {

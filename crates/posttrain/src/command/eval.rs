@@ -32,8 +32,8 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
         context: model.decoder.config().max_positions,
     };
     let corpus = Corpus::for_evaluation(&config, language, opener.terminal)?;
-    let mut progress = opener.terminal.progress("evaluating", "problem", corpus.test.len() as u64);
-    let mut measurer = Measurer::new(&config, corpus.test, &model.tokenizer)?;
+    let mut progress = opener.terminal.progress("evaluating", "problem", corpus.test_rows() as u64);
+    let mut measurer = Measurer::new(&config, corpus.test, corpus.test_pairs, &model.tokenizer)?;
     let evaluation = measurer
         .evaluate(&model.decoder, &mut |done, _| progress.update(done as u64, ""))
         .map_err(|error| Failure::advised(&*error))?;

@@ -6,8 +6,11 @@ use envs::Weighted;
 use model::DeviceName;
 use model::config::ScoreHead;
 use train::directory::Directory;
+use train::methods::online_preference::OnlinePreference;
+use train::methods::preference::Preference;
 use train::methods::policy::Policy;
 use train::methods::sft::Sft;
+use train::methods::unpaired::Unpaired;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
 use crate::cli;
@@ -130,8 +133,8 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     terminal.note(format!(
         "{}: {} rows to train on, {} held out, {} on {} threads",
         config.model.name,
-        corpus.examples.len().max(corpus.prompts.len()),
-        corpus.test.len(),
+        corpus.train_rows(),
+        corpus.test_rows(),
         place(&config),
         rayon::current_num_threads()
     ));
@@ -146,12 +149,17 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         let reward = || Weighted::from_configs(&config.rewards).map(Box::new);
         stages.push(match stage {
             Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
+            Stage::Preference(options) => Box::new(Preference::new(options.clone(), corpus.pairs.clone())?),
+            Stage::Unpaired(options) => Box::new(Unpaired::new(options.clone(), corpus.judged.clone())?),
+            Stage::OnlinePreference(options) => {
+                Box::new(OnlinePreference::new(options.clone(), corpus.prompts.clone(), reward()?)?)
+            }
             Stage::Policy(options) => Box::new(Policy::new(options.clone(), corpus.prompts.clone(), reward()?)?),
         });
     }
-    let mut measurer = match corpus.test.is_empty() {
-        true => None,
-        false => Some(Measurer::new(&config, corpus.test, &model.tokenizer)?),
+    let mut measurer = match corpus.test_rows() {
+        0 => None,
+        _ => Some(Measurer::new(&config, corpus.test, corpus.test_pairs, &model.tokenizer)?),
     };
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);

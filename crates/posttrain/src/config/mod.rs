@@ -19,8 +19,11 @@ use model::lora::LoraConfig;
 use rollout::SamplingOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use train::methods::online_preference::OnlinePreferenceOptions;
+use train::methods::preference::PreferenceOptions;
 use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
+use train::methods::unpaired::UnpairedOptions;
 use train::options::RunOptions;
 
 use crate::failure::Failure;
@@ -56,6 +59,16 @@ pub struct Config {
     /// Supervised fine-tuning, the first stage when present.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sft: Option<SftOptions>,
+    /// Preference optimisation from pairs, the stage after. `[dpo]` and `[simpo]` are this section with their `method`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceOptions>,
+    /// Preference optimisation from single judgements, the stage after. `[kto]` is this section with `method = "kto"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpaired: Option<UnpairedOptions>,
+    /// Preference optimisation from the model's own answers, judged by the rewards, the stage after. `[online_dpo]` and `[xpo]`
+    /// are this section with their `method`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub online_preference: Option<OnlinePreferenceOptions>,
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyOptions>,
@@ -113,9 +126,12 @@ pub struct TaskOptions {
     /// Held-out problems to measure with. No problem of one split occurs in the other, in whatever words.
     #[serde(default = "default_test_problems")]
     pub test_problems: u32,
-    /// The assistant's message in supervised examples; `{answer}` stands for the answer.
+    /// The assistant's message in supervised examples, and the better one in pairs; `{answer}` stands for the answer.
     #[serde(default = "default_completion")]
     pub completion: String,
+    /// The worse answer of preference pairs; `{wrong}` stands for a wrong answer near the right one, `{answer}` for the right one.
+    #[serde(default = "default_rejected")]
+    pub rejected: String,
     /// The task and its own options, chosen by `type`.
     #[serde(flatten)]
     pub task: TaskConfig,
@@ -131,6 +147,10 @@ fn default_test_problems() -> u32 {
 
 fn default_completion() -> String {
     "{answer}".into()
+}
+
+fn default_rejected() -> String {
+    "{wrong}".into()
 }
 
 /// The schema of a recipe, with a section for every method.
@@ -227,7 +247,8 @@ impl Config {
 
     /// Whether there is anything to measure.
     pub fn has_evaluation(&self) -> bool {
-        !self.rewards.is_empty() && (self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty())
+        let held_out = self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty();
+        held_out && (!self.rewards.is_empty() || self.preference.is_some())
     }
 
     /// The whole recipe as TOML, every option resolved.

@@ -1,8 +1,11 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
 use model::decoder::WeightFormat;
+use train::methods::online_preference::OnlinePreferenceOptions;
+use train::methods::preference::PreferenceOptions;
 use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
+use train::methods::unpaired::UnpairedOptions;
 use train::options::{OptionError, TrainingOptions};
 
 use super::Config;
@@ -12,6 +15,12 @@ use super::Config;
 pub enum Stage<'a> {
     /// `[sft]`
     Sft(&'a SftOptions),
+    /// `[preference]`
+    Preference(&'a PreferenceOptions),
+    /// `[unpaired]`
+    Unpaired(&'a UnpairedOptions),
+    /// `[online_preference]`
+    OnlinePreference(&'a OnlinePreferenceOptions),
     /// `[policy]`
     Policy(&'a PolicyOptions),
 }
@@ -21,6 +30,10 @@ pub enum Stage<'a> {
 pub enum Rows {
     /// Prompts with completions to imitate.
     Examples,
+    /// Prompts with a better and a worse completion.
+    Pairs,
+    /// Prompts with a completion that is good or bad.
+    Judgements,
     /// Prompts, to which the model finds answers itself, and what these are judged by.
     Prompts,
 }
@@ -43,6 +56,9 @@ impl<'a> Stage<'a> {
     pub fn section(self) -> &'static str {
         match self {
             Self::Sft(_) => "sft",
+            Self::Preference(_) => "preference",
+            Self::Unpaired(_) => "unpaired",
+            Self::OnlinePreference(_) => "online_preference",
             Self::Policy(_) => "policy",
         }
     }
@@ -51,6 +67,9 @@ impl<'a> Stage<'a> {
     pub fn method(self) -> &'a str {
         match self {
             Self::Sft(options) => &options.method,
+            Self::Preference(options) => &options.method,
+            Self::Unpaired(options) => &options.method,
+            Self::OnlinePreference(options) => &options.method,
             Self::Policy(options) => &options.method,
         }
     }
@@ -59,6 +78,9 @@ impl<'a> Stage<'a> {
     pub fn training(self) -> &'a TrainingOptions {
         match self {
             Self::Sft(options) => &options.training,
+            Self::Preference(options) => &options.training,
+            Self::Unpaired(options) => &options.training,
+            Self::OnlinePreference(options) => &options.training,
             Self::Policy(options) => &options.training,
         }
     }
@@ -67,7 +89,9 @@ impl<'a> Stage<'a> {
     pub fn rows(self) -> Rows {
         match self {
             Self::Sft(_) => Rows::Examples,
-            Self::Policy(_) => Rows::Prompts,
+            Self::Preference(_) => Rows::Pairs,
+            Self::Unpaired(_) => Rows::Judgements,
+            Self::OnlinePreference(_) | Self::Policy(_) => Rows::Prompts,
         }
     }
 
@@ -84,7 +108,8 @@ impl<'a> Stage<'a> {
     /// How it samples, where it does.
     pub fn sampling(self) -> Option<&'a rollout::SamplingOptions> {
         match self {
-            Self::Sft(_) => None,
+            Self::Sft(_) | Self::Preference(_) | Self::Unpaired(_) => None,
+            Self::OnlinePreference(options) => Some(&options.sampling),
             Self::Policy(options) => Some(&options.sampling),
         }
     }
@@ -92,7 +117,7 @@ impl<'a> Stage<'a> {
     /// The weights it samples with.
     pub fn rollout_weights(self) -> WeightFormat {
         match self {
-            Self::Sft(_) => WeightFormat::Full,
+            Self::Sft(_) | Self::Preference(_) | Self::Unpaired(_) | Self::OnlinePreference(_) => WeightFormat::Full,
             Self::Policy(options) => options.rollout_weights,
         }
     }
@@ -103,6 +128,18 @@ impl<'a> Stage<'a> {
             Self::Sft(options) => {
                 Work { rows_per_step: options.batch_size, sequences_per_row: 1, passes: 1, decode_batch_size: 0 }
             }
+            Self::Preference(options) => {
+                Work { rows_per_step: options.batch_size, sequences_per_row: 2, passes: 1, decode_batch_size: 0 }
+            }
+            Self::Unpaired(options) => {
+                Work { rows_per_step: options.batch_size, sequences_per_row: 1, passes: 1, decode_batch_size: 0 }
+            }
+            Self::OnlinePreference(options) => Work {
+                rows_per_step: options.prompts_per_step,
+                sequences_per_row: 2,
+                passes: 1,
+                decode_batch_size: options.decode_batch_size,
+            },
             Self::Policy(options) => Work {
                 rows_per_step: options.prompts_per_step,
                 sequences_per_row: options.num_generations,
@@ -114,13 +151,16 @@ impl<'a> Stage<'a> {
 
     /// Whether it learns from `[[rewards]]`.
     pub fn needs_rewards(self) -> bool {
-        matches!(self, Self::Policy(_))
+        matches!(self, Self::OnlinePreference(_) | Self::Policy(_))
     }
 
     /// Whether it compares with the model it started from.
     pub fn needs_reference(self) -> bool {
         match self {
             Self::Sft(_) => false,
+            Self::Preference(options) => options.objective.needs_reference(),
+            Self::Unpaired(_) => true,
+            Self::OnlinePreference(options) => options.needs_reference(),
             Self::Policy(options) => options.objective.needs_reference(),
         }
     }
@@ -129,6 +169,9 @@ impl<'a> Stage<'a> {
     pub fn validate(self) -> Result<(), OptionError> {
         match self {
             Self::Sft(options) => options.validate(),
+            Self::Preference(options) => options.validate(),
+            Self::Unpaired(options) => options.validate(),
+            Self::OnlinePreference(options) => options.validate(),
             Self::Policy(options) => options.validate(),
         }
         .map_err(|error| error.within(self.method()))
@@ -138,14 +181,28 @@ impl<'a> Stage<'a> {
 impl Config {
     /// The stages, in the order in which they run.
     pub fn stages(&self) -> Vec<Stage<'_>> {
-        let stages = [self.sft.as_ref().map(Stage::Sft), self.policy.as_ref().map(Stage::Policy)];
+        let stages = [
+            self.sft.as_ref().map(Stage::Sft),
+            self.preference.as_ref().map(Stage::Preference),
+            self.unpaired.as_ref().map(Stage::Unpaired),
+            self.online_preference.as_ref().map(Stage::OnlinePreference),
+            self.policy.as_ref().map(Stage::Policy),
+        ];
         stages.into_iter().flatten().collect()
+    }
+
+    /// Whether a stage learns from pairs or judgements, so that tasks make wrong answers too.
+    pub fn compares(&self) -> bool {
+        self.preference.is_some() || self.unpaired.is_some()
     }
 
     /// How the stages train, to be changed.
     pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
         let trainings = [
             self.sft.as_mut().map(|options| &mut options.training),
+            self.preference.as_mut().map(|options| &mut options.training),
+            self.unpaired.as_mut().map(|options| &mut options.training),
+            self.online_preference.as_mut().map(|options| &mut options.training),
             self.policy.as_mut().map(|options| &mut options.training),
         ];
         trainings.into_iter().flatten()

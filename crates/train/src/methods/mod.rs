@@ -4,8 +4,11 @@
 //! A new method is a new line in the `PRESETS` of its family, or a new file here with a line in [`FAMILIES`]. Help, the
 //! pages in docs/methods and `posttrain explain` are made of the presets and of the prologues of the files.
 
+pub mod online_preference;
+pub mod preference;
 pub mod policy;
 pub mod sft;
+pub mod unpaired;
 
 /// A published method: a family's options under a name of its own.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +57,40 @@ pub const FAMILIES: &[Family] = &[
         title: "Supervised fine-tuning",
         presets: sft::PRESETS,
         sources: &[include_str!("sft.rs"), include_str!("../../../objectives/src/sft.rs")],
+    },
+    Family {
+        section: "preference",
+        title: "Preference optimisation",
+        presets: preference::PRESETS,
+        sources: &[
+            include_str!("preference.rs"),
+            include_str!("../../../objectives/src/preference.rs"),
+            include_str!("../../../objectives/src/pairwise.rs"),
+            include_str!("../../../objectives/src/worst_case.rs"),
+            include_str!("../reference.rs"),
+        ],
+    },
+    Family {
+        section: "unpaired",
+        title: "Preference optimisation from single judgements",
+        presets: unpaired::PRESETS,
+        sources: &[
+            include_str!("unpaired.rs"),
+            include_str!("../../../objectives/src/unpaired.rs"),
+            include_str!("../reference.rs"),
+        ],
+    },
+    Family {
+        section: "online_preference",
+        title: "Online preference optimisation",
+        presets: online_preference::PRESETS,
+        sources: &[
+            include_str!("online_preference.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/online.rs"),
+            include_str!("../../../objectives/src/preference.rs"),
+            include_str!("../../../objectives/src/pairwise.rs"),
+        ],
     },
     Family {
         section: "policy",
