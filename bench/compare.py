@@ -208,6 +208,7 @@ CASES = {
         our_step(GRPO, MODEL, "grpo.objective.beta=0.04"), peer("grpo.py", "--beta", "0.04"), "seconds", 6.0, 0.5, rounds=2
     ),
     "sft-e2e": Case(our_wall("sft.toml", MODEL), wall(peer("sft.py")), "seconds", 1.35, 0.6),
+    "dpo-e2e": Case(our_wall("dpo.toml", MODEL), wall(peer("dpo.py")), "seconds", 1.35, 0.6),
     "start": Case(our_start("sft.toml", MODEL, "sft.training.max_steps=1"), start(peer("sft.py", "--steps", "1")), "seconds", 20.0),
     "generate-e2e": Case(our_generate, wall(peer("generate_file.py")), "seconds", 5.0),
     "decode-1-q8": Case(
@@ -229,7 +230,9 @@ def prepare(names):
     if "decode-1-candle" in names:
         subprocess.run(cargo, cwd=BENCH / "peers/candle", check=True)
     WORK.mkdir(exist_ok=True)
-    if any(CASES[name].shared for name in names) and not (WORK / "ready").exists():
+    # The version of what prepare.py makes.
+    ready = WORK / "ready-2"
+    if any(CASES[name].shared for name in names) and not ready.exists():
         # A step with learning rate 0 writes the named model as a Hugging Face folder, which both sides read.
         (WORK / "one.jsonl").write_text('{"prompt": "One", "completion": " two"}\n')
         recipe = ["--set", "model.name='smollm2-135m-instruct'", "--set", f"data.train=['{WORK / 'one.jsonl'}']"]
@@ -243,7 +246,7 @@ def prepare(names):
         (folder / "final").rename(WORK / "model")
         shutil.rmtree(folder)
         subprocess.run([options.python, BENCH / "peers/prepare.py", WORK], cwd=ROOT, check=True)
-        (WORK / "ready").touch()
+        ready.touch()
 
 
 def machine():

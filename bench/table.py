@@ -18,6 +18,7 @@ CASES = {
     "grpo": ("GRPO step, 4 x 8 x 64 tokens, bf16", "TRL bfloat16"),
     "grpo-reference": ("the same with a reference model", "TRL bfloat16"),
     "sft-e2e": ("SFT of ten steps, start to model on disk, bf16", "TRL autocast"),
+    "dpo-e2e": ("DPO of ten steps, start to model on disk, bf16", "TRL autocast"),
     "start": ("start to first training step", "TRL"),
     "generate-e2e": ("generate 16 x 64 tokens, start-up included, bf16", "transformers bfloat16"),
     "decode-1-q8": ("decode 1 sequence, weights read", "llama.cpp Q8_0, ours bf16"),

@@ -13,25 +13,27 @@ name, *runs = sys.argv[1:]
 summaries = [json.loads((pathlib.Path(run) / "summary.json").read_text()) for run in runs]
 
 
-def accuracy(evaluation):
-    (measure,) = [m for m in evaluation["measures"] if m["name"] == "accuracy"]
-    return {key: measure[key] for key in ("value", "low", "high", "items")}
+def measures(evaluation):
+    """The accuracy itself, and other measures by name."""
+    by_name = {m["name"]: {key: m[key] for key in ("value", "low", "high", "items")} for m in evaluation["measures"]}
+    others = {name: measure for name, measure in by_name.items() if name.startswith("preference_")}
+    return by_name["accuracy"] | others
+
+
+def optional(name, numbers, key):
+    return {name: numbers[key]} if key in numbers else {}
 
 
 seeds = [
     {
         "seed": s["seed"],
         "config_sha256": s["config_sha256"],
-        "before": accuracy(s["before"]),
-        "after": accuracy(s["after"]),
+        "before": measures(s["before"]),
+        "after": measures(s["after"]),
         "change": s["change"],
         "steps": s["steps"],
         "num_tokens": s["num_tokens"],
-        **{
-            name: s["last_step"][key]
-            for name, key in [("sampling_logp_difference_max", "sampling/sampling_logp_difference/max")]
-            if key in s["last_step"]
-        },
+        **optional("sampling_logp_difference_max", s["last_step"], "sampling/sampling_logp_difference/max"),
         "wall_seconds": s["timing"]["seconds"],
         "peak_memory_bytes": s["timing"]["peak_memory_bytes"],
     }

@@ -37,6 +37,9 @@ def write_rows():
     text = lambda count: "".join(" " + draw.choice(words) for _ in range(count))
     texts, prompts = [text(300) for _ in range(80)], [text(64) for _ in range(64)]
     assert all(len(tokenizer.encode(row)) == 300 for row in texts) and all(len(tokenizer.encode(row)) == 64 for row in prompts)
+    # Completions with the end of a sequence in place of their last token, so that both sides count 128.
+    pairs = [dict(prompt=text(128), chosen=text(127), rejected=text(127)) for _ in range(40)]
+    (work / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     lines = lambda key, rows: "".join(json.dumps({key: row}) + "\n" for row in rows)
     (work / "texts.jsonl").write_text(lines("text", texts))
     (work / "prompts.jsonl").write_text(lines("prompt", prompts))

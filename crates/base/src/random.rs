@@ -29,6 +29,10 @@ pub enum Purpose {
     Replay = 9,
     /// Tokens that are left out of a loss.
     Masking = 10,
+    /// Tokens drawn from the model that the policy is compared with.
+    Opponent = 21,
+    /// What is wrong in wrong answers.
+    Mistake = 22,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.

@@ -17,7 +17,8 @@ pub mod sample;
 pub use error::{Error, Result};
 pub use read::{DataOptions, read};
 pub use render::{
-    Drops, Example, PreferencePair, Prompt, RenderOptions, Rendered, Renderer, ScoredExample, StepwiseExample,
+    Drops, Example, LabelledExample, PreferencePair, Prompt, RenderOptions, Rendered, Renderer, ScoredExample,
+    StepwiseExample,
 };
 pub use row::{Row, Source};
 pub use sample::{Kind, Sample, Text};

@@ -240,6 +240,41 @@ fn tokens_preferences_labels_and_steps_are_rendered() {
     let pairs = setting.renderer().preferences(&samples(&[pair])).unwrap().items;
     assert_eq!(setting.learnt_of(&pairs[0].chosen), "good<|im_end|>");
     assert_eq!(setting.learnt_of(&pairs[0].rejected), "bad<|im_end|>");
+    assert_eq!(pairs[0].reference, None);
+    let shared = pairs[0].shared_tokens();
+    let rendered = setting.renderer().prompts(&samples(&[json!({"prompt": turns(&["q"])})])).unwrap();
+    assert_eq!(pairs[0].chosen.ids[..shared], rendered.items[0].ids[..], "the prompt as the sampler sees it");
+
+    // A pair is two judgements too, and its chosen completion an example.
+    let pair = json!({"prompt": "q ", "chosen": "good", "rejected": "got", "reference": "best"});
+    let pairs = setting.renderer().preferences(&samples(std::slice::from_ref(&pair))).unwrap().items;
+    assert_eq!(setting.learnt_of(pairs[0].reference.as_ref().unwrap()), "best<|im_end|>");
+    assert_eq!(pairs[0].shared_tokens(), 2, "what is learnt is not shared, though both begin with g");
+    let judged = setting.renderer().labelled(&samples(std::slice::from_ref(&pair))).unwrap().items;
+    let judged: Vec<_> = judged.iter().map(|item| (setting.learnt_of(&item.example), item.label)).collect();
+    assert_eq!(judged, [("good<|im_end|>".into(), true), ("got<|im_end|>".into(), false)]);
+    let examples = setting.renderer().examples(&samples(&[pair])).unwrap().items;
+    assert_eq!(setting.learnt_of(&examples[0]), "good<|im_end|>");
+
+    // Of trajectories with several turns, the assistant's are learnt, after what both have in common.
+    let trajectory = |second: &str, answer: &str| {
+        json!([
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": second}, {"role": "assistant", "content": answer},
+        ])
+    };
+    let pair = json!({"chosen": trajectory("c", "d"), "rejected": trajectory("e", "f")});
+    let pairs = setting.renderer().preferences(&samples(&[pair])).unwrap().items;
+    assert_eq!(setting.learnt_of(&pairs[0].chosen), "d<|im_end|>");
+    let pair = json!({"prompt": [{"role": "user", "content": "a"}], "chosen": [
+        {"role": "assistant", "content": "call"}, {"role": "tool", "content": "result"}, {"role": "assistant", "content": "d"},
+    ], "rejected": [{"role": "assistant", "content": "f"}]});
+    let pairs = setting.renderer().preferences(&samples(&[pair])).unwrap().items;
+    assert_eq!(
+        setting.learnt_of(&pairs[0].chosen),
+        "call<|im_end|>|d<|im_end|>",
+        "the tool's words are not the policy's"
+    );
 
     let label = json!({"prompt": "q ", "completion": "a", "label": false});
     let labelled = setting.renderer().labelled(&samples(&[label])).unwrap().items;

@@ -86,7 +86,7 @@ fn imported_formats_become_messages() {
     assert_eq!(verl.columns["answer"], "42");
     assert_eq!(verl.columns["extra_info"]["index"], 3);
 
-    let Content::Preference { prompt, chosen, rejected } =
+    let Content::Preference { prompt, chosen, rejected, reference: None } =
         parsed(json!({"chosen": "Q: 1+1? A: 2", "rejected": "Q: 1+1? A: 3"})).content
     else {
         panic!("a preference")

@@ -3,9 +3,11 @@
 
 use std::collections::HashSet;
 
+use base::{Purpose, Random};
+
 use posttrain_envs::tasks::arithmetic::Operation;
 use posttrain_envs::tasks::word_problems::Kind;
-use posttrain_envs::tasks::{ArithmeticOptions, WordProblemOptions, split_of};
+use posttrain_envs::tasks::{ArithmeticOptions, WordProblemOptions, near_miss, split_of};
 use posttrain_envs::verify::{Budget, Rational, expression};
 use posttrain_envs::{Problem, Split, Task, TaskConfig};
 
@@ -195,4 +197,22 @@ fn impossible_options_are_refused() {
     let single = |o: &mut ArithmeticOptions| (o.operations, o.first, o.others) = (vec![Operation::Add], [3, 3], [4, 4]);
     assert!(refused(&single).contains("too few problems"));
     assert!(refused(&|o| (o.operands, o.operations) = (3, vec![Operation::Divide])).contains("needs operands = 2"));
+}
+
+#[test]
+fn near_misses_are_wrong_near_and_the_same_every_time() {
+    let at = |answer: &str, index| near_miss(answer, Random::new(3, Purpose::Mistake).prompt(index));
+    for answer in ["0", "7", "42", "-42", "100", "1331", "9223372036854775807", "-9223372036854775808"] {
+        let right: i128 = answer.parse().unwrap();
+        let found: Vec<String> = (0..200).map(|index| at(answer, index)).collect();
+        assert_eq!(found, (0..200).map(|index| at(answer, index)).collect::<Vec<_>>());
+        for wrong in &found {
+            let number: i128 = wrong.parse().unwrap();
+            assert!(number != right && number * right >= 0, "{wrong} for {answer}");
+        }
+        let distances = found.iter().map(|wrong| (wrong.parse::<i128>().unwrap() - right).abs());
+        assert!(distances.filter(|distance| *distance <= 10).count() >= 100, "{answer}");
+    }
+    assert!((0..50).map(|index| at("1331", index)).any(|wrong| wrong == "3131"), "digits change places");
+    assert_eq!(at("seven", 0), "seven?");
 }

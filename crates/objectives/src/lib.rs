@@ -8,7 +8,8 @@
 //! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`ratio`] and [`clip`] bound how far the policy
 //! moves, [`kl`] measures the distance to a reference, [`correction`] weighs what another sampler drew, [`filter`] leaves tokens
 //! out, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
-//! its formula and its paper. Three rules hold for every method:
+//! its formula and its paper. Objectives of whole completions ([`preference()`], [`unpaired()`]) return one weighted loss per
+//! pair or sequence instead. Three rules hold for every method:
 //!
 //! 1. Denominators are global. They are inside the weights, so splitting a batch changes neither loss nor gradient.
 //! 2. The arithmetic is f64 whatever the precision of the inputs; it costs nothing beside the model.
@@ -24,7 +25,10 @@ pub mod filter;
 pub mod gae;
 pub mod kl;
 pub mod loss;
+pub mod online;
+pub mod pairwise;
 pub mod policy;
+pub mod preference;
 pub mod ratio;
 pub mod reward;
 mod scalar;
@@ -33,7 +37,9 @@ pub mod sft;
 pub mod shaping;
 pub mod turns;
 pub mod unlearning;
+pub mod unpaired;
 pub mod value;
+pub mod worst_case;
 
 pub use advantage::{Advantages, Baseline, Credit, Estimator, Rewards, ScaleRewards};
 pub use aggregation::{Aggregation, GlobalCounts};
@@ -43,10 +49,15 @@ pub use distillation::DistillationOptions;
 pub use distribution::Distribution;
 pub use kl::{AdaptiveKl, KlDirection, KlEstimator, KlPlacement};
 pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
+pub use online::{NashMdBatch, nash_md, xpo};
+pub use pairwise::PairLoss;
 pub use policy::{PolicyBatch, PolicyOptions, policy};
+pub use preference::{Length, PairBatch, PreferenceOptions, Score, preference};
 pub use ratio::RatioLevel;
 pub use reward::{Ensemble, LabelLoss, ScoredPairs, StepAggregation};
 pub use sft::{SftBatch, SftObjective, sft};
 pub use turns::TurnReward;
 pub use unlearning::UnlearningOptions;
+pub use unpaired::{RunningMean, Unpaired, UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, unpaired};
 pub use value::{ValueBatch, value};
+pub use worst_case::{Ball, WorstCase};

@@ -33,6 +33,14 @@ pub enum Error {
         /// The range.
         expected: &'static str,
     },
+    /// Options that do not go together.
+    #[error("{what}: {why}")]
+    Conflict {
+        /// The option.
+        what: &'static str,
+        /// What it does not go with, and why.
+        why: &'static str,
+    },
     /// A reward that is not a number would silently poison every advantage of its group.
     #[error("reward {index} is {value}, expected a finite number")]
     NonFiniteReward {

@@ -14,6 +14,21 @@ pub(crate) fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
     Ok(total.log()?.add(&pivot)?.neg()?)
 }
 
+/// `σ(x) = 1 / (1 + e^{-x})`.
+pub(crate) fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    Ok(log_sigmoid(x)?.exp()?)
+}
+
+/// The sum of the values of each of `count` sequences, `[count]`; 0 for one without values. Sums fold in order.
+pub(crate) fn sequence_sums(values: &Tensor, sequence: &[u32], count: usize) -> Result<Tensor> {
+    let zeros = Tensor::zeros(count, values.dtype(), values.device())?;
+    if sequence.is_empty() {
+        return Ok(zeros);
+    }
+    let sequence = Tensor::from_slice(sequence, sequence.len(), values.device())?;
+    Ok(zeros.index_add(&sequence, values, 0)?)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
@@ -35,5 +50,14 @@ mod tests {
             let slope = if x > 0.0 { (-x).exp() / (1.0 + (-x).exp()) } else { 1.0 / (1.0 + x.exp()) };
             assert!((gradient - slope).abs() <= 1e-15, "{x}: {gradient}, expected {slope}");
         }
+    }
+
+    #[test]
+    fn sums_of_sequences_skip_the_empty_ones() {
+        let values = Tensor::new(&[1.0f64, 2.0, 4.0], &Device::Cpu).unwrap();
+        let sums: Vec<f64> = sequence_sums(&values, &[0, 0, 2], 4).unwrap().to_vec1().unwrap();
+        assert_eq!(sums, [3.0, 0.0, 4.0, 0.0]);
+        let none = Tensor::new(&[0.0f64; 0], &Device::Cpu).unwrap();
+        assert_eq!(sequence_sums(&none, &[], 2).unwrap().to_vec1::<f64>().unwrap(), [0.0; 2]);
     }
 }

@@ -2,10 +2,12 @@
 
 use std::collections::HashSet;
 
-use base::files;
-use data::{Example, Prompt, RenderOptions, Renderer, Row, Sample, Source, StepwiseExample};
+use base::{Purpose, Random, files};
+use data::{
+    Example, LabelledExample, PreferencePair, Prompt, RenderOptions, Renderer, Row, Sample, Source, StepwiseExample,
+};
 use envs::environment::{self, EpisodeId};
-use envs::tasks::Split;
+use envs::tasks::{Split, near_miss};
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
@@ -28,6 +30,10 @@ pub struct Corpus {
     pub examples: Vec<Example>,
     /// To be unlearnt.
     pub forget: Vec<Example>,
+    /// For stages that compare two completions.
+    pub pairs: Vec<PreferencePair>,
+    /// For stages that learn from single judgements.
+    pub judged: Vec<LabelledExample>,
     /// For stages that sample.
     pub prompts: Vec<Prompt>,
     /// For reward models.
@@ -36,6 +42,8 @@ pub struct Corpus {
     pub steps: Vec<StepwiseExample>,
     /// Held out: problems to answer.
     pub test: Vec<Prompt>,
+    /// Held out: pairs to tell apart.
+    pub test_pairs: Vec<PreferencePair>,
     /// Held out: rows to score.
     pub held: Option<Held>,
     /// Names, sizes and hashes of everything used.
@@ -74,6 +82,16 @@ impl Corpus {
                         note_drops(&rendered.drops, "training examples", terminal);
                         corpus.examples = rendered.items;
                     }
+                    Rows::Pairs => {
+                        let rendered = renderer.preferences(&samples)?;
+                        note_drops(&rendered.drops, "pairs", terminal);
+                        corpus.pairs = rendered.items;
+                    }
+                    Rows::Judgements => {
+                        let rendered = renderer.labelled(&samples)?;
+                        note_drops(&rendered.drops, "judged completions", terminal);
+                        corpus.judged = rendered.items;
+                    }
                     Rows::Prompts => {
                         let rendered = renderer.prompts(&samples)?;
                         note_drops(&rendered.drops, "prompts", terminal);
@@ -100,15 +118,21 @@ impl Corpus {
 
     /// Rows to train on, whatever the stage.
     pub fn train_rows(&self) -> usize {
-        [self.examples.len(), self.prompts.len(), self.forget.len(), self.rewarded.len(), self.steps.len()]
-            .into_iter()
-            .max()
-            .unwrap_or(0)
+        let rows = [
+            self.examples.len(),
+            self.pairs.len(),
+            self.judged.len(),
+            self.prompts.len(),
+            self.forget.len(),
+            self.rewarded.len(),
+            self.steps.len(),
+        ];
+        rows.into_iter().max().unwrap_or(0)
     }
 
     /// Rows held out.
     pub fn test_rows(&self) -> usize {
-        self.test.len().max(self.held.as_ref().map_or(0, Held::len))
+        self.test.len().max(self.test_pairs.len()).max(self.held.as_ref().map_or(0, Held::len))
     }
 
     /// The held-out problems only.
@@ -132,14 +156,14 @@ impl Corpus {
                         let rows = steps(separator, &renderer, &samples, "held-out rows", terminal)?;
                         corpus.held = Some(Held::Steps(rows));
                     }
-                    Rows::Examples | Rows::Prompts | Rows::Forgotten => {}
+                    Rows::Examples | Rows::Pairs | Rows::Judgements | Rows::Prompts | Rows::Forgotten => {}
                 }
             }
             return Ok(corpus);
         }
         let mut rows = Vec::new();
         for task in &config.tasks {
-            let made = test_rows(task)?;
+            let made = test_rows(task, config.compares())?;
             corpus.sources.push(source_of("test", &task_name(task)?, &made));
             rows.extend(made);
         }
@@ -153,15 +177,24 @@ impl Corpus {
             corpus.sources.push(source_of("test", &config.data.test.join(", "), &read));
             rows.extend(read);
         }
-        let mut language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
-        if let Some(test_time) = &config.test_time {
-            // A step may begin just before the answer is as long as it may be.
-            let longest = test_time.sampling.max_new_tokens + test_time.max_step_tokens;
-            language = language.with_room("test_time.sampling", longest)?;
+        let samples = data::sample::parse(rows)?;
+        if !config.rewards.is_empty() || config.environment.is_some() {
+            let mut language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
+            if let Some(test_time) = &config.test_time {
+                // A step may begin just before the answer is as long as it may be.
+                let longest = test_time.sampling.max_new_tokens + test_time.max_step_tokens;
+                language = language.with_room("test_time.sampling", longest)?;
+            }
+            let rendered = language.renderer(&config.rendering).prompts(&samples)?;
+            note_drops(&rendered.drops, "held-out problems", terminal);
+            corpus.test = rendered.items;
         }
-        let rendered = language.renderer(&config.rendering).prompts(&data::sample::parse(rows)?)?;
-        note_drops(&rendered.drops, "held-out problems", terminal);
-        corpus.test = rendered.items;
+        // Held-out problems need not be pairs, as long as there is a reward to judge answers by.
+        if config.preference.is_some() && (config.rewards.is_empty() || samples.iter().any(Sample::is_pair)) {
+            let rendered = language.renderer(&config.rendering).preferences(&samples)?;
+            note_drops(&rendered.drops, "held-out pairs", terminal);
+            corpus.test_pairs = rendered.items;
+        }
         Ok(corpus)
     }
 }
@@ -235,8 +268,8 @@ pub fn rows_to_audit(config: &Config) -> Result<data::audit::Rows, Failure> {
     };
     let mut rows = data::audit::Rows { train: read(&config.data.train)?, ..Default::default() };
     for task in &config.tasks {
-        rows.generated.extend(made_rows(task, config.seed)?);
-        rows.test.extend(test_rows(task)?.into_iter().map(Ok));
+        rows.generated.extend(made_rows(task, config.seed, config.compares())?);
+        rows.test.extend(test_rows(task, config.compares())?.into_iter().map(Ok));
     }
     rows.test.extend(read(&config.data.test)?);
     Ok(rows)
@@ -251,16 +284,18 @@ pub fn prompts(config: &Config, language: Language<'_>, terminal: Terminal) -> R
 }
 
 /// The training problems of a task.
-fn made_rows(options: &TaskOptions, seed: u64) -> Result<Vec<Row>, Failure> {
+fn made_rows(options: &TaskOptions, seed: u64, pairs: bool) -> Result<Vec<Row>, Failure> {
     let task = options.task.build()?;
     let problems = (0..u64::from(options.train_problems)).map(|i| task.generate(seed, Split::Train, i));
-    Ok(problems.zip(1..).map(|(problem, number)| row(options, problem.columns(), task.name(), number)).collect())
+    let wrong = pairs.then(|| Random::new(seed, Purpose::Mistake).step(Split::Train as u32));
+    let made = problems.zip(1..);
+    Ok(made.map(|(problem, number)| row(options, problem.columns(), task.name(), number, wrong)).collect())
 }
 
 fn train_rows(config: &Config, sources: &mut Vec<DataSource>) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for options in config.tasks.iter().filter(|task| task.train_problems > 0) {
-        let made = made_rows(options, config.seed)?;
+        let made = made_rows(options, config.seed, config.compares())?;
         sources.push(source_of("train", &task_name(options)?, &made));
         rows.extend(made);
     }
@@ -297,16 +332,17 @@ fn task_name(options: &TaskOptions) -> Result<String, Failure> {
 const CANDIDATES: u64 = 100;
 
 /// Distinct held-out problems. A task with few of them gives as many as it has.
-fn test_rows(options: &TaskOptions) -> Result<Vec<Row>, Failure> {
+fn test_rows(options: &TaskOptions, pairs: bool) -> Result<Vec<Row>, Failure> {
     let task = options.task.build()?;
     let wanted = u64::from(options.test_problems);
     let mut seen = HashSet::new();
     let problems = (0..wanted * CANDIDATES).map(|i| task.generate(TEST_SEED, Split::Test, i));
     let distinct = problems.filter(|problem| seen.insert((problem.key.clone(), problem.question.clone())));
+    let wrong = pairs.then(|| Random::new(TEST_SEED, Purpose::Mistake).step(Split::Test as u32));
     let rows: Vec<Row> = distinct
         .take(wanted as usize)
         .zip(1..)
-        .map(|(problem, number)| row(options, problem.columns(), task.name(), number))
+        .map(|(problem, number)| row(options, problem.columns(), task.name(), number, wrong))
         .collect();
     if rows.len() as u64 != wanted {
         let failure =
@@ -339,11 +375,23 @@ fn test_episodes(options: &EnvironmentOptions) -> Result<Vec<Row>, Failure> {
     Err(failure.hint("allow larger worlds, or lower `environment.test_episodes`"))
 }
 
-/// A problem as a row with the completion that supervised stages learn.
-fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64) -> Row {
-    let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default();
-    let completion = options.completion.replace("{answer}", answer);
-    columns.insert("completion".into(), json!([{"role": "assistant", "content": completion}]));
+/// A problem as a row with the completion that supervised stages learn; or, where there are draws for wrong answers, with a
+/// chosen and a rejected one.
+fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64, wrong: Option<Random>) -> Row {
+    let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let said = |text: String| json!([{"role": "assistant", "content": text}]);
+    let completion = said(options.completion.replace("{answer}", &answer));
+    match wrong {
+        None => {
+            columns.insert("completion".into(), completion);
+        }
+        Some(random) => {
+            let wrong = near_miss(&answer, random.prompt(number as u32));
+            let rejected = options.rejected.replace("{wrong}", &wrong).replace("{answer}", &answer);
+            columns.insert("chosen".into(), completion);
+            columns.insert("rejected".into(), said(rejected));
+        }
+    }
     Row { source: Source::new(format!("task {task}"), number), columns }
 }
 

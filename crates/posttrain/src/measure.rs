@@ -1,6 +1,6 @@
-//! Measures a model on held-out problems for the training loop, and keeps what it said.
+//! Measures a model on held-out problems and pairs for the training loop, and keeps what it said.
 
-use data::Prompt;
+use data::{PreferencePair, Prompt};
 use envs::{Reward, Status};
 use eval::play::World;
 use eval::{EvaluateOptions, Sample, evaluate, evaluate_in};
@@ -8,6 +8,7 @@ use model::Decoder;
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use train::preferred::Preferred;
 use train::verdicts::{Held, Verdicts};
 use train::{Evaluation, EvaluationError, Evaluator, Measure};
 
@@ -16,9 +17,10 @@ use crate::failure::Failure;
 use crate::judges;
 use crate::opened::Opener;
 
-/// Held-out problems and how to judge answers to them.
+/// Held-out problems and how to judge answers to them, and held-out pairs.
 pub struct Measurer<'a> {
     prompts: Vec<Prompt>,
+    pairs: Option<Preferred>,
     reward: Box<dyn Reward>,
     world: Option<World<'a>>,
     options: EvaluateOptions,
@@ -26,37 +28,48 @@ pub struct Measurer<'a> {
 }
 
 impl<'a> Measurer<'a> {
-    /// Measures on `prompts` as the recipe says.
+    /// Measures on `prompts` and `pairs` as the recipe says.
     ///
     /// # Errors
     /// Those of [`judges::rewards`] and [`Config::world`].
     pub fn new(
         config: &'a Config,
         prompts: Vec<Prompt>,
-        tokenizer: &'a Tokenizer,
-        template: Option<&'a ChatTemplate>,
+        pairs: Vec<PreferencePair>,
+        (tokenizer, template): (&'a Tokenizer, Option<&'a ChatTemplate>),
         opener: Opener,
     ) -> Result<Self, Failure> {
         let (reward, world) = (judges::rewards(config, opener)?, config.world(template)?);
-        Ok(Self { prompts, reward, world, options: config.evaluation.clone(), tokenizer })
+        let pairs = config.preference.as_ref().filter(|_| !pairs.is_empty()).map(|options| Preferred {
+            pairs,
+            length: options.objective.length,
+            micro_batch_tokens: options.training.micro_batch_tokens,
+            seed: config.evaluation.seed,
+        });
+        Ok(Self { prompts, pairs, reward, world, options: config.evaluation.clone(), tokenizer })
     }
 }
 
-/// Whoever measures what a recipe holds out, if it holds out anything: answers to problems, or scores of rows.
+/// Whoever measures what a recipe holds out, if it holds out anything: answers to problems, pairs, or scores of rows.
 pub fn evaluator<'a>(
     config: &'a Config,
-    (test, held): (Vec<Prompt>, Option<Held>),
-    (tokenizer, template): (&'a Tokenizer, Option<&'a ChatTemplate>),
+    (test, pairs, held): (Vec<Prompt>, Vec<PreferencePair>, Option<Held>),
+    language: (&'a Tokenizer, Option<&'a ChatTemplate>),
     opener: Opener,
 ) -> Result<Option<Box<dyn Evaluator + 'a>>, Failure> {
     if let Some(held) = held {
         let micro_batch_tokens =
             config.stages().iter().map(|stage| stage.training().micro_batch_tokens).max().unwrap_or(2048);
-        return Ok(Some(Box::new(Verdicts { held, tokenizer, micro_batch_tokens, seed: config.evaluation.seed })));
+        return Ok(Some(Box::new(Verdicts {
+            held,
+            tokenizer: language.0,
+            micro_batch_tokens,
+            seed: config.evaluation.seed,
+        })));
     }
-    match test.is_empty() {
+    match test.is_empty() && pairs.is_empty() {
         true => Ok(None),
-        false => Ok(Some(Box::new(Measurer::new(config, test, tokenizer, template, opener)?))),
+        false => Ok(Some(Box::new(Measurer::new(config, test, pairs, language, opener)?))),
     }
 }
 
@@ -66,7 +79,29 @@ impl Evaluator for Measurer<'_> {
         decoder: &Decoder,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Evaluation, EvaluationError> {
-        let Self { prompts, reward, world, options, tokenizer } = self;
+        let mut evaluation = match self.prompts.is_empty() {
+            true => Evaluation::default(),
+            false => self.answers(decoder, progress)?,
+        };
+        if let Some(pairs) = &self.pairs {
+            let (measures, right) = pairs.measure(decoder).map_err(|error| Box::new(error) as EvaluationError)?;
+            evaluation.measures.extend(measures);
+            if self.prompts.is_empty() {
+                evaluation.solved = right;
+            }
+        }
+        Ok(evaluation)
+    }
+}
+
+impl Measurer<'_> {
+    /// Answers the problems and judges the answers.
+    fn answers(
+        &self,
+        decoder: &Decoder,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Evaluation, EvaluationError> {
+        let Self { prompts, reward, world, options, tokenizer, .. } = self;
         let found = match world {
             Some(world) => evaluate_in(*world, decoder, tokenizer, prompts, &**reward, options, progress),
             None => evaluate(decoder, tokenizer, prompts, &**reward, options, progress),

@@ -31,7 +31,15 @@ impl Workload {
         let prompts = corpus.prompts.iter().map(|prompt| prompt.ids.len());
         let examples = corpus.examples.iter().map(|example| example.ids.len());
         let steps = corpus.steps.iter().map(|example| example.ids.len());
-        let lengths: Vec<usize> = prompts.chain(examples).chain(corpus.rewarded.lengths()).chain(steps).collect();
+        let judged = corpus.judged.iter().map(|judged| judged.example.ids.len());
+        // The prompt of a pair is computed once.
+        let pairs = corpus.pairs.iter().map(|pair| {
+            let shared = pair.shared_tokens();
+            shared + pair.completions().map(|completion| completion.ids.len() - shared).sum::<usize>()
+        });
+        let rewarded = corpus.rewarded.lengths();
+        let lengths: Vec<usize> =
+            prompts.chain(examples).chain(rewarded).chain(steps).chain(judged).chain(pairs).collect();
         Self {
             train_rows: corpus.train_rows(),
             test_rows: corpus.test_rows(),

@@ -174,21 +174,24 @@ pub fn move_weights(
     Ok(norm)
 }
 
-/// Fails on the first loss that is infinite or NaN, naming its sequence and token.
+/// Fails on the first loss that is infinite or NaN, naming its sequence and token, or its place among losses that are not
+/// those of single tokens.
 ///
-/// `losses` holds the weighted loss of every token, sequence by sequence; `lengths` the tokens of each sequence.
+/// `losses` holds the weighted loss of every token, sequence by sequence, or of every pair or sequence; `lengths` the tokens
+/// of each sequence.
 pub fn check_losses(step: u64, losses: &[f64], lengths: &[usize]) -> Result<()> {
     let Some(bad) = losses.iter().position(|loss| !loss.is_finite()) else { return Ok(()) };
-    let (mut sequence, mut token) = (0, bad);
-    while lengths.get(sequence).is_some_and(|&length| token >= length) {
-        token -= lengths[sequence];
-        sequence += 1;
-    }
-    Err(Error::NonFinite {
-        step,
-        what: format!("the loss of sequence {sequence}, loss token {token}"),
-        value: losses[bad],
-    })
+    let what = if losses.len() == lengths.iter().sum::<usize>() {
+        let (mut sequence, mut token) = (0, bad);
+        while lengths.get(sequence).is_some_and(|&length| token >= length) {
+            token -= lengths[sequence];
+            sequence += 1;
+        }
+        format!("the loss of sequence {sequence}, loss token {token}")
+    } else {
+        format!("loss {bad} of the batch's {}", losses.len())
+    };
+    Err(Error::NonFinite { step, what, value: losses[bad] })
 }
 
 #[cfg(test)]
@@ -200,5 +203,7 @@ mod tests {
         assert!(check_losses(3, &[0.0, 1.0], &[1, 1]).is_ok());
         let error = check_losses(3, &[0.0, 1.0, f64::NAN, 2.0], &[0, 2, 2]).map_err(|error| error.to_string());
         assert_eq!(error, Err("step 3: the loss of sequence 2, loss token 0 is NaN".into()));
+        let error = check_losses(3, &[0.0, f64::INFINITY], &[2, 1, 3, 2]).map_err(|error| error.to_string());
+        assert_eq!(error, Err("step 3: loss 1 of the batch's 2 is inf".into()));
     }
 }

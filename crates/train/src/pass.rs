@@ -1,6 +1,6 @@
 //! Sequences packed for one forward and backward pass, and the bookkeeping between tokens and hidden rows.
 
-use data::Example;
+use data::{Example, PreferencePair};
 use model::decoder::{Decoder, PackedTokens, Target, Workspace};
 use rollout::Episode;
 
@@ -33,6 +33,13 @@ impl<'a> Unit<'a> {
     /// A row of data on its own.
     pub fn of(example: &'a Example) -> Self {
         Self { prompt: &[], sequences: vec![Sequence { ids: &example.ids, mask: &example.loss_mask }] }
+    }
+
+    /// The first completions of a pair (chosen, rejected, reference), as continuations of what they share.
+    pub fn of_pair(pair: &'a PreferencePair, completions: usize) -> Self {
+        let shared = pair.shared_tokens();
+        let rest = |example: &'a Example| Sequence { ids: &example.ids[shared..], mask: &example.loss_mask[shared..] };
+        Self { prompt: &pair.chosen.ids[..shared], sequences: pair.completions().take(completions).map(rest).collect() }
     }
 
     /// Rows the unit takes in a pass, at most.

@@ -363,7 +363,9 @@ fn words_of(content: &Content, instructions: bool) -> Trained {
         }
         Content::LanguageModeling(all) | Content::PromptOnly(all) => (text(all), Vec::new()),
         Content::PromptCompletion { prompt, completion } => (text(prompt), vec![text(completion)]),
-        Content::Preference { prompt, chosen, rejected } => (text(prompt), vec![text(chosen), text(rejected)]),
+        Content::Preference { prompt, chosen, rejected, reference } => {
+            (text(prompt), [chosen, rejected].into_iter().chain(reference).map(text).collect())
+        }
         Content::UnpairedPreference { prompt, completion, label } => {
             (text(prompt), vec![text(completion), label.to_string()])
         }

@@ -107,6 +107,22 @@ pub struct PreferencePair {
     pub rejected: Example,
     /// By how much the better one should be ahead: the column `margin`, or 0.
     pub margin: f64,
+    /// One that is right beyond comparison, where the row has it.
+    pub reference: Option<Example>,
+}
+
+impl PreferencePair {
+    /// The completions: chosen, rejected, reference.
+    pub fn completions(&self) -> impl Iterator<Item = &Example> {
+        [&self.chosen, &self.rejected].into_iter().chain(&self.reference)
+    }
+
+    /// Tokens that all completions begin with, before anything is learnt: the prompt, which needs to be computed only once.
+    pub fn shared_tokens(&self) -> usize {
+        let given = |example: &Example| example.loss_mask.iter().take_while(|&&learnt| !learnt).count();
+        let common = |other: &Example| self.chosen.ids.iter().zip(&other.ids).take_while(|(a, b)| a == b).count();
+        self.completions().map(|example| given(example).min(common(example))).min().unwrap_or(0)
+    }
 }
 
 /// A completion that is good or bad.
@@ -160,7 +176,7 @@ impl<'a> Renderer<'a> {
         Self { tokenizer, template, options, limit }
     }
 
-    /// Renders language-modeling, prompt-completion and token rows.
+    /// Renders language-modeling, prompt-completion and token rows, and the chosen completions of preference rows.
     pub fn examples(&self, samples: &[Sample]) -> Result<Rendered<Example>> {
         self.each(samples, |_, sample| self.example_of(sample))
     }
@@ -171,7 +187,8 @@ impl<'a> Renderer<'a> {
             Content::LanguageModeling(Text::Messages(messages)) => {
                 self.example(sample, self.conversation(sample, messages, 0)?)
             }
-            Content::PromptCompletion { prompt, completion } => self.completion(sample, prompt, completion),
+            Content::PromptCompletion { prompt, completion }
+            | Content::Preference { prompt, chosen: completion, .. } => self.completion(sample, prompt, completion),
             Content::Tokens { ids, loss_mask } => self.finish(sample, ids.clone(), loss_mask.clone()),
             _ => Err(unexpected(sample, "language-modeling, prompt-completion or tokens")),
         }
@@ -194,23 +211,27 @@ impl<'a> Renderer<'a> {
     }
 
     fn pair_of(&self, sample: &Sample) -> Result<Outcome<PreferencePair>> {
-        let Content::Preference { prompt, chosen, rejected } = &sample.content else {
+        let Content::Preference { prompt, chosen, rejected, reference } = &sample.content else {
             return Err(unexpected(sample, "preference"));
         };
         let chosen = self.completion(sample, prompt, chosen)?;
         let rejected = self.completion(sample, prompt, rejected)?;
+        let reference = reference.as_ref().map(|text| self.completion(sample, prompt, text)).transpose()?;
         let margin = scored::number(sample, "margin")?.unwrap_or(0.0);
-        Ok(chosen.and_then(|chosen| Ok(PreferencePair { chosen, rejected: rejected?, margin })))
+        Ok((|| Ok(PreferencePair { chosen: chosen?, rejected: rejected?, reference: reference.transpose()?, margin }))(
+        ))
     }
 
-    /// Renders unpaired preference rows.
+    /// Renders unpaired preference rows. A preference row counts as two of them: its chosen completion is good, its rejected
+    /// one bad.
     pub fn labelled(&self, samples: &[Sample]) -> Result<Rendered<LabelledExample>> {
-        self.each(samples, |_, sample| self.labelled_of(sample))
+        let unpaired: Vec<Sample> = samples.iter().flat_map(unpaired).collect();
+        self.each(&unpaired, |_, sample| self.labelled_of(sample))
     }
 
     fn labelled_of(&self, sample: &Sample) -> Result<Outcome<LabelledExample>> {
         let Content::UnpairedPreference { prompt, completion, label } = &sample.content else {
-            return Err(unexpected(sample, "unpaired preference"));
+            return Err(unexpected(sample, "unpaired preference or preference"));
         };
         let example = self.completion(sample, prompt, completion)?;
         Ok(example.map(|example| LabelledExample { example, label: *label }))
@@ -381,6 +402,16 @@ impl<'a> Renderer<'a> {
             .rendering(self.tokenizer, messages, sample.tools.as_deref(), add_generation_prompt)
             .map_err(|error| Error::row(&sample.source, error.to_string()))
     }
+}
+
+/// A preference row as two judgements; any other as it is.
+fn unpaired(sample: &Sample) -> Vec<Sample> {
+    let Content::Preference { prompt, chosen, rejected, .. } = &sample.content else { return vec![sample.clone()] };
+    let judged = |completion: &Text, label: bool| {
+        let content = Content::UnpairedPreference { prompt: prompt.clone(), completion: completion.clone(), label };
+        Sample { content, ..sample.clone() }
+    };
+    vec![judged(chosen, true), judged(rejected, false)]
 }
 
 fn unexpected(sample: &Sample, expected: &str) -> Error {

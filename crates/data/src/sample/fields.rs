@@ -142,7 +142,11 @@ impl<'a> Fields<'a> {
             let prompt = self.text("prompt")?;
             let chosen = self.following(&prompt, "chosen")?;
             let rejected = self.following(&prompt, "rejected")?;
-            return Ok(Content::Preference { prompt, chosen, rejected });
+            let reference = self.optional("reference").map(|_| self.following(&prompt, "reference")).transpose()?;
+            return Ok(Content::Preference { prompt, chosen, rejected, reference });
+        }
+        if self.optional("reference").is_some() {
+            return Err(self.error("reference", "needs the prompt in a column of its own"));
         }
         let (prompt, chosen, rejected) = match (self.text("chosen")?, self.text("rejected")?) {
             (Text::Plain(chosen), Text::Plain(rejected)) => {
@@ -161,7 +165,7 @@ impl<'a> Fields<'a> {
         if empty(&chosen) || empty(&rejected) {
             return Err(self.error("rejected", "one of chosen and rejected is the beginning of the other"));
         }
-        Ok(Content::Preference { prompt, chosen, rejected })
+        Ok(Content::Preference { prompt, chosen, rejected, reference: None })
     }
 
     pub fn stepwise(&self) -> Result<Content> {

@@ -25,7 +25,8 @@ pub enum Kind {
     PromptCompletion,
     /// `prompt`, and whatever its reward needs.
     PromptOnly,
-    /// `chosen` and `rejected`, with `prompt` or with what both begin with.
+    /// `chosen` and `rejected`, with `prompt` or with what both begin with; `reference`, a third answer to learn by heart, if
+    /// there is one.
     Preference,
     /// `prompt`, `completion` and whether it is good: `label`.
     UnpairedPreference,
@@ -80,6 +81,8 @@ pub enum Content {
         chosen: Text,
         /// The worse completion.
         rejected: Text,
+        /// A completion that is right beyond comparison, for methods that learn it by heart.
+        reference: Option<Text>,
     },
     /// A completion that is good or bad.
     UnpairedPreference {
@@ -145,6 +148,13 @@ pub struct Sample {
     pub columns: Map<String, Value>,
     /// Where the row comes from.
     pub source: Source,
+}
+
+impl Sample {
+    /// Whether it holds two completions to compare.
+    pub fn is_pair(&self) -> bool {
+        self.content.kind() == Kind::Preference
+    }
 }
 
 /// Which columns hold the sample.

@@ -55,6 +55,37 @@ impl Problem {
     }
 }
 
+/// A wrong answer that is near the right one, a whole number in decimal: off by one, two or ten, or with two neighbouring digits
+/// exchanged. It has the sign of the right one.
+///
+/// An answer that is no such number is returned with a sign of doubt.
+pub fn near_miss(answer: &str, random: Random) -> String {
+    let Ok(right) = answer.parse::<i64>() else { return format!("{answer}?") };
+    let mut draws = Draws { random, position: 0 };
+    loop {
+        let size = right.saturating_abs();
+        let wrong = match draws.between(0, 3) {
+            0 => size.saturating_add(*draws.pick(&[-10, 10])),
+            1 => size.saturating_add(*draws.pick(&[-2, 2])),
+            2 => size.saturating_add(*draws.pick(&[-1, 1])),
+            _ => exchanged(size, &mut draws),
+        };
+        if wrong != size && wrong >= 0 {
+            return if right < 0 { (-wrong).to_string() } else { wrong.to_string() };
+        }
+    }
+}
+
+/// The number with two neighbouring digits exchanged, if it has two.
+fn exchanged(number: i64, draws: &mut Draws) -> i64 {
+    let mut digits = number.to_string().into_bytes();
+    if digits.len() > 1 {
+        let place = draws.between(0, digits.len() as i64 - 2) as usize;
+        digits.swap(place, place + 1);
+    }
+    digits.iter().fold(0i64, |number, digit| number.saturating_mul(10).saturating_add(i64::from(digit - b'0')))
+}
+
 /// A source of problems.
 pub trait Task: Send + Sync {
     /// The task's name.

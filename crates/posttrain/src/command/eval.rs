@@ -46,8 +46,12 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
     let samples = if corpus.held.is_some() { 1 } else { u64::from(config.evaluation.samples) };
     let total = corpus.test_rows() as u64 * samples;
     let mut progress = opener.terminal.progress("evaluating", "answer", total);
-    let measurer =
-        measure::evaluator(&config, (corpus.test, corpus.held), (&model.tokenizer, model.template.as_ref()), opener)?;
+    let measurer = measure::evaluator(
+        &config,
+        (corpus.test, corpus.test_pairs, corpus.held),
+        (&model.tokenizer, model.template.as_ref()),
+        opener,
+    )?;
     let mut measurer = measurer.ok_or_else(|| Failure::new("the recipe holds nothing out"))?;
     let evaluation = measurer
         .evaluate(&model.decoder, &mut |done, _| progress.update(done as u64, ""))

@@ -7,12 +7,15 @@ use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use train::directory::Directory;
 use train::methods::distillation::{Distillation, Lessons, TeacherOptions};
+use train::methods::online_preference::OnlinePreference;
 use train::methods::policy::Policy;
+use train::methods::preference::Preference;
 use train::methods::process_reward::ProcessReward;
 use train::methods::rejection::Rejection;
 use train::methods::reward_model::RewardModel;
 use train::methods::sft::Sft;
 use train::methods::unlearning::Unlearning;
+use train::methods::unpaired::Unpaired;
 use train::run::DataSource;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
@@ -155,6 +158,13 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             Stage::Rejection(options) => {
                 Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), judges::rewards(&config, opener)?)?)
             }
+            Stage::Preference(options) => Box::new(Preference::new(options.clone(), corpus.pairs.clone())?),
+            Stage::Unpaired(options) => Box::new(Unpaired::new(options.clone(), corpus.judged.clone())?),
+            Stage::OnlinePreference(options) => Box::new(OnlinePreference::new(
+                options.clone(),
+                corpus.prompts.clone(),
+                judges::rewards(&config, opener)?,
+            )?),
             Stage::RewardModel(options) => Box::new(RewardModel::new(options.clone(), corpus.rewarded.clone())?),
             Stage::ProcessReward(options) => Box::new(ProcessReward::new(options.clone(), corpus.steps.clone())?),
             Stage::Policy(options) => {
@@ -179,7 +189,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         });
     }
     let language = (&model.tokenizer, model.template.as_ref());
-    let mut measurer = measure::evaluator(&config, (corpus.test, corpus.held), language, opener)?;
+    let mut measurer = measure::evaluator(&config, (corpus.test, corpus.test_pairs, corpus.held), language, opener)?;
     let interrupt = Interrupt::listen()?;
     let mut watcher = Watcher::new(terminal);
     let run = Run {

@@ -21,12 +21,15 @@ use rollout::SamplingOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::distillation::DistillationOptions;
+use train::methods::online_preference::OnlinePreferenceOptions;
 use train::methods::policy::PolicyOptions;
+use train::methods::preference::PreferenceOptions;
 use train::methods::process_reward::ProcessRewardOptions;
 use train::methods::rejection::RejectionOptions;
 use train::methods::reward_model::RewardModelOptions;
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
+use train::methods::unpaired::UnpairedOptions;
 use train::options::RunOptions;
 use train::referee::RefereeOptions;
 
@@ -77,6 +80,16 @@ pub struct Config {
     /// Process reward models from labels of steps: the only stage of its run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process_reward: Option<ProcessRewardOptions>,
+    /// Preference optimisation from pairs, the stage after. `[dpo]` and `[simpo]` are this section with their `method`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceOptions>,
+    /// Preference optimisation from single judgements, the stage after. `[kto]` is this section with `method = "kto"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpaired: Option<UnpairedOptions>,
+    /// Preference optimisation from the model's own answers, judged by the rewards, the stage after. `[online_dpo]` and `[xpo]`
+    /// are this section with their `method`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub online_preference: Option<OnlinePreferenceOptions>,
     /// Policy gradients: reinforcement learning from rewards, the stage after. `[grpo]` is this section with `method = "grpo"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyOptions>,
@@ -149,9 +162,12 @@ pub struct TaskOptions {
     /// Held-out problems to measure with. No problem of one split occurs in the other, in whatever words.
     #[serde(default = "default_test_problems")]
     pub test_problems: u32,
-    /// The assistant's message in supervised examples; `{answer}` stands for the answer.
+    /// The assistant's message in supervised examples, and the better one in pairs; `{answer}` stands for the answer.
     #[serde(default = "default_completion")]
     pub completion: String,
+    /// The worse answer of preference pairs; `{wrong}` stands for a wrong answer near the right one, `{answer}` for the right one.
+    #[serde(default = "default_rejected")]
+    pub rejected: String,
     /// The task and its own options, chosen by `type`.
     #[serde(flatten)]
     pub task: TaskConfig,
@@ -167,6 +183,10 @@ fn default_test_problems() -> u32 {
 
 fn default_completion() -> String {
     "{answer}".into()
+}
+
+fn default_rejected() -> String {
+    "{wrong}".into()
 }
 
 /// The schema of a recipe, with a section for every method.
@@ -331,7 +351,8 @@ impl Config {
         if let Some(environment) = &self.environment {
             return environment.test_episodes > 0;
         }
-        !self.rewards.is_empty() && (self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty())
+        let held_out = self.tasks.iter().any(|task| task.test_problems > 0) || !self.data.test.is_empty();
+        held_out && (!self.rewards.is_empty() || self.preference.is_some())
     }
 
     /// Whether rows are only there to be answered: every stage samples.

@@ -3,12 +3,15 @@
 use model::config::{HeadTask, ScoreHead};
 use model::decoder::WeightFormat;
 use train::methods::distillation::{DistillationOptions, TeacherOptions};
+use train::methods::online_preference::OnlinePreferenceOptions;
 use train::methods::policy::PolicyOptions;
+use train::methods::preference::PreferenceOptions;
 use train::methods::process_reward::ProcessRewardOptions;
 use train::methods::rejection::{RejectionOptions, Sampler};
 use train::methods::reward_model::{RewardLoss, RewardModelOptions};
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
+use train::methods::unpaired::UnpairedOptions;
 use train::options::{OptionError, TrainingOptions};
 
 use super::Config;
@@ -24,6 +27,12 @@ pub enum Stage<'a> {
     RewardModel(&'a RewardModelOptions),
     /// `[process_reward]`
     ProcessReward(&'a ProcessRewardOptions),
+    /// `[preference]`
+    Preference(&'a PreferenceOptions),
+    /// `[unpaired]`
+    Unpaired(&'a UnpairedOptions),
+    /// `[online_preference]`
+    OnlinePreference(&'a OnlinePreferenceOptions),
     /// `[policy]`
     Policy(&'a PolicyOptions),
     /// `[distillation]`
@@ -41,6 +50,10 @@ pub enum Rows<'a> {
     Rewarded(RewardLoss),
     /// Solutions in steps, each followed by this separator.
     Steps(&'a str),
+    /// Prompts with a better and a worse completion.
+    Pairs,
+    /// Prompts with a completion that is good or bad.
+    Judgements,
     /// Prompts, to which the model finds answers itself, and what these are judged by.
     Prompts,
     /// Prompts with completions to forget.
@@ -68,6 +81,9 @@ impl<'a> Stage<'a> {
             Self::Rejection(_) => "rejection",
             Self::RewardModel(_) => "reward_model",
             Self::ProcessReward(_) => "process_reward",
+            Self::Preference(_) => "preference",
+            Self::Unpaired(_) => "unpaired",
+            Self::OnlinePreference(_) => "online_preference",
             Self::Policy(_) => "policy",
             Self::Distillation(_) => "distillation",
             Self::Unlearning(_) => "unlearning",
@@ -81,6 +97,9 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => &options.method,
             Self::RewardModel(options) => &options.method,
             Self::ProcessReward(options) => &options.method,
+            Self::Preference(options) => &options.method,
+            Self::Unpaired(options) => &options.method,
+            Self::OnlinePreference(options) => &options.method,
             Self::Policy(options) => &options.method,
             Self::Distillation(options) => &options.method,
             Self::Unlearning(options) => &options.method,
@@ -94,6 +113,9 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => &options.training,
             Self::RewardModel(options) => &options.training,
             Self::ProcessReward(options) => &options.training,
+            Self::Preference(options) => &options.training,
+            Self::Unpaired(options) => &options.training,
+            Self::OnlinePreference(options) => &options.training,
             Self::Policy(options) => &options.training,
             Self::Distillation(options) => &options.training,
             Self::Unlearning(options) => &options.training,
@@ -107,7 +129,9 @@ impl<'a> Stage<'a> {
             Self::Sft(_) => vec![Rows::Examples],
             Self::RewardModel(options) => vec![Rows::Rewarded(options.loss_type)],
             Self::ProcessReward(options) => vec![Rows::Steps(&options.step_separator)],
-            Self::Rejection(_) | Self::Policy(_) => vec![Rows::Prompts],
+            Self::Preference(_) => vec![Rows::Pairs],
+            Self::Unpaired(_) => vec![Rows::Judgements],
+            Self::OnlinePreference(_) | Self::Rejection(_) | Self::Policy(_) => vec![Rows::Prompts],
             Self::Distillation(options) => {
                 let own = some(options.prompts_per_step() > 0, Rows::Prompts);
                 own.into_iter().chain(some(options.examples_per_step() > 0, Rows::Examples)).collect()
@@ -126,8 +150,14 @@ impl<'a> Stage<'a> {
     /// How it samples, where it does.
     pub fn sampling(self) -> Option<&'a rollout::SamplingOptions> {
         match self {
-            Self::Sft(_) | Self::RewardModel(_) | Self::ProcessReward(_) | Self::Unlearning(_) => None,
+            Self::Sft(_)
+            | Self::Preference(_)
+            | Self::Unpaired(_)
+            | Self::RewardModel(_)
+            | Self::ProcessReward(_)
+            | Self::Unlearning(_) => None,
             Self::Rejection(options) => Some(&options.sampling),
+            Self::OnlinePreference(options) => Some(&options.sampling),
             Self::Policy(options) => Some(&options.sampling),
             Self::Distillation(options) => (options.prompts_per_step() > 0).then_some(&options.sampling),
         }
@@ -166,6 +196,14 @@ impl<'a> Stage<'a> {
             // A row of pairs is as long as its two sequences.
             Self::RewardModel(options) => once(options.batch_size),
             Self::ProcessReward(options) => once(options.batch_size),
+            // The prompt of a pair counts once, its completions one by one.
+            Self::Preference(options) => Work { sequences_per_row: 2, ..once(options.batch_size) },
+            Self::Unpaired(options) => once(options.batch_size),
+            Self::OnlinePreference(options) => Work {
+                sequences_per_row: 2,
+                decode_batch_size: options.decode_batch_size,
+                ..once(options.prompts_per_step)
+            },
             Self::Policy(options) => Work {
                 rows_per_step: options.prompts_per_step,
                 sequences_per_row: options.num_generations,
@@ -194,7 +232,7 @@ impl<'a> Stage<'a> {
 
     /// Whether it learns from `[[rewards]]`.
     pub fn needs_rewards(self) -> bool {
-        matches!(self, Self::Rejection(_) | Self::Policy(_))
+        matches!(self, Self::Rejection(_) | Self::OnlinePreference(_) | Self::Policy(_))
     }
 
     /// The models it learns from.
@@ -210,6 +248,9 @@ impl<'a> Stage<'a> {
         match self {
             Self::Sft(_) | Self::RewardModel(_) | Self::ProcessReward(_) | Self::Distillation(_) => false,
             Self::Rejection(options) => options.sampler == Sampler::Reference,
+            Self::Preference(options) => options.objective.needs_reference(),
+            Self::Unpaired(_) => true,
+            Self::OnlinePreference(options) => options.needs_reference(),
             Self::Policy(options) => options.objective.needs_reference(),
             Self::Unlearning(options) => options.objective.needs_reference(),
         }
@@ -222,6 +263,9 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => options.validate(),
             Self::RewardModel(options) => options.validate(),
             Self::ProcessReward(options) => options.validate(),
+            Self::Preference(options) => options.validate(),
+            Self::Unpaired(options) => options.validate(),
+            Self::OnlinePreference(options) => options.validate(),
             Self::Policy(options) => options.validate(),
             Self::Distillation(options) => options.validate(),
             Self::Unlearning(options) => options.validate(),
@@ -238,11 +282,19 @@ impl Config {
             self.reward_model.as_ref().map(Stage::RewardModel),
             self.process_reward.as_ref().map(Stage::ProcessReward),
             self.rejection.as_ref().map(Stage::Rejection),
+            self.preference.as_ref().map(Stage::Preference),
+            self.unpaired.as_ref().map(Stage::Unpaired),
+            self.online_preference.as_ref().map(Stage::OnlinePreference),
             self.policy.as_ref().map(Stage::Policy),
             self.distillation.as_ref().map(Stage::Distillation),
             self.unlearning.as_ref().map(Stage::Unlearning),
         ];
         stages.into_iter().flatten().collect()
+    }
+
+    /// Whether a stage learns from pairs or judgements, so that tasks make wrong answers too.
+    pub fn compares(&self) -> bool {
+        self.preference.is_some() || self.unpaired.is_some()
     }
 
     /// How the stages train, to be changed.
@@ -252,6 +304,9 @@ impl Config {
             self.rejection.as_mut().map(|options| &mut options.training),
             self.reward_model.as_mut().map(|options| &mut options.training),
             self.process_reward.as_mut().map(|options| &mut options.training),
+            self.preference.as_mut().map(|options| &mut options.training),
+            self.unpaired.as_mut().map(|options| &mut options.training),
+            self.online_preference.as_mut().map(|options| &mut options.training),
             self.policy.as_mut().map(|options| &mut options.training),
             self.distillation.as_mut().map(|options| &mut options.training),
             self.unlearning.as_mut().map(|options| &mut options.training),

@@ -5,12 +5,15 @@
 //! pages in docs/methods and `posttrain explain` are made of the presets and of the prologues of the files.
 
 pub mod distillation;
+pub mod online_preference;
 pub mod policy;
+pub mod preference;
 pub mod process_reward;
 pub mod rejection;
 pub mod reward_model;
 pub mod sft;
 pub mod unlearning;
+pub mod unpaired;
 
 /// A published method: a family's options under a name of its own.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +74,40 @@ pub const FAMILIES: &[Family] = &[
         title: "Process reward models",
         presets: process_reward::PRESETS,
         sources: &[include_str!("process_reward.rs"), include_str!("../../../objectives/src/reward.rs")],
+    },
+    Family {
+        section: "preference",
+        title: "Preference optimisation",
+        presets: preference::PRESETS,
+        sources: &[
+            include_str!("preference.rs"),
+            include_str!("../../../objectives/src/preference.rs"),
+            include_str!("../../../objectives/src/pairwise.rs"),
+            include_str!("../../../objectives/src/worst_case.rs"),
+            include_str!("../reference.rs"),
+        ],
+    },
+    Family {
+        section: "unpaired",
+        title: "Preference optimisation from single judgements",
+        presets: unpaired::PRESETS,
+        sources: &[
+            include_str!("unpaired.rs"),
+            include_str!("../../../objectives/src/unpaired.rs"),
+            include_str!("../reference.rs"),
+        ],
+    },
+    Family {
+        section: "online_preference",
+        title: "Online preference optimisation",
+        presets: online_preference::PRESETS,
+        sources: &[
+            include_str!("online_preference.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/online.rs"),
+            include_str!("../../../objectives/src/preference.rs"),
+            include_str!("../../../objectives/src/pairwise.rs"),
+        ],
     },
     Family {
         section: "policy",

@@ -1,0 +1,542 @@
+//! What must hold for any preference batch: gradients equal finite differences, splits and the order of rows change
+//! nothing, limits and extremes.
+#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+
+use candle_core::{DType, Device, Tensor, Var};
+use objectives::{
+    Ball, Error, Length, Loss, NashMdBatch, PairBatch, PairLoss, PreferenceOptions, RunningMean, Score,
+    UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, WorstCase,
+};
+use posttrain_objectives as objectives;
+use proptest::prelude::*;
+
+const LOSSES: [PairLoss; 15] = [
+    PairLoss::Sigmoid,
+    PairLoss::SigmoidNorm,
+    PairLoss::Hinge,
+    PairLoss::Ipo,
+    PairLoss::ExoPair,
+    PairLoss::NcaPair,
+    PairLoss::Robust,
+    PairLoss::BcoPair,
+    PairLoss::SppoHard,
+    PairLoss::Aot,
+    PairLoss::AotUnpaired,
+    PairLoss::ApoZero,
+    PairLoss::ApoDown,
+    PairLoss::Discopop,
+    PairLoss::Sft,
+];
+
+fn tensor(values: &[f64]) -> Tensor {
+    Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
+}
+
+/// Pairs as plain numbers: for each sequence its tokens, as log-probs of policy, reference and sharpened policy.
+#[derive(Clone, Debug)]
+struct Pairs {
+    sequences: Vec<Vec<[f64; 3]>>,
+    per_pair: usize,
+    /// Pairs and sft tokens of the whole batch, of which this may be a part.
+    whole: (usize, usize),
+}
+
+impl Pairs {
+    fn new(sequences: Vec<Vec<[f64; 3]>>, per_pair: usize) -> Self {
+        let learnt = if per_pair == 3 { 2 } else { 0 };
+        let sft = sequences.iter().skip(learnt).step_by(per_pair).map(Vec::len).sum();
+        Self { whole: (sequences.len() / per_pair, sft), sequences, per_pair }
+    }
+
+    fn column(&self, which: usize) -> Vec<f64> {
+        self.sequences.iter().flatten().map(|token| token[which]).collect()
+    }
+
+    fn batch(&self, log_probs: &Tensor) -> PairBatch {
+        let numbered = self.sequences.iter().zip(0..);
+        let pairs = self.sequences.len() / self.per_pair;
+        PairBatch {
+            log_probs: log_probs.clone(),
+            reference_log_probs: Some(tensor(&self.column(1))),
+            sharpened_log_probs: Some(tensor(&self.column(2))),
+            sequence: numbered.flat_map(|(tokens, number)| vec![number; tokens.len()]).collect(),
+            sequences_per_pair: self.per_pair,
+            weights: tensor(&vec![1.0 / self.whole.0 as f64; pairs]),
+            sft_tokens: self.whole.1,
+        }
+    }
+
+    fn loss(&self, options: &PreferenceOptions) -> (Loss, Vec<f64>) {
+        let log_probs = Var::from_tensor(&tensor(&self.column(0))).unwrap();
+        let loss = objectives::preference(options, &self.batch(log_probs.as_tensor())).unwrap();
+        let gradient = loss.gradient(log_probs.as_tensor()).unwrap();
+        (loss, gradient)
+    }
+
+    fn value(&self, options: &PreferenceOptions) -> f64 {
+        self.loss(options).0.values().unwrap().iter().sum()
+    }
+
+    /// The pairs in this order, as a batch of their own or as a part of this one.
+    fn pick(&self, order: &[usize]) -> Self {
+        let sequences = order.iter().flat_map(|pair| self.sequences[pair * self.per_pair..][..self.per_pair].to_vec());
+        Self { sequences: sequences.collect(), ..self.clone() }
+    }
+
+    /// Every log-prob of the policy moved a little; `None` for those that have none.
+    fn moved(&self, token: usize, by: f64) -> Self {
+        let mut moved = self.clone();
+        moved.sequences.iter_mut().flatten().nth(token).unwrap()[0] += by;
+        moved
+    }
+}
+
+/// Options of every kind, valid together.
+fn any_options() -> impl Strategy<Value = PreferenceOptions> {
+    let score = prop_oneof![
+        4 => Just(Score::ReverseKl),
+        1 => Just(Score::ForwardKl),
+        1 => Just(Score::JsDivergence),
+        1 => Just(Score::AlphaDivergence),
+        1 => Just(Score::LogOdds),
+    ];
+    let terms = prop::collection::vec((0..LOSSES.len(), 0.1..1.5f64), 1..4);
+    let length = prop_oneof![2 => Just(Length::Sum), 1 => Just(Length::Mean)];
+    let numbers = (0.05..1.0f64, 0.0..1.0f64, 0.01..0.4f64, proptest::option::of(0.0..1.0f64), 0.2..0.8f64);
+    (terms, score, length, any::<(bool, bool)>(), numbers).prop_map(
+        |(terms, score, length, (reference_free, use_weighting), (beta, gamma, label_smoothing, ld_alpha, alpha))| {
+            let odds = score == Score::LogOdds;
+            let kept = |loss: PairLoss| score == Score::ReverseKl || loss.takes_any_score();
+            let kind = |index: usize| if kept(LOSSES[index]) { LOSSES[index] } else { PairLoss::Sigmoid };
+            let loss_type: Vec<PairLoss> = terms.iter().map(|(index, _)| kind(*index)).collect();
+            PreferenceOptions {
+                use_weighting: use_weighting && !loss_type.iter().any(|loss| loss.compares_pairs()),
+                loss_type,
+                loss_weights: terms.iter().map(|(_, weight)| *weight).collect(),
+                beta,
+                gamma,
+                label_smoothing,
+                reference_free: reference_free || odds,
+                length: if odds { Length::Mean } else { length },
+                ld_alpha,
+                score,
+                score_alpha: alpha,
+                discopop_tau: 0.5,
+                worst_case: None,
+            }
+        },
+    )
+}
+
+fn any_pairs() -> impl Strategy<Value = Pairs> {
+    let token = (-3.0..-0.2f64, -0.7..0.7f64, -0.5..0.2f64).prop_map(|(p, r, s)| [p, p + r, p + s]);
+    let sequence = prop::collection::vec(token, 0..5);
+    (1usize..6, 2usize..4).prop_flat_map(move |(pairs, per_pair)| {
+        prop::collection::vec(sequence.clone(), pairs * per_pair)
+            .prop_map(move |sequences| Pairs::new(sequences, per_pair))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn gradients_equal_finite_differences(options in any_options(), pairs in any_pairs()) {
+        options.validate().unwrap();
+        // What is a constant to the gradient has to be one to the difference.
+        let options = PreferenceOptions { use_weighting: false, ..options };
+        let (_, gradient) = pairs.loss(&options);
+        let h = 1e-6;
+        for (token, &gradient) in gradient.iter().enumerate() {
+            let at = |by: f64| pairs.moved(token, by).value(&options);
+            let (above, below) = (at(h), at(-h));
+            let difference = (above - below) / (2.0 * h);
+            // At the corner of a hinge, or where the order of two pairs changes, the slopes on the two sides differ.
+            let (right, left) = ((above - at(0.0)) / h, (at(0.0) - below) / h);
+            if (right - left).abs() < 1e-3 {
+                prop_assert!((difference - gradient).abs() < 1e-6 * (1.0 + gradient.abs()), "{difference} {gradient}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_split_changes_no_bit(options in any_options(), pairs in any_pairs(), cut in any::<prop::sample::Index>()) {
+        prop_assume!(!options.compares_pairs());
+        let count = pairs.sequences.len() / pairs.per_pair;
+        let all: Vec<usize> = (0..count).collect();
+        let (first, second) = all.split_at(cut.index(count));
+        let (whole, gradient) = pairs.loss(&options);
+        let parts = [first, second].map(|part| pairs.pick(part).loss(&options));
+        prop_assert_eq!(whole.values().unwrap(), [parts[0].0.values().unwrap(), parts[1].0.values().unwrap()].concat());
+        prop_assert_eq!(gradient, [parts[0].1.clone(), parts[1].1.clone()].concat());
+    }
+
+    #[test]
+    fn the_order_of_the_pairs_does_not_matter(options in any_options(), pairs in any_pairs(), robust in any::<bool>()) {
+        let worst_case = WorstCase { ball: Ball::ChiSquare, radius: 0.3 };
+        let worst_case = (robust && !options.compares_pairs()).then_some(worst_case);
+        let options = PreferenceOptions { worst_case, ..options };
+        let count = pairs.sequences.len() / pairs.per_pair;
+        let backwards: Vec<usize> = (0..count).rev().collect();
+        let (value, other) = (pairs.value(&options), pairs.pick(&backwards).value(&options));
+        prop_assert!((value - other).abs() < 1e-9 * (1.0 + value.abs()), "{value} {other}");
+    }
+
+    #[test]
+    fn extremes_stay_finite(options in any_options(), extreme in prop::sample::select(vec![-1e4, -1e-30, 0.0, -30.0])) {
+        let other = if extreme == -1e4 { 0.0 } else { -1e4 };
+        let long = |p: f64, r: f64| vec![[p, r, p]; 3];
+        let sequences =
+            vec![long(extreme, other), long(other, extreme), vec![], long(extreme, other), long(other, other), vec![]];
+        let worst = (!options.compares_pairs()).then_some(WorstCase { ball: Ball::Kl, radius: 0.2 });
+        for worst_case in [None, worst] {
+            let options = PreferenceOptions { worst_case, ..options.clone() };
+            let (loss, gradient) = Pairs::new(sequences.clone(), 2).loss(&options);
+            let values = loss.values().unwrap();
+            prop_assert!(values.iter().chain(&gradient).all(|x| x.is_finite()), "{values:?} {gradient:?}");
+            for statistic in &loss.statistics {
+                prop_assert!(statistic.values.iter().all(|x| x.is_finite()), "{statistic:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn worst_weights_are_a_distribution_in_the_ball(
+        losses in prop::collection::vec(-3.0..3.0f64, 1..12),
+        radius in 0.0..0.9f64,
+        ball in prop::sample::select(vec![Ball::TotalVariation, Ball::Cvar, Ball::ChiSquare, Ball::Kl]),
+    ) {
+        let q = WorstCase { ball, radius }.weights(&losses);
+        let n = losses.len() as f64;
+        prop_assert!((q.iter().sum::<f64>() - 1.0).abs() < 1e-9 && q.iter().all(|&q| q >= 0.0), "{q:?}");
+        let distance = match ball {
+            Ball::TotalVariation => q.iter().map(|q| (q - 1.0 / n).abs()).sum::<f64>() / 2.0,
+            Ball::Cvar => 1.0 - 1.0 / (n * q.iter().copied().fold(0.0, f64::max)),
+            Ball::ChiSquare => q.iter().map(|q| (n * q - 1.0).powi(2)).sum::<f64>() / (2.0 * n),
+            Ball::Kl => q.iter().filter(|&&q| q > 0.0).map(|q| q * (n * q).ln()).sum(),
+        };
+        prop_assert!(distance <= radius + 1e-9, "{distance} {radius}");
+        let value = |q: &[f64]| q.iter().zip(&losses).map(|(q, l)| q * l).sum::<f64>();
+        let mean = losses.iter().sum::<f64>() / n;
+        prop_assert!(value(&q) >= mean - 1e-9);
+        let wider = WorstCase { ball, radius: radius + 0.05 }.weights(&losses);
+        prop_assert!(value(&wider) >= value(&q) - 1e-9, "a larger ball holds a worse case");
+        for (a, qa) in losses.iter().zip(&q) {
+            for (b, qb) in losses.iter().zip(&q) {
+                prop_assert!(a < b || qa >= qb || (qa - qb).abs() < 1e-12, "larger losses weigh more");
+            }
+        }
+    }
+}
+
+fn two_pairs() -> Pairs {
+    let sequences = vec![
+        vec![[-1.0, -1.5, -1.2], [-0.5, -0.4, -0.6]],
+        vec![[-2.0, -1.0, -2.0]],
+        vec![[-0.25, -0.5, -0.25]],
+        vec![[-1.5, -1.25, -1.5], [-3.0, -2.5, -3.0], [-0.5, -1.0, -0.4]],
+    ];
+    Pairs::new(sequences, 2)
+}
+
+/// Of two equal completions none can be preferred: the symmetric losses stand at log 2 and push nowhere.
+#[test]
+fn an_identical_pair_teaches_nothing() {
+    let tokens = vec![[-1.0, -1.5, -1.0], [-0.5, -0.25, -0.5]];
+    let pairs = Pairs::new(vec![tokens.clone(), tokens], 2);
+    for (loss, expected) in [
+        (PairLoss::Sigmoid, 2f64.ln()),
+        (PairLoss::SigmoidNorm, 2f64.ln()),
+        (PairLoss::Aot, 2f64.ln()),
+        (PairLoss::AotUnpaired, 2f64.ln()),
+        (PairLoss::Robust, 2f64.ln()),
+        (PairLoss::Hinge, 1.0),
+    ] {
+        let options = PreferenceOptions {
+            loss_type: vec![loss],
+            label_smoothing: 0.1,
+            beta: 0.3,
+            ..PreferenceOptions::default()
+        };
+        let (found, gradient) = pairs.loss(&options);
+        assert!((found.values().unwrap()[0] - expected).abs() < 1e-15, "{loss:?}");
+        // The same tokens twice: what one completion gains the other loses.
+        assert_eq!(
+            gradient[..2].iter().zip(&gradient[2..]).map(|(a, b)| a + b).collect::<Vec<_>>(),
+            [0.0; 2],
+            "{loss:?}"
+        );
+    }
+}
+
+/// At the reference every log-ratio is 0: DPO's slope is β/2, up for the chosen tokens and down for the rejected.
+#[test]
+fn at_the_reference_by_hand() {
+    let at = |log_prob: f64| [log_prob, log_prob, log_prob];
+    let pairs = Pairs::new(vec![vec![at(-1.0), at(-2.0)], vec![at(-0.5)]], 2);
+    let of = |loss| {
+        let options = PreferenceOptions { loss_type: vec![loss], beta: 0.4, ..PreferenceOptions::default() };
+        let (loss, gradient) = pairs.loss(&options);
+        (loss.values().unwrap()[0], gradient)
+    };
+    assert_eq!(of(PairLoss::Sigmoid), (2f64.ln(), vec![-0.2, -0.2, 0.2]));
+    assert_eq!(of(PairLoss::Hinge), (1.0, vec![-0.4, -0.4, 0.4]));
+    assert_eq!(of(PairLoss::ApoZero), (1.0, vec![-0.1, -0.1, 0.1]));
+    assert_eq!(of(PairLoss::SppoHard), (2.0 * 1.25 * 1.25, vec![-2.5, -2.5, 2.5]));
+    assert_eq!(of(PairLoss::Ipo), (1.25 * 1.25, vec![-1.25, -1.25, 2.5]));
+    let (value, gradient) = of(PairLoss::BcoPair);
+    assert_eq!((value, gradient), (2.0 * 2f64.ln(), vec![-0.2, -0.2, 0.2]));
+}
+
+#[test]
+fn limits() {
+    let pairs = two_pairs();
+    let value = |options: PreferenceOptions| pairs.value(&options);
+    let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} {b}");
+    let default = PreferenceOptions::default;
+    // Without scale nothing is preferred.
+    close(value(PreferenceOptions { beta: 1e-9, ..default() }), 2f64.ln());
+    // The alpha-divergence passes through the forward and reverse divergences.
+    let alpha = |score_alpha| PreferenceOptions { score: Score::AlphaDivergence, score_alpha, ..default() };
+    close(value(alpha(1.0 - 1e-9)), value(default()));
+    close(value(alpha(1.0 + 1e-4)) - value(default()), 0.0);
+    close(value(alpha(0.0)), value(PreferenceOptions { score: Score::ForwardKl, ..default() }));
+    // LD-DPO: 1 is DPO; at 0 the longer completion ends with the shorter.
+    assert_eq!(value(PreferenceOptions { ld_alpha: Some(1.0), ..default() }), value(default()));
+    let mut short = pairs.clone();
+    short.sequences[0].truncate(1);
+    short.sequences[3].truncate(1);
+    assert_eq!(value(PreferenceOptions { ld_alpha: Some(0.0), ..default() }), short.value(&default()));
+    // A ball without extent holds the mean alone.
+    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.0 });
+    close(value(PreferenceOptions { worst_case, ..default() }), value(default()));
+    // And one that holds everything looks at the worst pair alone.
+    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.99 });
+    let worst = 2.0 * pairs.loss(&default()).0.values().unwrap().into_iter().fold(0.0, f64::max);
+    close(value(PreferenceOptions { worst_case, ..default() }), worst);
+    // Smoothing one half cannot tell the two apart; just below, robust DPO still can.
+    close(value(PreferenceOptions { label_smoothing: 0.49999999, ..default() }), {
+        let flipped = Pairs::new([1, 0, 3, 2].map(|i| pairs.sequences[i].clone()).to_vec(), 2);
+        flipped.value(&PreferenceOptions { label_smoothing: 0.49999999, ..default() })
+    });
+}
+
+/// WPO by hand: a completion counts by the mean of its sharpened less its plain log-probs.
+#[test]
+fn likely_pairs_count_more() {
+    let pairs = two_pairs();
+    let options = PreferenceOptions { use_weighting: true, ..PreferenceOptions::default() };
+    let plain = pairs.loss(&PreferenceOptions::default()).0.values().unwrap();
+    let weighted = pairs.loss(&options).0.values().unwrap();
+    let expected = [(-0.15f64).exp(), (0.1f64 / 3.0).exp()];
+    for ((plain, weighted), expected) in plain.iter().zip(&weighted).zip(expected) {
+        assert!((weighted / plain - expected).abs() < 1e-12, "{} {expected}", weighted / plain);
+    }
+}
+
+#[test]
+fn single_precision_inputs_are_accepted() {
+    let pairs = two_pairs();
+    let log_probs = Var::from_tensor(&tensor(&pairs.column(0)).to_dtype(DType::F32).unwrap()).unwrap();
+    let batch = pairs.batch(log_probs.as_tensor());
+    let loss = objectives::preference(&PreferenceOptions::default(), &batch).unwrap();
+    let exact = pairs.loss(&PreferenceOptions::default()).1;
+    for (got, exact) in loss.gradient(log_probs.as_tensor()).unwrap().iter().zip(exact) {
+        assert!((got - exact).abs() < 1e-7);
+    }
+}
+
+#[test]
+fn wrong_inputs_and_options_are_named() {
+    let pairs = two_pairs();
+    let log_probs = tensor(&pairs.column(0));
+    let with = |batch: PairBatch, options: &PreferenceOptions| {
+        objectives::preference(options, &batch).unwrap_err().to_string()
+    };
+    let batch = PairBatch { reference_log_probs: None, ..pairs.batch(&log_probs) };
+    let default = PreferenceOptions::default();
+    assert_eq!(with(batch, &default), "reference_log_probs is missing: reference_free is false");
+    let batch = PairBatch { sharpened_log_probs: None, ..pairs.batch(&log_probs) };
+    let weighted = PreferenceOptions { use_weighting: true, ..default.clone() };
+    assert_eq!(with(batch, &weighted), "sharpened_log_probs is missing: use_weighting is true");
+    let batch = PairBatch { sequence: vec![0, 0, 1, 2, 3, 3, 4], ..pairs.batch(&log_probs) };
+    assert_eq!(with(batch, &default), "sequence is 4, expected a sequence of a pair");
+    for (wrong, message) in [
+        (PreferenceOptions { beta: 0.0, ..default.clone() }, "beta is 0, expected a number above 0"),
+        (
+            PreferenceOptions { loss_type: vec![], ..default.clone() },
+            "the number of loss_type is 0, expected at least 1",
+        ),
+        (
+            PreferenceOptions { loss_weights: vec![1.0, 2.0], ..default.clone() },
+            "loss_weights has length 2, expected 1",
+        ),
+        (
+            PreferenceOptions { loss_type: vec![PairLoss::ExoPair], ..default.clone() },
+            "label_smoothing is 0, expected above 0 for exo_pair; its authors suggest 0.001",
+        ),
+        (
+            PreferenceOptions { loss_type: vec![PairLoss::ApoZero], score: Score::ForwardKl, ..default.clone() },
+            "score: only sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust and discopop know others than reverse_kl",
+        ),
+        (
+            PreferenceOptions { loss_type: vec![PairLoss::Aot], use_weighting: true, ..default.clone() },
+            "loss_type: aot and aot_unpaired compare ranks, which use_weighting and worst_case have no weights for",
+        ),
+        (
+            PreferenceOptions { score: Score::LogOdds, ..default.clone() },
+            "score: log_odds are those of a probability: they need reference_free = true and length = \"mean\"",
+        ),
+        (
+            PreferenceOptions { worst_case: Some(WorstCase { ball: Ball::Cvar, radius: 1.0 }), ..default },
+            "radius is 1, expected at least 0 and below 1",
+        ),
+    ] {
+        assert_eq!(wrong.validate().unwrap_err().to_string(), message);
+    }
+}
+
+/// Judged completions as plain numbers: whether each is good, and its tokens under policy and reference.
+#[derive(Clone, Debug)]
+struct Judged {
+    sequences: Vec<(bool, Vec<[f64; 2]>)>,
+    mismatched: Vec<f64>,
+}
+
+impl Judged {
+    fn loss(&self, options: &UnpairedOptions) -> (Loss, Vec<f64>) {
+        let column = |which: usize| -> Vec<f64> {
+            self.sequences.iter().flat_map(|(_, tokens)| tokens).map(|token| token[which]).collect()
+        };
+        let log_probs = Var::from_tensor(&tensor(&column(0))).unwrap();
+        let numbered = self.sequences.iter().zip(0..);
+        let count = self.sequences.len();
+        let batch = UnpairedBatch {
+            log_probs: log_probs.as_tensor().clone(),
+            reference_log_probs: tensor(&column(1)),
+            sequence: numbered.flat_map(|((_, tokens), number)| vec![number; tokens.len()]).collect(),
+            good: self.sequences.iter().map(|(good, _)| *good).collect(),
+            weights: tensor(&vec![1.0 / count as f64; count]),
+            mismatched: self.mismatched.clone(),
+            running: RunningMean { count: 5, mean: 0.25 },
+        };
+        let found = objectives::unpaired(options, &batch).unwrap();
+        let gradient = found.loss.gradient(log_probs.as_tensor()).unwrap();
+        (found.loss, gradient)
+    }
+
+    fn total(&self, options: &UnpairedOptions) -> f64 {
+        self.loss(options).0.values().unwrap().iter().sum()
+    }
+}
+
+fn any_judged() -> impl Strategy<Value = Judged> {
+    let token = (-3.0..0.0f64, -0.7..0.7f64).prop_map(|(p, r)| [p, p + r]);
+    let sequence = (any::<bool>(), prop::collection::vec(token, 0..4));
+    let mismatched = prop::collection::vec(-2.0..2.0f64, 1..5);
+    (prop::collection::vec(sequence, 1..8), mismatched)
+        .prop_map(|(sequences, mismatched)| Judged { sequences, mismatched })
+}
+
+#[test]
+fn unpaired_values_by_hand() {
+    let tokens = |ratio: f64| vec![[-1.0, -1.0 - ratio]];
+    let judged = Judged { sequences: vec![(true, tokens(2.0)), (false, tokens(-1.0))], mismatched: vec![0.5, 1.5] };
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let options = UnpairedOptions { beta: 0.5, desirable_weight: 1.5, ..UnpairedOptions::default() };
+    let (loss, gradient) = judged.loss(&options);
+    let (good, bad) = (sigmoid(-0.5), sigmoid(0.5 * (-1.0 - 1.0)));
+    for (got, expected) in loss.values().unwrap().iter().zip([0.75 * good, 0.5 * bad]) {
+        assert!((got - expected).abs() < 1e-15);
+    }
+    let slope = |p: f64| 0.5 * p * (1.0 - p);
+    for (got, expected) in gradient.iter().zip([-0.75 * slope(good), 0.5 * slope(bad)]) {
+        assert!((got - expected).abs() < 1e-15, "{got} {expected}");
+    }
+    let bco = UnpairedOptions { baseline: UnpairedBaseline::RunningMean, utility: Utility::LogSigmoid, ..options };
+    // Five ratios of mean 0.25, then 2 and -1: 2.25 / 7.
+    let mean = 2.25 / 7.0;
+    let (loss, _) = judged.loss(&bco);
+    let expected = [-0.75 * sigmoid(0.5 * (2.0 - mean)).ln(), -0.5 * sigmoid(-0.5 * (-1.0 - mean)).ln()];
+    for (got, expected) in loss.values().unwrap().iter().zip(expected) {
+        assert!((got - expected).abs() < 1e-14, "{got} {expected}");
+    }
+    // A policy that is nearer to other rows' completions than the reference has no baseline below 0.
+    let near = Judged { mismatched: vec![-3.0], ..judged.clone() };
+    let none = UnpairedOptions { baseline: UnpairedBaseline::Zero, ..options.clone() };
+    assert_eq!(near.total(&options), judged.total(&none));
+    // Without scale nothing is good or bad: (1.5 + 1) / 2 of one half.
+    assert!((judged.total(&UnpairedOptions { beta: 1e-12, ..options }) - 0.625).abs() < 1e-11);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn unpaired_gradients_equal_finite_differences(judged in any_judged(), log in any::<bool>(), kl in any::<bool>()) {
+        let utility = if log { Utility::LogSigmoid } else { Utility::Sigmoid };
+        let baseline = if kl { UnpairedBaseline::Kl } else { UnpairedBaseline::Zero };
+        let options = UnpairedOptions { baseline, utility, beta: 0.7, undesirable_weight: 0.5, ..Default::default() };
+        let (_, gradient) = judged.loss(&options);
+        for (token, gradient) in gradient.iter().enumerate() {
+            let at = |by: f64| {
+                let mut moved = judged.clone();
+                moved.sequences.iter_mut().flat_map(|(_, tokens)| tokens).nth(token).unwrap()[0] += by;
+                moved.total(&options)
+            };
+            let difference = (at(1e-6) - at(-1e-6)) / 2e-6;
+            prop_assert!((difference - gradient).abs() < 1e-8, "{difference} {gradient}");
+        }
+        let mut backwards = judged.clone();
+        backwards.sequences.reverse();
+        prop_assert!((judged.total(&options) - backwards.total(&options)).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn unpaired_extremes_stay_finite_and_missing_baselines_are_named() {
+    let tokens = |a: f64, b: f64| vec![[a, b]; 3];
+    let judged = Judged {
+        sequences: vec![(true, tokens(-1e4, 0.0)), (false, tokens(0.0, -1e4)), (false, vec![])],
+        mismatched: vec![3e4],
+    };
+    for baseline in [UnpairedBaseline::Zero, UnpairedBaseline::Kl, UnpairedBaseline::RunningMean] {
+        for utility in [Utility::Sigmoid, Utility::LogSigmoid] {
+            let (loss, gradient) = judged.loss(&UnpairedOptions { baseline, utility, ..Default::default() });
+            assert!(loss.values().unwrap().iter().chain(&gradient).all(|x| x.is_finite()), "{baseline:?} {utility:?}");
+        }
+    }
+    let batch = UnpairedBatch {
+        log_probs: tensor(&[-1.0]),
+        reference_log_probs: tensor(&[-1.0]),
+        sequence: vec![0],
+        good: vec![true],
+        weights: tensor(&[1.0]),
+        mismatched: vec![],
+        running: RunningMean::default(),
+    };
+    let error = objectives::unpaired(&UnpairedOptions::default(), &batch).unwrap_err();
+    assert!(matches!(error, Error::Missing { what: "mismatched", .. }));
+    for wrong in [
+        UnpairedOptions { beta: 0.0, ..Default::default() },
+        UnpairedOptions { desirable_weight: -1.0, ..Default::default() },
+        UnpairedOptions { undesirable_weight: f64::NAN, ..Default::default() },
+    ] {
+        assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
+    }
+}
+
+/// On policy Nash-MD is REINFORCE: its gradient is (1/2 - P) and β times the log-ratio, token by token.
+#[test]
+fn nash_md_by_hand() {
+    let log_probs = Var::from_slice(&[-1.0f64, -2.0, -0.5], 3, &Device::Cpu).unwrap();
+    let batch = NashMdBatch {
+        log_probs: log_probs.as_tensor().clone(),
+        reference_log_probs: tensor(&[-1.5, -1.0, -0.5]),
+        sequence: vec![0, 0, 1],
+        preferences: vec![1.0, 0.25],
+        weights: tensor(&[0.5, 0.5]),
+    };
+    let loss = objectives::nash_md(0.5, &batch).unwrap();
+    assert_eq!(loss.gradient(log_probs.as_tensor()).unwrap(), [0.5 * (0.25 - 0.5), 0.5 * (-0.5 - 0.5), 0.5 * 0.25]);
+}
