@@ -45,6 +45,7 @@ fn example(prompt: &str, answer: u32) -> Example {
 
 fn pairs() -> RewardRows {
     let pair = |(prompt, right, wrong): (String, u32, u32)| PreferencePair {
+        reference: None,
         chosen: example(&prompt, right),
         rejected: example(&prompt, wrong),
         margin: 0.0,
