@@ -244,7 +244,9 @@ impl Clip {
         let mut chosen: Vec<usize> = (0..covariances.len()).collect();
         chosen.sort_by(|&a, &b| covariances[b].total_cmp(&covariances[a]).then(a.cmp(&b)));
         chosen.truncate(self.cov_count(covariances.len()));
-        let penalty = inputs.log_ratio.abs()?.mul(&mask(&chosen, covariances.len(), self.cov_penalty, 0.0)?)?;
+        // The slope of |x| at 0 is taken for 0.
+        let distance = inputs.log_ratio.mul(&inputs.log_ratio.detach().sign()?)?;
+        let penalty = distance.mul(&mask(&chosen, covariances.len(), self.cov_penalty, 0.0)?)?;
         Ok(Surrogate::new(objective.sub(&penalty)?))
     }
 

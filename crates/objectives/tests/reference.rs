@@ -36,7 +36,8 @@ fn close(got: f64, expected: f64, tolerance: f64, what: &str) {
 }
 
 fn metric(loss: &Loss, name: &str) -> f64 {
-    let statistic = loss.statistics.iter().find(|statistic| statistic.name == name).unwrap();
+    let statistic = loss.statistics.iter().find(|statistic| statistic.name == name);
+    let statistic = statistic.unwrap_or_else(|| panic!("there is no metric {name}"));
     let mut fold = Fold::new(statistic.reduce);
     fold.extend(&statistic.values);
     fold.value().unwrap()
@@ -73,7 +74,9 @@ fn check(name: &str, options: &PolicyOptions, case: &Value) -> Loss {
     for (got, expected) in gradient.iter().zip(numbers(&case["gradient"])) {
         close(*got, expected, 1e-12, &format!("{name} gradient"));
     }
-    for (key, expected) in case["metrics"].as_object().into_iter().flatten() {
+    // The entropy is a property of the model's distributions: whoever runs the model logs it.
+    let metrics = case["metrics"].as_object().into_iter().flatten().filter(|(key, _)| *key != "entropy");
+    for (key, expected) in metrics {
         // TRL counts clipped tokens in f32.
         close(metric(&loss, key), expected.as_f64().unwrap(), 1e-6, &format!("{name} {key}"));
     }

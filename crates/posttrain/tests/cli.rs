@@ -135,6 +135,8 @@ fn every_recipe_is_valid_and_plans() {
             let row = rows.iter().find(|(section, _)| recipe.contains(section)).map_or(row, |(_, row)| row);
             write(folder.path(), "train.jsonl", row);
             write(folder.path(), "test.jsonl", row);
+            write(folder.path(), "forget.jsonl", row);
+            write(folder.path(), "retain.jsonl", row);
             // Whatever the model, the rest of the recipe must hold.
             let output = posttrain(folder.path())
                 .arg("train")
