@@ -1,8 +1,8 @@
 //! Rows that are there twice, exactly or nearly.
 //!
-//! Exactly: the same words in the same order (see [`words`](super::words)). Nearly: a Jaccard similarity of at least
+//! Exactly: the same words in the same order (see `words`). Nearly: a Jaccard similarity of at least
 //! [`SIMILAR`] between the sets of [`SHINGLE`] words in a row, as in Lee et al., "Deduplicating Training Data Makes Language
-//! Models Better", arXiv 2107.06499. Candidates are found by MinHash (Broder, 1997) with [`BANDS`] bands of [`ROWS`] hashes,
+//! Models Better", arXiv 2107.06499. Candidates are found by MinHash (Broder, 1997) with `BANDS` bands of `ROWS` hashes,
 //! which misses a pair of similarity 0.8 once in ten million, and each is then compared in full, so nothing is reported that
 //! is not alike.
 //!

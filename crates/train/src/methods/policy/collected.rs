@@ -76,8 +76,9 @@ impl Collected {
     /// The turns of every completion, of which `values` has what it was paid and `masks` the loss tokens. What a value has beside
     /// the rewards of turns is paid to the last one.
     pub fn turns(&self, values: &[Option<f64>], masks: &[Vec<bool>]) -> Vec<Vec<TurnReward>> {
-        let of = |(((episode, score), value), mask): (((&Episode, &Option<Score>), &Option<f64>), &Vec<bool>)| {
-            let judged = score.as_ref().map_or(&[][..], |score| &score.turns);
+        let of = |index: usize| {
+            let (episode, mask) = (&self.episodes[index], &masks[index]);
+            let judged = self.scores[index].as_ref().map_or(&[][..], |score| &score.turns);
             let mut turns: Vec<TurnReward> = (episode.turns.iter().enumerate())
                 .map(|(index, turn)| TurnReward {
                     reward: judged.get(index).map_or(0.0, |turn| turn.reward),
@@ -86,11 +87,11 @@ impl Collected {
                 .collect();
             let paid: f64 = turns.iter().map(|turn| turn.reward).sum();
             if let Some(last) = turns.last_mut() {
-                last.reward += value.unwrap_or(paid) - paid;
+                last.reward += values[index].unwrap_or(paid) - paid;
             }
             turns
         };
-        self.episodes.iter().zip(&self.scores).zip(values).zip(masks).map(of).collect()
+        (0..self.episodes.len()).map(of).collect()
     }
 
     /// The same groups beside their prompts. Their prompts cost `prompt_tokens`.
