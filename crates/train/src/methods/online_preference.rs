@@ -234,7 +234,10 @@ impl OnlinePreference {
         let numbered = |episode: Episode, place| Episode { sample: 2 * episode.sample + place, ..episode };
         let both = ours.episodes.into_iter().zip(theirs.episodes);
         let episodes = both.flat_map(|(ours, theirs)| [numbered(ours, 0), numbered(theirs, 1)]).collect();
-        Ok(Groups { prompts: prompts.to_vec(), size: 2, episodes, prompt_tokens, traces: None })
+        let traces = ours.traces.zip(theirs.traces).map(|((environment, ours), (_, theirs))| {
+            (environment, ours.into_iter().zip(theirs).flat_map(|(ours, theirs)| [ours, theirs]).collect())
+        });
+        Ok(Groups { prompts: prompts.to_vec(), size: 2, episodes, prompt_tokens, traces })
     }
 
     fn reading(&self) -> Reading {
