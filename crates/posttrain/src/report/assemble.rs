@@ -18,13 +18,15 @@ use crate::failure::Failure;
 const SAMPLES: usize = 8;
 
 /// The order of the curves on the page.
-const CURVES: [&str; 14] = [
+const CURVES: [&str; 16] = [
     "reward",
     "accuracy",
     "eval_accuracy",
     "loss",
     "margin",
     "mean_reward",
+    "rewards/accuracies",
+    "rewards/margins",
     "completions/mean_length",
     "entropy",
     "kl",
