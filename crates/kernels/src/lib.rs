@@ -24,6 +24,7 @@ mod attention;
 mod buffer;
 mod elementwise;
 mod gated;
+mod half;
 mod head;
 mod isa;
 mod math;
@@ -40,6 +41,7 @@ pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, at
 pub use buffer::zeros;
 pub use elementwise::{add, add_bias, bias_backward, finite, scale, sum_of_squares};
 pub use gated::{Activation, gated, gated_backward};
+pub use half::round_to_bf16;
 pub use head::{Normalizer, RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};
 pub use isa::Isa;
 pub use math::{exp, ln};

@@ -29,6 +29,19 @@ pub(crate) trait Simd {
     fn prefetch(_from: *const f32) {}
 }
 
+/// Asks for `data` to come into the second-level cache.
+pub(crate) fn prefetch<T>(data: &[T]) {
+    const LINE: usize = 64;
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(LINE) {
+        let from = data.as_ptr().cast::<i8>().wrapping_add(line);
+        // SAFETY: a hint reads nothing that the program sees, and every x86-64 processor has it.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(from) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, LINE);
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512, Avx512Bf16};
 

@@ -4,7 +4,10 @@
 mod common;
 
 use common::{bits, noise};
-use kernels::{AttentionShape, DecodeQuery, Isa, KvBlock, Segment, attention, attention_backward, attention_decode};
+use kernels::{
+    AttentionShape, DecodeQuery, Isa, KvBlock, Precision, Segment, attention, attention_backward, attention_decode,
+    round_to_bf16,
+};
 use posttrain_kernels as kernels;
 
 fn available() -> impl Iterator<Item = Isa> {
@@ -158,12 +161,16 @@ fn backward_agrees_with_finite_differences() {
 /// A row's tokens may lie in any number of blocks and be asked for one by one or many at a time.
 #[test]
 fn decoding_gives_the_bits_of_the_forward() {
-    for shape in shapes() {
+    for (shape, precision) in shapes().into_iter().flat_map(|shape| [(shape, Precision::F32), (shape, Precision::Bf16)])
+    {
         let (width, out_width) = (shape.width(), shape.heads * shape.head_dim);
-        let qkv = noise(6, ROWS * width);
+        let mut qkv = noise(6, ROWS * width);
+        if precision == Precision::Bf16 {
+            round_to_bf16(&mut qkv, width, out_width..width);
+        }
         let (expected, _) = forward(shape, &segments(), &qkv);
         for segment in segments() {
-            let mut prefix = KvBlock::new(shape, 0);
+            let mut prefix = KvBlock::new(shape, precision, 0);
             if let Some(index) = segment.prefix {
                 let before = segments()[index];
                 prefix.extend(&qkv[before.start * width..][..before.len * width]);
@@ -173,9 +180,9 @@ fn decoding_gives_the_bits_of_the_forward() {
             prefix.extend(&noise(8, 5 * width));
             for (cut, step) in [(0, 1), (0, 64), (3, 1), (33, 2), (3, 64), (1, 33)] {
                 let cut = segment.len.min(cut);
-                let mut middle = KvBlock::new(shape, 3);
+                let mut middle = KvBlock::new(shape, precision, 3);
                 middle.extend(&qkv[segment.start * width..][..cut * width]);
-                let mut own = KvBlock::new(shape, 3);
+                let mut own = KvBlock::new(shape, precision, 3);
                 own.extend(&noise(8, 5 * width));
                 own.truncate(0);
                 for first in (cut..segment.len).step_by(step) {
@@ -186,7 +193,7 @@ fn decoding_gives_the_bits_of_the_forward() {
                     let context = &[(&prefix, shared), (&middle, cut), (&own, own.len())];
                     attention_decode(shape, &mut [DecodeQuery { qkv, context, out: &mut out }]);
                     let expected = &expected[rows.start * out_width..rows.end * out_width];
-                    assert_eq!(bits(&out), bits(expected), "{shape:?} rows {rows:?}, cut at {cut}");
+                    assert_eq!(bits(&out), bits(expected), "{shape:?} in {precision:?}, rows {rows:?}, cut at {cut}");
                 }
             }
         }

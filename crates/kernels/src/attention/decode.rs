@@ -4,13 +4,19 @@ use super::AttentionShape;
 use super::operands::Run;
 use super::softmax::{normalise, softmax};
 use crate::buffer::{Buffer, with_scratch};
+use crate::half::{bfloat16, narrow, widen};
 use crate::isa::Isa;
+use crate::matrix::Precision;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply};
-use crate::parallel::{SharedMut, each};
+use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
+use crate::simd;
 
 /// The keys and values of one run of tokens in one layer, laid out for decoding, which reads one head after the other: keys as
 /// panels of 32 tokens, so that a score's fold over the head runs for 32 tokens at once; values token by token.
+///
+/// A block for [`Precision::Bf16`] keeps them as bfloat16: half the memory, and half of what a step reads. That loses nothing if
+/// they were rounded before ([`round_to_bf16`](crate::round_to_bf16)); otherwise they are rounded here.
 #[derive(Clone, Debug)]
 pub struct KvBlock {
     shape: AttentionShape,
@@ -19,19 +25,85 @@ pub struct KvBlock {
 }
 
 /// The keys and values of one key head.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct HeadCache {
     /// For each panel of tokens: `head_dim x PANEL`.
-    keys: Buffer,
+    keys: Cells,
     /// For each token: the head padded to whole panels.
-    values: Buffer,
+    values: Cells,
+}
+
+/// A growing array of numbers.
+#[derive(Clone, Debug)]
+enum Cells {
+    F32(Buffer),
+    Bf16(Vec<u16>),
+}
+
+impl Cells {
+    fn new(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32(Buffer::default()),
+            Precision::Bf16 => Self::Bf16(Vec::new()),
+        }
+    }
+
+    /// Makes room for `len` numbers; what is there already stays, the rest is zero.
+    fn grow(&mut self, len: usize) {
+        match self {
+            Self::F32(cells) => cells.grow(len),
+            Self::Bf16(cells) => cells.resize(len.max(cells.len()), 0),
+        }
+    }
+
+    /// Writes `from` to every `stride`-th place from `start` on.
+    fn scatter(&mut self, start: usize, stride: usize, from: &[f32]) {
+        match self {
+            Self::F32(cells) => {
+                let places = cells.as_mut_slice()[start..].iter_mut().step_by(stride);
+                places.zip(from).for_each(|(to, from)| *to = *from);
+            }
+            Self::Bf16(cells) => {
+                let places = cells[start..].iter_mut().step_by(stride);
+                places.zip(from).for_each(|(to, from)| *to = bfloat16(*from));
+            }
+        }
+    }
+
+    /// Writes `from` from `start` on.
+    fn write(&mut self, isa: Isa, start: usize, from: &[f32]) {
+        match self {
+            Self::F32(cells) => cells.as_mut_slice()[start..][..from.len()].copy_from_slice(from),
+            Self::Bf16(cells) => narrow(isa, from, &mut cells[start..][..from.len()]),
+        }
+    }
+
+    /// Asks for some numbers to come into the second-level cache.
+    fn prefetch(&self, range: std::ops::Range<usize>) {
+        match self {
+            Self::F32(cells) => simd::prefetch(&cells.as_slice()[range]),
+            Self::Bf16(cells) => simd::prefetch(&cells[range]),
+        }
+    }
+
+    /// `len` numbers from `start` on: where they are, or widened in `scratch`.
+    fn read<'a>(&'a self, isa: Isa, start: usize, len: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+        match self {
+            Self::F32(cells) => &cells.as_slice()[start..][..len],
+            Self::Bf16(cells) => {
+                widen(isa, &cells[start..][..len], &mut scratch[..len]);
+                &scratch[..len]
+            }
+        }
+    }
 }
 
 impl KvBlock {
     /// An empty block with room for `capacity` tokens; it grows beyond that.
-    pub fn new(shape: AttentionShape, capacity: usize) -> Self {
+    pub fn new(shape: AttentionShape, precision: Precision, capacity: usize) -> Self {
         shape.check();
-        let mut block = Self { shape, len: 0, heads: vec![HeadCache::default(); shape.kv_heads] };
+        let head = HeadCache { keys: Cells::new(precision), values: Cells::new(precision) };
+        let mut block = Self { shape, len: 0, heads: vec![head; shape.kv_heads] };
         block.reserve(capacity);
         block
     }
@@ -59,13 +131,11 @@ impl KvBlock {
         let (keys, values) = qkv[heads * head_dim..].split_at(kv_heads * head_dim);
         let (panel, column) = (self.len / PANEL, self.len % PANEL);
         let padded = self.padded_head();
+        let isa = Isa::current();
         let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
         for (head, (keys, values)) in self.heads.iter_mut().zip(rows) {
-            let panel = &mut head.keys.as_mut_slice()[panel * head_dim * PANEL..][..head_dim * PANEL];
-            for (to, &key) in panel.chunks_exact_mut(PANEL).zip(keys) {
-                to[column] = key;
-            }
-            head.values.as_mut_slice()[self.len * padded..][..head_dim].copy_from_slice(values);
+            head.keys.scatter(panel * head_dim * PANEL + column, PANEL, keys);
+            head.values.write(isa, self.len * padded, values);
         }
         self.len += 1;
     }
@@ -115,6 +185,8 @@ pub struct DecodeQuery<'a> {
 const TASK_ROWS: usize = 128;
 /// Rows of several tokens whose scores are computed at a time.
 const BLOCK_ROWS: usize = 32;
+/// Tokens whose keys or values are widened at a time; whole panels.
+const WIDENED: usize = 4 * PANEL;
 
 /// Attention of each query over its context: bit for bit what [`attention`](super::attention) gives for the same row.
 ///
@@ -146,9 +218,12 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
     let isa = Isa::current();
     let outs: Vec<SharedMut<f32>> = queries.iter_mut().map(|query| SharedMut::new(query.out)).collect();
     let queries: &[DecodeQuery<'_>] = queries;
-    each(tasks.len(), work, |task| {
+    let run_task = |task: usize| {
         let (index, kv_head, rows) = tasks[task].clone();
         let DecodeQuery { qkv, context, .. } = &queries[index];
+        if let Some(&(next, kv_head, _)) = tasks.get(task + 1) {
+            queries[next].prefetch(kv_head);
+        }
         let before = context_len(context) - qkv.len() / width;
         let lanes = Lanes { isa, shape, qkv, context, kv_head, out: outs[index] };
         let heads = kv_head * shape.group()..(kv_head + 1) * shape.group();
@@ -162,7 +237,21 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
                 }
             }
         }
-    });
+    };
+    let size = tasks.len().div_ceil(8 * rayon::current_num_threads());
+    each_run(tasks.len(), size, work, |run| run.for_each(run_task));
+}
+
+impl DecodeQuery<'_> {
+    /// Asks for the keys and values of one head: for the newest tokens of each block, of which there is always need.
+    fn prefetch(&self, kv_head: usize) {
+        for (block, len) in self.context {
+            let (head_dim, padded, first) = (block.shape.head_dim, block.padded_head(), len.saturating_sub(WIDENED));
+            let HeadCache { keys, values } = &block.heads[kv_head];
+            keys.prefetch(first / PANEL * PANEL * head_dim..len.next_multiple_of(PANEL) * head_dim);
+            values.prefetch(first * padded..len * padded);
+        }
+    }
 }
 
 fn context_len(context: &[(&KvBlock, usize)]) -> usize {
@@ -199,16 +288,22 @@ impl Lanes<'_> {
         let out_start = (row * shape.heads + head) * head_dim;
         let end = visible + (count - 1) * advance;
         let first = shape.first_visible(visible - 1);
-        // The blocks with the first token that is needed, how many are, and the place of that token in the sequence.
+        // The blocks, piece by piece, with the first token that is needed, how many are, and the place of that token in the
+        // sequence.
         let parts = self.context.iter().scan(0, |offset, &(block, len)| {
             let run = Run { start: 0, len, offset: *offset };
             let (skipped, needed) = run.needed(first, end);
             *offset += len;
             Some((block, skipped, needed, run.offset + skipped))
         });
-        let parts = parts.filter(|&(_, _, needed, _)| needed > 0);
-        with_scratch([count * end], |[scores]| {
+        let parts = parts.flat_map(|(block, skipped, needed, place)| {
+            let pieces = (0..needed).step_by(WIDENED);
+            pieces.map(move |piece| (block, skipped + piece, WIDENED.min(needed - piece), place + piece))
+        });
+        let widened = WIDENED * head_dim.next_multiple_of(PANEL);
+        with_scratch([count * end, widened], |[scores, widened]| {
             for (block, skipped, needed, place) in parts.clone() {
+                let (start, len) = (skipped * head_dim, needed.next_multiple_of(PANEL) * head_dim);
                 let product = Product {
                     rows: count,
                     columns: needed,
@@ -216,7 +311,7 @@ impl Lanes<'_> {
                     pairs: false,
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
-                    b: block.heads[kv_head].keys.as_slice()[skipped * head_dim..].as_ptr(),
+                    b: block.heads[kv_head].keys.read(isa, start, len, widened).as_ptr(),
                     panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
@@ -247,7 +342,7 @@ impl Lanes<'_> {
                     pairs: false,
                     a: scores[place..].as_ptr(),
                     left: Left::Rows { stride: end },
-                    b: block.heads[kv_head].values.as_slice()[skipped * padded..].as_ptr(),
+                    b: block.heads[kv_head].values.read(isa, skipped * padded, needed * padded, widened).as_ptr(),
                     panel_stride: PANEL,
                     step_stride: padded,
                     // SAFETY: the row lies inside the result.

@@ -1,5 +1,6 @@
 //! Operands in the order in which the inner loops read them, rounded to bfloat16 on the way if asked for.
 
+use crate::half::bfloat16;
 use crate::isa::multiversion;
 use crate::matrix::kernel::PANEL;
 use crate::matrix::{Matrix, Precision};
@@ -12,18 +13,19 @@ pub(crate) fn steps(precision: Precision, k: usize) -> usize {
     }
 }
 
-/// The bits of `x` as bfloat16, rounded to nearest, ties to even; a NaN stays one.
-#[inline(always)]
-fn bfloat16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet = (bits >> 16) | 0x40;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }
-}
-
 #[inline(always)]
 fn pair(first: f32, second: f32) -> f32 {
-    f32::from_bits(bfloat16(first) | bfloat16(second) << 16)
+    f32::from_bits(u32::from(bfloat16(first)) | u32::from(bfloat16(second)) << 16)
+}
+
+/// Steps that are handled at a time where a vector's elements are neighbours: those of a cache line.
+const BLOCK: usize = 16;
+
+/// All elements are rounded before they are paired: that way the loop runs in vectors.
+#[inline(always)]
+fn pair_block(elements: &[f32; 2 * BLOCK]) -> [f32; BLOCK] {
+    let rounded = elements.map(bfloat16);
+    std::array::from_fn(|step| f32::from_bits(u32::from(rounded[2 * step]) | u32::from(rounded[2 * step + 1]) << 16))
 }
 
 /// `count` vectors of length `k`: element `step` of vector `i` is `data[i * stride + step * step_stride]`.
@@ -59,19 +61,13 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
             }
         }
     } else if step_stride == 1 {
-        // Sixteen steps of one vector at a time: they share a cache line of the source, and the stores stay near.
-        const BLOCK: usize = 16;
+        // Some steps of one vector at a time: they share a cache line of the source, and the stores stay near.
         let blocks = whole - whole % BLOCK;
         for start in (0..blocks).step_by(BLOCK) {
             for i in 0..count {
                 let source = &data[i * stride + start * per_step..];
                 let values: [f32; BLOCK] = if PAIRS {
-                    // All elements are rounded before they are paired: that way the loop runs in vectors.
-                    let source: &[f32; 2 * BLOCK] = source.first_chunk().expect("a block of pairs");
-                    let rounded = source.map(|x| bfloat16(x) as u16);
-                    std::array::from_fn(|step| {
-                        f32::from_bits(u32::from(rounded[2 * step]) | u32::from(rounded[2 * step + 1]) << 16)
-                    })
+                    pair_block(source.first_chunk().expect("a block of pairs"))
                 } else {
                     *source.first_chunk().expect("a block of elements")
                 };
@@ -117,11 +113,31 @@ multiversion! {
     fn interleave_bf16(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
         if width == PANEL && vectors.count == PANEL {
             interleave::<true>(Vectors { count: PANEL, ..vectors }, PANEL, out);
-        } else if width == 1 && vectors.count == 1 {
-            interleave::<true>(Vectors { count: 1, ..vectors }, 1, out);
         } else {
             interleave::<true>(vectors, width, out);
         }
+    }
+}
+
+multiversion! {
+    /// Writes a row as pairs; an odd element at its end is paired with zero.
+    fn pair_row(row: &[f32], out: &mut [f32]) {
+        let (blocks, rest) = row.as_chunks::<{ 2 * BLOCK }>();
+        let (outs, rest_out) = out.split_at_mut(blocks.len() * BLOCK);
+        for (out, block) in outs.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks) {
+            *out = pair_block(block);
+        }
+        for (out, elements) in rest_out.iter_mut().zip(rest.chunks(2)) {
+            *out = pair(elements[0], elements.get(1).copied().unwrap_or(0.0));
+        }
+    }
+}
+
+/// Rounds rows of neighbouring elements where they are, for [`Left::Rows`](crate::matrix::kernel::Left::Rows).
+pub(crate) fn pair_rows(isa: crate::Isa, a: Matrix<'_>, out: &mut [f32]) {
+    let steps = steps(Precision::Bf16, a.cols);
+    for (row, out) in out.chunks_exact_mut(steps).enumerate().take(a.rows) {
+        pair_row(isa, &a.data[row * a.row_stride..][..a.cols], out);
     }
 }
 

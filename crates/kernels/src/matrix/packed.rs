@@ -3,9 +3,9 @@
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply, tile_height};
-use crate::matrix::pack::{pack_panel, pack_tiles, steps};
+use crate::matrix::pack::{pack_panel, pack_tiles, pair_rows, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
-use crate::parallel::{SharedMut, each};
+use crate::parallel::{SharedMut, each, each_run};
 use crate::profile::{Call, Kind};
 
 /// Steps of the reduced index in one block: a panel's block stays in the first-level cache's neighbourhood.
@@ -161,17 +161,20 @@ impl Task<'_> {
             let (left, data): (Left, &[f32]) = if in_place {
                 (Left::Rows { stride: a.row_stride }, a.data)
             } else {
-                // A tile of one row is that row.
-                pack_tiles(isa, self.precision, a, 1, scratch);
+                match self.precision {
+                    Precision::Bf16 if a.col_stride == 1 => pair_rows(isa, a, scratch),
+                    // A tile of one row is that row.
+                    precision => pack_tiles(isa, precision, a, 1, scratch),
+                }
                 (Left::Rows { stride: self.steps }, scratch)
             };
             let panels = columns.div_ceil(PANEL);
-            let run = panels.div_ceil(4 * threads).min(64);
-            each(panels.div_ceil(run), work, |task| {
-                let column = task * run * PANEL;
+            // A run's last panel asks for the first of the next.
+            each_run(panels, panels.div_ceil(8 * threads), work, |panels| {
+                let column = panels.start * PANEL;
                 let product = Product {
                     rows: a.rows,
-                    columns: (run * PANEL).min(columns - column),
+                    columns: (panels.len() * PANEL).min(columns - column),
                     steps: self.steps,
                     pairs: self.precision == Precision::Bf16,
                     a: data.as_ptr(),

@@ -2,6 +2,9 @@
 
 mod pool;
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use pool::Pool;
@@ -25,6 +28,29 @@ pub(crate) fn each(count: usize, elements: usize, work: impl Fn(usize) + Sync + 
     if pool.threads() != threads || !pool.run(count, &work) {
         (0..count).into_par_iter().with_max_len(1).for_each(work);
     }
+}
+
+/// Calls `work` with runs of at most `size` neighbours of the indices below `count`, on all threads if `elements` of work in total
+/// are worth it.
+///
+/// Each thread has a part of its own, through which it goes in order before it takes what is left of the others': so what
+/// it asks the memory for ahead is its own, and a thread that is held up holds up nobody.
+pub(crate) fn each_run(count: usize, size: usize, elements: usize, work: impl Fn(Range<usize>) + Sync + Send) {
+    let parts = rayon::current_num_threads();
+    let part_len = count.div_ceil(parts);
+    let taken: Vec<AtomicUsize> = (0..parts).map(|_| AtomicUsize::new(0)).collect();
+    each(parts, elements, |own| {
+        for part in (own..parts).chain(0..own) {
+            let end = count.min((part + 1) * part_len);
+            loop {
+                let start = part * part_len + taken[part].fetch_add(size, Ordering::Relaxed);
+                if start >= end {
+                    break;
+                }
+                work(start..end.min(start + size));
+            }
+        }
+    });
 }
 
 /// Calls `work` with each of `items`, on the kernels' own threads: for what is done between products, where the threads of
@@ -88,7 +114,6 @@ impl<T> SharedMut<T> {
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     use super::*;
@@ -107,6 +132,20 @@ mod tests {
         for (round, pause) in [0, 0, 20, 500, 0, 2000].into_iter().cycle().take(600).enumerate() {
             std::thread::sleep(Duration::from_micros(if round % 50 < 6 { pause } else { 0 }));
             assert_eq!(counts(1 + round % 37), vec![1; 1 + round % 37], "round {round}");
+        }
+    }
+
+    #[test]
+    fn every_index_comes_in_one_run() {
+        for (count, size) in [(0, 1), (1, 1), (7, 3), (64, 5), (1000, 7)] {
+            let seen: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            each_run(count, size, SMALL, |run| {
+                assert!(!run.is_empty() && run.len() <= size);
+                run.for_each(|index| {
+                    seen[index].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert_eq!(seen.into_iter().map(AtomicUsize::into_inner).collect::<Vec<_>>(), vec![1; count]);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use kernels::{DecodeQuery, KvBlock};
+use kernels::{DecodeQuery, KvBlock, Precision};
 
 use super::device::{Slots, Span};
 use super::identity::WeightsId;
@@ -31,9 +31,10 @@ struct Run {
 
 impl Run {
     fn new(decoder: &Decoder, capacity: usize) -> Self {
+        let precision = decoder.precision.unwrap_or(Precision::F32);
         let slots = decoder.device.as_ref().map(|device| Slots::new(&device.pool));
         let layers = decoder.layers.iter().filter(|_| slots.is_none());
-        let layers = layers.map(|layer| KvBlock::new(layer.shape, capacity)).collect();
+        let layers = layers.map(|layer| KvBlock::new(layer.shape, precision, capacity)).collect();
         Self { layers, slots, len: 0, weights: decoder.weights_id() }
     }
 

@@ -86,7 +86,7 @@ impl Estimate {
             trained,
             activations: activations(layers),
             checkpointed_activations: activations(1),
-            cache_per_token: 8 * layers * kv,
+            cache_per_token: 2 * packed_bytes * layers * kv,
             forward_flops_per_token: forward,
             training_flops_per_token: training,
             checkpointing_flops_per_token: 2.0 * (products - layers * mlp * d) as f64 + attention + update,

@@ -4,11 +4,12 @@
 //! x = x + post_norm?(W_o · attention(rope(head_norm?(W_qkv · norm(x) + b))))
 //! x = x + post_norm?(W_down · (act(W_gate · norm(x)) ∘ (W_up · norm(x))))
 //! ```
-//! `post_norm` is Gemma's, `head_norm` Qwen3's and Gemma's, `b` Qwen2's.
+//! `post_norm` is Gemma's, `head_norm` Qwen3's and Gemma's, `b` Qwen2's. In bf16, attention's keys and values are rounded like the
+//! operands of products, and gradients pass the rounding unchanged; attention itself is f32.
 
 use std::ops::Range;
 
-use kernels::{AttentionShape, HeadRange, RopeTable, Segment};
+use kernels::{AttentionShape, HeadRange, Precision, RopeTable, Segment};
 
 use super::NonFinite;
 use super::linear::{Linear, Products};
@@ -167,6 +168,11 @@ impl Layer {
             kernels::head_norm(k, &mut kept.qkv, k_weight, offset, eps, &mut kept.k_input, &mut kept.k_inverse_rms);
         }
         kernels::rope(&mut kept.qkv, self.rotated(), pass.positions, pass.table, false);
+        if pass.products.precision == Precision::Bf16 {
+            // As caches keep them, so that a token sees the same keys and values whether they come from there or not.
+            let (q, _) = self.head_ranges();
+            kernels::round_to_bf16(&mut kept.qkv, q.width, q.heads * q.head_dim..q.width);
+        }
     }
 
     /// Attention over packed sequences: `kept.attention` from `kept.qkv`.
