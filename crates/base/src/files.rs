@@ -176,11 +176,17 @@ impl Digest {
         Self { compute: Arc::new(compute), value: Arc::default() }
     }
 
-    /// Starts working it out. What goes wrong is told to whoever asks.
+    /// Starts working it out on a thread that stands back where others compute. What goes wrong is told to whoever asks.
     pub fn start(&self) {
         let digest = self.clone();
+        let work = move || {
+            // Of this thread alone, on Linux. A refusal costs the others some time.
+            #[cfg(target_os = "linux")]
+            let _ = rustix::process::nice(10);
+            digest.get()
+        };
         // Without the thread, it is worked out when somebody asks.
-        let _ = std::thread::Builder::new().name("digest".into()).spawn(move || digest.get());
+        let _ = std::thread::Builder::new().name("digest".into()).spawn(work);
     }
 
     /// The digest, once it is there.

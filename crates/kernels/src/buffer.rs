@@ -59,6 +59,107 @@ pub fn zeros(len: usize) -> Vec<f32> {
     in_large_pages(vec![0.0; len])
 }
 
+/// Many f32 that live long. They are zero until written to, and cost neither time nor memory until then; large arrays are in
+/// large pages where the system has them.
+///
+/// An allocator would hand out memory that was used before, which has to be set to zero by one thread; pages fresh from the
+/// system are zero, and each comes when a thread first writes to it.
+pub struct Floats(Storage);
+
+enum Storage {
+    Allocated(Vec<f32>),
+    #[cfg(target_os = "linux")]
+    Mapped {
+        start: std::ptr::NonNull<f32>,
+        len: usize,
+    },
+}
+
+#[cfg(target_os = "linux")]
+// SAFETY: the mapping belongs to its owner alone, like a `Vec`'s memory.
+unsafe impl Send for Storage {}
+#[cfg(target_os = "linux")]
+// SAFETY: as above.
+unsafe impl Sync for Storage {}
+
+impl Floats {
+    /// `len` zeros.
+    pub fn zeros(len: usize) -> Self {
+        #[cfg(target_os = "linux")]
+        if let Some(mapped) = Storage::map(len) {
+            return Self(mapped);
+        }
+        Self(Storage::Allocated(vec![0.0; len]))
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Storage {
+    /// Below this many bytes an allocator is as good.
+    const WORTH_MAPPING: usize = 2 << 20;
+
+    /// A mapping of zeros, where it is worth one and the system gives one.
+    fn map(len: usize) -> Option<Self> {
+        use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+        let bytes = len.checked_mul(size_of::<f32>()).filter(|&bytes| bytes >= Self::WORTH_MAPPING)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the system chooses a place where nothing is mapped.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, protection, MapFlags::PRIVATE) }.ok()?;
+        // A refusal costs speed alone.
+        // SAFETY: the advice changes what backs the pages, not what they hold.
+        let _ = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
+        Some(Self::Mapped { start: std::ptr::NonNull::new(start.cast())?, len })
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        if let Self::Mapped { start, len } = self {
+            // SAFETY: the mapping was made with this place and size, and nothing borrows from it any more.
+            let _ = unsafe { rustix::mm::munmap(start.as_ptr().cast(), *len * size_of::<f32>()) };
+        }
+    }
+}
+
+impl std::ops::Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &self.0 {
+            Storage::Allocated(values) => values,
+            // SAFETY: the mapping is readable, as long as `len` says, and any bits are an f32.
+            #[cfg(target_os = "linux")]
+            Storage::Mapped { start, len } => unsafe { std::slice::from_raw_parts(start.as_ptr(), *len) },
+        }
+    }
+}
+
+impl std::ops::DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        match &mut self.0 {
+            Storage::Allocated(values) => values,
+            // SAFETY: as above, and writable.
+            #[cfg(target_os = "linux")]
+            Storage::Mapped { start, len } => unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), *len) },
+        }
+    }
+}
+
+impl Clone for Floats {
+    fn clone(&self) -> Self {
+        let mut clone = Self::zeros(self.len());
+        clone.copy_from_slice(self);
+        clone
+    }
+}
+
+impl fmt::Debug for Floats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Floats({})", self.len())
+    }
+}
+
 /// Asks for large pages under memory that has not been written to.
 fn in_large_pages<T>(memory: Vec<T>) -> Vec<T> {
     #[cfg(target_os = "linux")]
@@ -94,4 +195,21 @@ pub(crate) fn with_scratch<const N: usize, R>(lengths: [usize; N], work: impl Fn
     // Last in, first out: the same buffer comes back for the same purpose.
     FREE.with_borrow_mut(|free| free.extend(buffers.into_iter().rev()));
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_zero_until_written_whether_they_are_mapped_or_not() {
+        for len in [0, 1, 1000, (1 << 19) - 1, 1 << 19, (3 << 19) + 7] {
+            let mut floats = Floats::zeros(len);
+            assert!(floats.len() == len && floats.iter().all(|x| *x == 0.0), "{len} zeros");
+            floats.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
+            let clone = floats.clone();
+            floats.fill(-1.0);
+            assert!(clone.iter().enumerate().all(|(i, x)| *x == i as f32), "a clone of {len} is its own");
+        }
+    }
 }

@@ -38,7 +38,7 @@ mod simd;
 
 pub use adamw::{AdamW, AdamWStep};
 pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, attention_backward, attention_decode};
-pub use buffer::zeros;
+pub use buffer::{Floats, zeros};
 pub use elementwise::{add, add_bias, bias_backward, finite, scale, sum_of_squares};
 pub use gated::{Activation, gated, gated_backward};
 pub use half::round_to_bf16;

@@ -2,7 +2,7 @@
 //! turns with element `i + head_dim / 2`.
 
 use crate::isa::{Isa, multiversion};
-use crate::parallel::{SharedMut, each};
+use crate::parallel::{SharedMut, each, each_chunk};
 
 /// A run of neighbouring heads inside rows such as `[q | k | v]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,12 +43,16 @@ impl RopeTable {
     /// `position * inverse_frequencies[i]`, both times `attention_factor` (1 except for scaled variants).
     pub fn new(inverse_frequencies: &[f64], attention_factor: f64, max_positions: usize) -> Self {
         let half = inverse_frequencies.len();
-        let mut values = Vec::with_capacity(2 * half * max_positions);
-        for position in 0..max_positions {
-            let angle = |frequency: &f64| position as f64 * frequency;
-            values.extend(inverse_frequencies.iter().map(|f| (angle(f).cos() * attention_factor) as f32));
-            values.extend(inverse_frequencies.iter().map(|f| (angle(f).sin() * attention_factor) as f32));
-        }
+        let mut values = vec![0.0; 2 * half * max_positions];
+        each_chunk(&mut values, (2 * half).max(1), |start, row| {
+            let position = (start / (2 * half)) as f64;
+            let (cosines, sines) = row.split_at_mut(half);
+            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inverse_frequencies) {
+                let angle = position * frequency;
+                *cosine = (angle.cos() * attention_factor) as f32;
+                *sine = (angle.sin() * attention_factor) as f32;
+            }
+        });
         Self { half, values }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use base::Random;
-use kernels::{AdamW, AdamWStep};
+use kernels::{AdamW, AdamWStep, Floats};
 use model::decoder::{Decoder, Gradients, ParameterInfo};
 use model::weights::Tensors;
 use model::weights::safetensors::{Dtype, Values};
@@ -26,14 +26,14 @@ pub struct Optimizer {
 
 #[derive(Debug)]
 enum Moments {
-    F32 { first: Vec<f32>, second: Vec<f32> },
+    F32 { first: Floats, second: Floats },
     Bf16 { first: Vec<u16>, second: Vec<u16> },
 }
 
 impl Moments {
     fn zeros(state: OptimizerState, length: usize) -> Self {
         match state {
-            OptimizerState::F32 => Self::F32 { first: kernels::zeros(length), second: kernels::zeros(length) },
+            OptimizerState::F32 => Self::F32 { first: Floats::zeros(length), second: Floats::zeros(length) },
             OptimizerState::Bf16 => Self::Bf16 { first: vec![0; length], second: vec![0; length] },
         }
     }

@@ -27,7 +27,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use base::{Purpose, Random};
-use kernels::{Precision, RopeTable};
+use kernels::{Floats, Precision, RopeTable};
 use rayon::prelude::*;
 
 use crate::config::{ModelConfig, ScoreHead};
@@ -61,7 +61,7 @@ const INITIAL_DEVIATION: f64 = 0.02;
 pub struct Decoder {
     config: ModelConfig,
     layout: Arc<Layout>,
-    base: Vec<f32>,
+    base: Floats,
     embedding: Range<usize>,
     layers: Vec<Layer>,
     final_norm: Range<usize>,
@@ -162,7 +162,7 @@ impl Decoder {
         };
         Ok(Self {
             tables: config.ropes.iter().map(table).collect(),
-            base: kernels::zeros(layout.len),
+            base: Floats::zeros(layout.len),
             layout: Arc::new(layout),
             embedding,
             layers,
@@ -210,7 +210,7 @@ impl Decoder {
 
     /// The values of parameter `index`.
     pub fn parameter(&self, index: usize) -> &[f32] {
-        let values = self.adapter.as_ref().map_or(&self.base, |adapter| &adapter.values);
+        let values = self.adapter.as_ref().map_or(&self.base[..], |adapter| &adapter.values);
         &values[self.parameters()[index].range.clone()]
     }
 

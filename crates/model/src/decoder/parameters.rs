@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use kernels::Floats;
+
 use super::NonFinite;
 use crate::weights::TensorView;
 
@@ -65,13 +67,13 @@ impl Layout {
 /// apart until [`Gradients::finish`] adds them.
 pub struct Gradients {
     layout: Arc<Layout>,
-    data: Vec<f32>,
+    data: Floats,
     input_embedding: SparseRows,
 }
 
 impl Gradients {
     pub(super) fn zeros(layout: Arc<Layout>) -> Self {
-        let data = kernels::zeros(layout.len);
+        let data = Floats::zeros(layout.len);
         Self { layout, data, input_embedding: SparseRows::default() }
     }
 
