@@ -235,6 +235,44 @@ fn weights_packed_on_the_way_give_the_same_bytes() {
     }
 }
 
+#[test]
+fn a_decoder_that_only_generates_gives_the_same_bytes_and_learns_nothing() {
+    let batch = pack(&groups());
+    for (name, config) in configs() {
+        let whole = decoder(&config, 23);
+        for adapter in [false, true] {
+            for precision in PRECISIONS {
+                let name = format!("{name}, adapter {adapter}, {precision:?}");
+                let (mut whole, mut packed) =
+                    (whole.clone(), Decoder::packed(config.clone(), whole.tensors(), precision).unwrap());
+                if adapter {
+                    for decoder in [&mut whole, &mut packed] {
+                        adapt(decoder, &LoraConfig { r: 3, alpha: 6.0, ..LoraConfig::default() }, 5);
+                    }
+                }
+                whole.prepare(precision);
+                packed.prepare(precision);
+                assert!(decode_bits(&whole) == decode_bits(&packed), "{name}: decode");
+                assert_eq!(whole.packed_bytes(), packed.packed_bytes(), "{name}");
+                let targets: Vec<Target> = (0..9).map(|row| Target { row, token: 3 }).collect();
+                let log_probs = |decoder: &Decoder| {
+                    let mut workspace = Workspace::new();
+                    decoder.forward(&batch, &mut workspace, true).unwrap();
+                    let found = decoder.log_probs(&mut workspace, &targets, 1.0, false).unwrap();
+                    let (ones, mut gradients) = ([1.0; 9], decoder.gradients());
+                    let backward = decoder.backward(&batch, &mut workspace, &targets, 1.0, &ones, None, &mut gradients);
+                    (bits(&found.log_prob), backward.is_err())
+                };
+                let ((expected, _), (found, refused)) = (log_probs(&whole), log_probs(&packed));
+                assert!(expected == found && refused, "{name}: log-probs");
+            }
+        }
+        let packed = Decoder::packed(config.clone(), whole.tensors(), Precision::F32).unwrap();
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| packed.tensors()));
+        assert!(written.is_err(), "{name}: weights that were not read are not written");
+    }
+}
+
 /// The logits after a prompt and after one token more.
 fn decode_bits(decoder: &Decoder) -> Vec<u32> {
     let (d, vocabulary) = (decoder.config().hidden_size, decoder.config().vocab_size);

@@ -3,16 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use base::files::{self, Digest};
+use kernels::Precision;
 use model::chat::ChatTemplate;
+use model::decoder::WeightFormat;
 use model::lora::{self, LoraConfig};
 use model::tokenizer::Tokenizer;
-use model::weights::safetensors;
-use model::{Decoder, DeviceName, hub, save, source};
+use model::weights::{Source, safetensors};
+use model::{Decoder, DeviceName, ModelConfig, hub, save, source};
 use train::directory::Directory;
 
 use crate::command::models::fetch;
 use crate::failure::Failure;
 use crate::terminal::Terminal;
+
+/// Makes a decoder of weights in files.
+type Build<'a> = dyn Fn(ModelConfig, Box<dyn Source>) -> model::Result<Decoder> + 'a;
 
 /// How models are found.
 #[derive(Clone, Copy, Debug)]
@@ -49,15 +54,39 @@ impl Opener {
         Ok(opened)
     }
 
+    /// Opens a model that generates and scores, prepared for that; full weights are kept in packed form alone.
+    pub fn open_to_generate(
+        &self,
+        device: DeviceName,
+        name: &str,
+        seed: u64,
+        precision: Precision,
+        format: WeightFormat,
+    ) -> Result<Opened, Failure> {
+        let mut opened = match (device, format) {
+            (DeviceName::Cpu, WeightFormat::Full) => {
+                self.open_with(name, seed, &|config, weights| Decoder::packed(config, weights, precision))?
+            }
+            _ => self.open_on(device, name, seed)?,
+        };
+        opened.decoder.prepare_for_generation(precision, format);
+        Ok(opened)
+    }
+
     /// Opens a model. The weights of a preset are drawn from `seed`.
     pub fn open(&self, name: &str, seed: u64) -> Result<Opened, Failure> {
+        self.open_with(name, seed, &Decoder::new)
+    }
+
+    /// [`Opener::open`], where `build` makes decoders of weights in files.
+    fn open_with(&self, name: &str, seed: u64, build: &Build) -> Result<Opened, Failure> {
         let path = self.resolve(name)?;
         if let Some(adapter) = adapter_config(&path) {
-            return self.open_adapter(&path, &adapter, seed);
+            return self.open_adapter(&path, &adapter, seed, build);
         }
         let loaded = source::load(&path, &mut |_| {})?;
         let decoder = match loaded.weights {
-            Some(weights) => Decoder::new(loaded.config, weights)?,
+            Some(weights) => build(loaded.config, weights)?,
             None => Decoder::random(loaded.config, seed)?,
         };
         Ok(Opened {
@@ -118,11 +147,14 @@ impl Opener {
         Ok(base)
     }
 
-    fn open_adapter(&self, folder: &str, config: &Path, seed: u64) -> Result<Opened, Failure> {
-        let mut opened = self.open(&self.base_of(config)?, seed)?;
+    fn open_adapter(&self, folder: &str, config: &Path, seed: u64, build: &Build) -> Result<Opened, Failure> {
         let text = files::read_to_string(config)?;
         let tensors = safetensors::read(&adapter_weights(folder))?;
-        if let (None, Some(head)) = (opened.decoder.config().score, lora::saved_head(&text, &tensors)?) {
+        let head = lora::saved_head(&text, &tensors)?;
+        // A head that is added moves the weights to a new place.
+        let build: &Build = if head.is_some() { &Decoder::new } else { build };
+        let mut opened = self.open_with(&self.base_of(config)?, seed, build)?;
+        if let (None, Some(head)) = (opened.decoder.config().score, head) {
             // Its values come with the adapter.
             opened.decoder.add_score(head, 0.0, 0)?;
         }

@@ -26,6 +26,8 @@ impl Decoder {
         if self.adapter.is_some() || others.iter().any(|other| other.adapter.is_some()) {
             return Err(Error::Invalid("a model with an adapter cannot be averaged; merge it first".into()));
         }
+        self.check_whole();
+        others.iter().for_each(Self::check_whole);
         for (index, value) in self.base.iter_mut().enumerate() {
             let of_others = others.iter().zip(&shares[1..]).map(|(other, share)| share * f64::from(other.base[index]));
             *value = (of_others.fold(shares[0] * f64::from(*value), |sum, term| sum + term) / total) as f32;

@@ -8,6 +8,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::parameters::{Gradients, Layout};
+use crate::error::Result;
+use crate::weights::Source;
 
 /// How the weights of products are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -128,6 +130,25 @@ impl Linear {
     pub fn pack_base(&mut self, precision: Precision, base: &[f32]) {
         let weight = Matrix::new(&base[self.weight.clone()], self.outputs, self.inputs);
         pack(&mut self.packed, precision, weight.transposed());
+    }
+
+    /// The names of the weights.
+    pub fn weights(&self) -> impl Iterator<Item = String> {
+        self.modules.iter().map(|(name, _)| format!("{name}.weight"))
+    }
+
+    /// Packs the weight for [`Linear::forward`] from where it lies.
+    pub fn pack_from(&mut self, precision: Precision, weights: &impl Source) -> Result<()> {
+        let packed = self.packed.insert(PackedMatrix::new(precision, self.inputs, self.outputs));
+        let mut weight = Vec::new();
+        let mut column = 0;
+        for (name, outputs) in &self.modules {
+            weight.resize(outputs * self.inputs, 0.0);
+            weights.read(&format!("{name}.weight"), &mut weight)?;
+            packed.pack(column, Matrix::new(&weight, *outputs, self.inputs).transposed());
+            column += outputs;
+        }
+        Ok(())
     }
 
     /// Packs the weight in 8 bits.

@@ -31,8 +31,8 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
             Failure::new("the recipe has nothing to measure: expected `[[rewards]]`, and `[[tasks]]` or `data.test`");
         return Err(failure.hint("recipes/quickstart.toml has both"));
     }
-    let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
-    model.decoder.prepare_for_generation(config.model.precision.into(), arguments.weights.into());
+    let (precision, weights) = (config.model.precision.into(), arguments.weights.into());
+    let model = opener.open_to_generate(config.model.device, &config.model.name, config.seed, precision, weights)?;
     let language = Language {
         tokenizer: &model.tokenizer,
         template: model.template.as_ref(),

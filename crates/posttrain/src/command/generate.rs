@@ -32,9 +32,7 @@ fn options(flags: &cli::Sampling) -> Result<SamplingOptions, Failure> {
 }
 
 fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure> {
-    let mut model = opener.open_on(flags.device, &flags.model, 0)?;
-    model.decoder.prepare_for_generation(flags.precision.into(), flags.weights.into());
-    Ok(model)
+    opener.open_to_generate(flags.device, &flags.model, 0, flags.precision.into(), flags.weights.into())
 }
 
 /// The tokens of a conversation, ready for the assistant.

@@ -84,6 +84,7 @@ impl Decoder {
     /// # Errors
     /// A device without the memory for the rotary tables.
     pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.check_whole();
         self.device = None;
         self.device = Some(OnDevice::new(self, device)?);
         self.values = Values::fresh();
