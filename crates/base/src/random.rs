@@ -29,6 +29,8 @@ pub enum Purpose {
     Replay = 9,
     /// Tokens that are left out of a loss.
     Masking = 10,
+    /// Which groups make up a minibatch in a later pass over a step.
+    Minibatches = 11,
     /// Tokens drawn from the model that the policy is compared with.
     Opponent = 21,
     /// What is wrong in wrong answers.

@@ -7,7 +7,7 @@
 //!
 //! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`ratio`] and [`clip`] bound how far the policy
 //! moves, [`kl`] measures the distance to a reference, [`correction`] weighs what another sampler drew, [`filter`] leaves tokens
-//! out, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
+//! out, [`entropy`] keeps it undecided, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
 //! its formula and its paper. Objectives of whole completions ([`preference()`], [`unpaired()`]) return one weighted loss per
 //! pair or sequence instead. Three rules hold for every method:
 //!
@@ -21,6 +21,7 @@ pub mod clip;
 pub mod correction;
 pub mod distillation;
 pub mod distribution;
+pub mod entropy;
 pub mod filter;
 pub mod gae;
 pub mod kl;
@@ -47,6 +48,7 @@ pub use clip::{Clip, ClipKind};
 pub use correction::{Correction, CorrectionMode};
 pub use distillation::DistillationOptions;
 pub use distribution::Distribution;
+pub use entropy::{AdaptiveEntropy, EntropyControl};
 pub use kl::{AdaptiveKl, KlDirection, KlEstimator, KlPlacement};
 pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
 pub use online::{NashMdBatch, nash_md, xpo};

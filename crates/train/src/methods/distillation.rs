@@ -383,8 +383,7 @@ impl Distillation {
     fn reading(&self) -> Reading {
         Reading {
             temperature: self.options.objective.temperature as f32,
-            micro_batch_tokens: self.options.training.micro_batch_tokens,
-            entropy: false,
+            ..Reading::plain(self.options.training.micro_batch_tokens)
         }
     }
 
