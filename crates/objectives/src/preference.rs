@@ -28,7 +28,6 @@
 //! 2. The `sft` term is not reweighted by WPO, and its mean is over the tokens of the whole batch.
 //! 3. Scores with exponentials bound the exponent by 20, and `log_odds` takes a probability of at most `1 - 1e-6`, so that
 //!    no score is infinite; beyond the bounds they are constant.
-//! 4. `logits/chosen` and `logits/rejected` are not logged: logits are never stored.
 //!
 //! Metrics, named as TRL names them; means over pairs:
 //! - `rewards/chosen`, `rewards/rejected`: `β h`. `rewards/margins`: their difference. `rewards/accuracies`: share of

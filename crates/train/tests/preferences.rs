@@ -13,7 +13,7 @@ use data::{Example, LabelledExample, PreferencePair, Source};
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
-use model::decoder::Decoder;
+use model::decoder::{Decoder, PackedTokens, Workspace};
 use model::lora::LoraConfig;
 use posttrain_train as train;
 use rollout::SamplingOptions;
@@ -24,6 +24,7 @@ use train::methods::sft::{Sft, SftOptions};
 use train::methods::unpaired::{self, Unpaired, UnpairedOptions};
 use train::methods::{FAMILIES, Preset};
 use train::options::{RunOptions, TrainingOptions};
+use train::order::Order;
 use train::reference::SyncOptions;
 use train::{Event, Method, Observer, Outcome, Provenance, Run};
 
@@ -346,6 +347,8 @@ fn metrics_have_trl_s_names_and_start_where_they_must() {
         "rewards/accuracies",
         "logps/chosen",
         "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
         "learning_rate",
         "num_tokens",
         "epoch",
@@ -357,6 +360,49 @@ fn metrics_have_trl_s_names_and_start_where_they_must() {
     assert_eq!((number("rewards/margins"), number("rewards/accuracies")), (0.0, 0.0));
     assert!((number("loss") - 2f64.ln()).abs() < 1e-12);
     assert!(lines[1]["rewards/margins"].as_f64().unwrap() > 0.0, "one step prefers the chosen ones");
+}
+
+/// The mean over all tokens of a kind of completion, and over the vocabulary, of the logits themselves.
+#[test]
+fn mean_logits_are_those_of_all_tokens() {
+    let mean = |setup: &Setup, chosen: &[Example]| {
+        let mut decoder = setup.decoder();
+        decoder.prepare(Precision::F32);
+        let (mut workspace, width) = (Workspace::new(), decoder.config().hidden_size);
+        let mut all: Vec<f64> = Vec::new();
+        for example in chosen {
+            let mut tokens = PackedTokens::new();
+            tokens.push(&example.ids[..example.ids.len() - 1], None).unwrap();
+            decoder.forward(&tokens, &mut workspace, false).unwrap();
+            for row in (0..example.ids.len() - 1).filter(|row| example.loss_mask[row + 1]) {
+                let mut logits = vec![0.0; decoder.config().vocab_size];
+                decoder.logits(&workspace.hidden()[row * width..][..width], &mut logits).unwrap();
+                all.extend(logits.into_iter().map(f64::from));
+            }
+        }
+        all.iter().sum::<f64>() / all.len() as f64
+    };
+    let first = |setup: &Setup| {
+        let folder = tempfile::tempdir().unwrap();
+        setup.finish(&folder.path().join("run"));
+        let line = metrics(&folder.path().join("run")).remove(0);
+        ["logits/chosen", "logits/rejected"].map(|name| line[name].as_f64().unwrap())
+    };
+    let rows = |count: usize| Order::new(count, 7, 0).batch(0, 16);
+    let close = |found: [f64; 2], expected: [f64; 2]| {
+        let near = |(found, expected): (f64, f64)| (found - expected).abs() < 1e-6 * (1.0 + expected.abs());
+        assert!(found.into_iter().zip(expected).all(near), "{found:?}, expected {expected:?}");
+    };
+    let setup = Setup::new(named("dpo"), 1);
+    let (chosen, rejected): (Vec<_>, Vec<_>) =
+        rows(100).into_iter().map(|row| (pairs(false)[row].chosen.clone(), pairs(false)[row].rejected.clone())).unzip();
+    close(first(&setup), [mean(&setup, &chosen), mean(&setup, &rejected)]);
+    let setup = Setup::new(named("bco"), 1);
+    let of = |label: bool| -> Vec<Example> {
+        let own = rows(200).into_iter().map(|row| judged()[row].clone());
+        own.filter(|judged| judged.label == label).map(|judged| judged.example).collect()
+    };
+    close(first(&setup), [mean(&setup, &of(true)), mean(&setup, &of(false))]);
 }
 
 /// With a learning rate of 0 the moving reference stays where it is, and the fixed one is asked once for every row.

@@ -25,6 +25,7 @@
 //! Metrics, named as TRL names them:
 //! - `loss`, and `grad_norm`, the norm of its gradient before clipping.
 //! - `rewards/*`, `logps/*`, `nll_loss`, `log_odds_*`, `pair_weights/*`: see [`mod@objectives::preference`].
+//! - `logits/chosen`, `logits/rejected`: mean logit over the completions' tokens and the vocabulary.
 //! - `entropy`: mean entropy over the tokens of all completions. `mean_token_accuracy`: share of the chosen completions'
 //!   tokens that are the most probable ones.
 
@@ -385,7 +386,7 @@ impl Method for Preference {
             step,
             &batch,
             0..batch.units(),
-            reading,
+            Reading { hidden: true, ..reading },
             (scope, Known::Nothing),
             &mut statistics,
             |piece| {
@@ -403,6 +404,11 @@ impl Method for Preference {
                 )
             },
         )?;
+        let mean_logit = |place| {
+            let chosen = |sequence| sequence % sequences_per_pair == place;
+            gathered.mean_logit(step.decoder, batch.lengths(), chosen).map_err(step.model_error())
+        };
+        let logits = [("logits/chosen", mean_logit(0)?), ("logits/rejected", mean_logit(1)?)];
         let grad_norm = step.update()?;
         self.reference.follow(step);
 
@@ -410,6 +416,7 @@ impl Method for Preference {
         metrics.set("loss", gathered.loss);
         metrics.set("grad_norm", grad_norm);
         statistics.record(&mut metrics);
+        logits.into_iter().for_each(|(name, value)| metrics.set(name, value));
         let entropy: Vec<f64> = gathered.found.entropy.iter().copied().map(f64::from).collect();
         metrics.set("entropy", mean(&entropy));
         let mut rest = &gathered.found.most_probable[..];

@@ -25,6 +25,7 @@
 //! - `loss`, and `grad_norm`, the norm of its gradient before clipping.
 //! - `kl`, `delta`, `rewards/chosen`, `rewards/rejected`, `logps/*`: see [`mod@objectives::unpaired`]. `rewards/margins`: the
 //!   difference of the mean rewards, in steps with completions of both kinds.
+//! - `logits/chosen`, `logits/rejected`: mean logit over the tokens of completions of one kind and the vocabulary.
 //! - `entropy`: mean entropy over the tokens of all completions.
 
 use std::ops::Range;
@@ -229,7 +230,7 @@ impl Method for Unpaired {
             step,
             &batch,
             0..batch.units(),
-            reading,
+            Reading { hidden: true, ..reading },
             (scope, Known::Nothing),
             &mut statistics,
             |piece| {
@@ -252,6 +253,11 @@ impl Method for Unpaired {
         if objective.compares_completions() {
             self.running = running;
         }
+        let mean_logit = |label: bool| {
+            let judged = |sequence: usize| good[sequence] == label;
+            gathered.mean_logit(step.decoder, batch.lengths(), judged).map_err(step.model_error())
+        };
+        let logits = [("logits/chosen", mean_logit(true)?), ("logits/rejected", mean_logit(false)?)];
         let grad_norm = step.update()?;
         self.reference.follow(step);
 
@@ -259,6 +265,7 @@ impl Method for Unpaired {
         metrics.set("loss", gathered.loss);
         metrics.set("grad_norm", grad_norm);
         statistics.record(&mut metrics);
+        logits.into_iter().filter(|(_, value)| value.is_finite()).for_each(|(name, value)| metrics.set(name, value));
         if let (Some(chosen), Some(rejected)) = (metrics.get("rewards/chosen"), metrics.get("rewards/rejected")) {
             metrics.set("rewards/margins", chosen - rejected);
         }
