@@ -292,6 +292,8 @@ proptest! {
     /// Also where a token is compared with all others of the update.
     #[test]
     fn the_order_of_sequences_does_not_matter((options, numbers) in any_numbers(0.8)) {
+        // The covariances of two tokens are equal: which of the two KL-Cov takes is a matter of their order.
+        prop_assume!(options.clip != ClipKind::KlCov || numbers.log_probs.len() != 2);
         let (whole, _) = numbers.policy(&options);
         let (turned, _) = numbers.reversed().policy(&options);
         let sum = |loss: &Loss| loss.values().unwrap().iter().sum::<f64>();
