@@ -5,9 +5,9 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use common::{Lower, Setup, assert_same, metrics, on_threads};
+use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::weights::safetensors;
 use objectives::{Baseline, ClipKind, KlEstimator};
@@ -220,17 +220,6 @@ fn a_shared_value_model_learns_with_the_policy() {
     println!("reward {:.3} to {:.3}", mean(&rewards[..3]), mean(&rewards[27..]));
     assert!(mean(&rewards[27..]) > mean(&rewards[..3]) + 0.2, "{rewards:?}");
     assert!(mean(&losses[5..10]) < 0.7 * losses[0], "{losses:?}");
-}
-
-/// Asks the run to stop after a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
-        }
-    }
 }
 
 #[test]
