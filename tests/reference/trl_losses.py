@@ -106,7 +106,7 @@ def policy(options, trainer=GRPOTrainer, loss_type="dapo", drift=0.9, epsilon=(0
     log_probs = (-1.5 + wave(0.0, 1.2)).requires_grad_()
     old = log_probs.detach() + wave(1.5, drift)
     reference = log_probs.detach() + wave(2.0, 0.7)
-    entropy = 1.0 + wave(3.0, 0.5).abs()
+    entropy = (1.0 + wave(3.0, 0.5).abs()).requires_grad_()
     advantages = torch.tensor([1.25, -0.5, 0.0, -0.75])
     sampling = old + wave(4.0, 0.6)
     ids = torch.zeros(B, T, dtype=torch.long)
@@ -125,14 +125,15 @@ def policy(options, trainer=GRPOTrainer, loss_type="dapo", drift=0.9, epsilon=(0
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", beta=0.0, epsilon_low=epsilon[0], epsilon_high=epsilon[1],
         loss_type=loss_type, use_vllm=correction is not None, vllm_importance_sampling_correction=True,
-        max_completion_length=MAX_COMPLETION, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        max_completion_length=MAX_COMPLETION, current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled="entropy_coef" in settings, use_adaptive_entropy=False,
         args=SimpleNamespace(
             use_bias_correction_kl=settings.pop("use_bias_correction_kl", False), delta=settings.pop("delta", None),
             steps_per_generation=1, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
             vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
         ),
         accelerator=SimpleNamespace(
-            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x,
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True,
             pad_across_processes=lambda x, dim, pad_index: x,
         ),
         _metrics={"train": defaultdict(list)},
@@ -149,6 +150,7 @@ def policy(options, trainer=GRPOTrainer, loss_type="dapo", drift=0.9, epsilon=(0
         entropy=flat(entropy), advantages=advantages.tolist(), lengths=LENGTHS, max_completion_length=MAX_COMPLETION,
         sampling_log_probs=None if correction is None else flat(sampling),
         loss=loss.item(), gradient=flat(log_probs.grad),
+        entropy_gradient=None if entropy.grad is None else flat(entropy.grad),
         metrics={name: values[0] for name, values in stand_in._metrics["train"].items()},
     )
 
@@ -191,6 +193,10 @@ def policies():
             dict(beta=0.1, top_entropy_quantile=0.45, off_policy_mask_threshold=0.05, **correct(*corrections[1])),
             beta=0.1, top_entropy_quantile=0.45, off_policy_mask_threshold=0.05, correction=corrections[1],
         ),
+        policy(dict(entropy_coef=0.3), entropy_coef=0.3),
+        policy(dict(entropy_coef=0.3, aggregation="sequence", beta=0.1), loss_type="grpo", entropy_coef=0.3, beta=0.1),
+        policy(dict(entropy_coef=0.3, clip="cispo", epsilon_high=1.4), loss_type="cispo", epsilon=(0.2, 1.4), entropy_coef=0.3),
+        policy(dict(entropy_coef=0.3, top_entropy_quantile=0.4), entropy_coef=0.3, top_entropy_quantile=0.4),
     ] + [policy(correct(*correction), correction=correction) for correction in corrections]
 
 

@@ -29,6 +29,12 @@ pub enum Purpose {
     Replay = 9,
     /// Tokens that are left out of a loss.
     Masking = 10,
+    /// Which groups make up a minibatch in a later pass over a step.
+    Minibatches = 11,
+    /// Prompts that a classifier of prompts is fitted on.
+    Prompts = 12,
+    /// Tokens of a second try, with a hint.
+    Hints = 13,
     /// Tokens drawn from the model that the policy is compared with.
     Opponent = 21,
     /// What is wrong in wrong answers.

@@ -228,6 +228,29 @@ fn rows_that_cannot_be_rendered_are_refused() {
 }
 
 #[test]
+fn rankings_are_rendered_whole_or_as_their_pairs() {
+    let setting = loss(LossTokens::Completion);
+    let plain = json!({"prompt": "q ", "completions": ["b", "a", "c"], "ranking": [2, 1, 3]});
+    let chat = json!({"prompt": turns(&["q"]), "completions": [[{"role": "assistant", "content": "b"}], "a", "c"], "scores": [0, 2.5, -1]});
+    for row in [plain, chat] {
+        let rows = samples(&[row]);
+        let [ranking] = &setting.renderer().rankings(&rows).unwrap().items[..] else { panic!("one ranking") };
+        let learnt: Vec<String> = ranking.completions().map(|example| setting.learnt_of(example)).collect();
+        assert_eq!(learnt, ["a<|im_end|>", "b<|im_end|>", "c<|im_end|>"], "best first");
+        let pairs = setting.renderer().preferences(&rows).unwrap().items;
+        let first = |example: &Example| setting.learnt_of(example)[..1].to_owned();
+        let pairs: Vec<(String, String)> =
+            pairs.iter().map(|pair| (first(&pair.chosen), first(&pair.rejected))).collect();
+        let expected = [("a", "b"), ("a", "c"), ("b", "c")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(pairs, expected);
+        assert_eq!(setting.learnt_of(&setting.renderer().examples(&rows).unwrap().items[0]), "a<|im_end|>");
+    }
+    // A pair is a ranking of two.
+    let pair = samples(&[json!({"prompt": "q ", "chosen": "good", "rejected": "bad"})]);
+    assert_eq!(setting.renderer().rankings(&pair).unwrap().items[0].completions().count(), 2);
+}
+
+#[test]
 fn tokens_preferences_labels_and_steps_are_rendered() {
     let setting = loss(LossTokens::Completion);
     let tokens = setting.examples(&[json!({"input_ids": [97, 98, 99, 100], "labels": [-100, 98, 99, -100]})]).unwrap();

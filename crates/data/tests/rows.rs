@@ -34,6 +34,20 @@ fn plain(text: &str) -> Text {
 }
 
 #[test]
+fn rankings_without_an_order_are_refused() {
+    let row = |completions: Value, ranking: Value| {
+        refused(json!({"prompt": "q", "completions": completions, "ranking": ranking})).0
+    };
+    let tied = row(json!(["a", "b", "c"]), json!([1, 2, 1]));
+    assert_eq!(tied, "train.jsonl, row 7, column ranking: completions 0 and 2 are equal");
+    let short = row(json!(["a", "b"]), json!([1]));
+    assert_eq!(short, "train.jsonl, row 7, column ranking: expected one for each of 2 completions, got 1");
+    assert_eq!(row(json!(["a"]), json!([1])), "train.jsonl, row 7, column completions: expected two or more, got 1");
+    let text = row(json!(["a", "b"]), json!([1, "second"]));
+    assert_eq!(text, "train.jsonl, row 7, column ranking[1]: expected a number, got a string");
+}
+
+#[test]
 fn every_row_type_is_recognised_plain_and_conversational() {
     let user = json!([{"role": "user", "content": "q"}]);
     let assistant = json!([{"role": "assistant", "content": "a"}]);

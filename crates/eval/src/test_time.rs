@@ -11,11 +11,15 @@
 //!
 //! The judge is any [`Reward`]: a reward model, a process reward model (which judges unfinished paths too), or a verifier. What two answers
 //! have in common in a vote is their result: the last number, or the text where there is none.
+//!
+//! In an environment a sample is a whole episode, for the strategies that take samples. Votes and judges look at its last turn; without a
+//! judge, what the environment paid says which episode is best.
 
 use std::sync::Arc;
 
 use base::{Purpose, Random};
 use data::Prompt;
+use envs::environment::Trace;
 use envs::verify::Outcome;
 use envs::{Answer, Reward};
 use model::decoder::Decoder;
@@ -23,12 +27,13 @@ use model::tokenizer::Tokenizer;
 use rollout::search::{
     BeamOptions, Judge, LengthNormalized, MctsOptions, Path, StepSampler, TokenProposer, beam, mcts,
 };
-use rollout::{Generator, Request, SamplingOptions};
+use rollout::{Episode, Generator, Progress, Request, SamplingOptions};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::evaluate::{EvaluateError, Evaluation, Sample, check_count, summarise};
 use crate::metrics::{best_of_n, majority, mean, weighted_vote};
+use crate::play::{World, play, scores};
 
 /// How an answer is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -177,12 +182,15 @@ pub struct Answerer<'a> {
     pub decoder: &'a Decoder,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
+    /// The environment that answers it, where there is one.
+    pub world: Option<World<'a>>,
 }
 
 /// Answers `prompts` by the strategy of `options`, and judges the answers with `reward`. `judge` says which of several is best.
 ///
 /// # Errors
-/// No prompts; options that mean nothing; a strategy that needs a judge and has none; what generation and judging can meet.
+/// No prompts; options that mean nothing; a strategy that needs a judge and has none, or a search in an environment; what generation
+/// and judging can meet.
 pub fn answer_at_test_time(
     model: Answerer<'_>,
     prompts: &[Prompt],
@@ -199,6 +207,10 @@ pub fn answer_at_test_time(
         Some(judge) => Ok(Judged { judge, prompts, tokenizer: model.tokenizer }),
         None => Err(EvaluateError::Options(format!("strategy {:?} needs a judge", options.strategy))),
     };
+    if model.world.is_some() && !options.strategy.takes_samples() {
+        let reason = format!("strategy {:?} finds answers of one turn, and there is an environment", options.strategy);
+        return Err(EvaluateError::Options(format!("{reason}: expected best_of_n, majority or weighted_vote")));
+    }
     let named = || prompts.iter().map(|prompt| (prompt.id, Arc::clone(&prompt.ids))).collect();
     let random = Random::new(options.seed, Purpose::Sampling);
     let steps = || {
@@ -208,7 +220,8 @@ pub fn answer_at_test_time(
     let width = BeamOptions { beams: options.beams, expansions: options.expansions, max_steps: options.max_steps };
     let (paths, tokens): (Vec<Path>, usize) = match options.strategy {
         Strategy::BestOfN | Strategy::Majority | Strategy::WeightedVote => {
-            let judge = if options.strategy.needs_judge() { Some(scorer()?) } else { None };
+            let paid = model.world.is_some() && judge.is_none();
+            let judge = if options.strategy.needs_judge() && !paid { Some(scorer()?) } else { None };
             return sampled(model, prompts, judge, reward, options, progress);
         }
         Strategy::Beam => {
@@ -274,14 +287,28 @@ fn sampled(
         prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, options.samples)).collect();
     let random = Random::new(options.seed, Purpose::Sampling);
     let generator = Generator::new(&options.sampling, options.batch_size, random);
-    let episodes =
-        generator.generate(model.decoder, model.tokenizer, &requests, |now| progress(now.finished, now.total))?;
     let rows = || prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, count));
+    let on_progress = |now: Progress<'_>| progress(now.finished, now.total);
+    let (episodes, traces) = match model.world {
+        None => (generator.generate(model.decoder, model.tokenizer, &requests, on_progress)?, None),
+        Some(world) => {
+            let rows: Vec<&Prompt> = rows().collect();
+            let played = play(&generator, model.decoder, model.tokenizer, world, &requests, &rows, on_progress)?;
+            let (episodes, traces): (Vec<Episode>, Vec<Trace>) =
+                played.into_iter().map(|played| (played.episode, played.trace)).unzip();
+            (episodes, Some((world.environment.name(), traces)))
+        }
+    };
     let answers =
         || rows().zip(&episodes).map(|(prompt, episode)| (prompt, &episode.text[..], &episode.completion[..]));
-    let gold = score(reward, answers())?;
+    let further = score(reward, answers())?;
+    let gold = match &traces {
+        Some((environment, traces)) => scores(environment, traces, further),
+        None => further,
+    };
     let values = match judge {
         Some(judge) => judge.values(answers())?,
+        None if traces.is_some() => gold.iter().map(|score| score.as_ref().map_or(0.0, |score| score.value)).collect(),
         None => vec![1.0; episodes.len()],
     };
     let results: Vec<Option<Outcome>> = episodes.iter().map(|episode| Outcome::of(&episode.text)).collect();

@@ -14,7 +14,9 @@ use model::config::Family;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use posttrain_eval::play::{PlayError, Played, World, play, scores};
-use posttrain_eval::{EvaluateError, EvaluateOptions, evaluate_in};
+use posttrain_eval::{
+    Answerer, EvaluateError, EvaluateOptions, Strategy, TestTimeOptions, answer_at_test_time, evaluate_in,
+};
 use rollout::{ConversationOptions, Fidelity, Finish, Generator, LogitsContext, LogitsHook, Request, SamplingOptions};
 
 /// Letters of commands only, and the end of a turn after each.
@@ -80,6 +82,32 @@ impl Setup {
         let generator = Generator { hook: Some(&Commands), ..Generator::new(&sampling, batch_size, random) };
         play(&generator, &self.decoder, &self.tokenizer, self.world(), &requests, &rows, |_| {}).unwrap()
     }
+}
+
+/// Without a judge, the environment's own reward chooses among the episodes of a problem.
+#[test]
+fn the_best_of_several_episodes_is_the_one_that_pays_most() {
+    let setup = setup();
+    let sampling = SamplingOptions { max_new_tokens: 400, ..SamplingOptions::default() };
+    let options = TestTimeOptions { strategy: Strategy::BestOfN, samples: 4, sampling, seed: 1, ..Default::default() };
+    let model = Answerer { decoder: &setup.decoder, tokenizer: &setup.tokenizer, world: Some(setup.world()) };
+    let found = answer_at_test_time(model, &setup.prompts, None, &Silent, &options, |_, _| ()).unwrap();
+
+    let requests: Vec<Request> =
+        setup.prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, 4)).collect();
+    let rows: Vec<&Prompt> = setup.prompts.iter().flat_map(|prompt| [prompt; 4]).collect();
+    let generator = Generator::new(&options.sampling, 7, Random::new(1, Purpose::Sampling));
+    let played = play(&generator, &setup.decoder, &setup.tokenizer, setup.world(), &requests, &rows, |_| {}).unwrap();
+    for (sample, episodes) in found.evaluation.samples.iter().zip(played.chunks(4)) {
+        let paid = |sample: usize| episodes[sample].trace.score().value;
+        let most = (0..4).map(paid).fold(f64::NEG_INFINITY, f64::max);
+        assert_eq!(sample.score.as_ref().unwrap().value, most);
+        assert_eq!(paid(sample.sample as usize), most);
+        assert_eq!(sample.length, episodes[sample.sample as usize].episode.completion.len());
+    }
+    let search = TestTimeOptions { strategy: Strategy::Mcts, ..options };
+    let error = answer_at_test_time(model, &setup.prompts, None, &Silent, &search, |_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("expected best_of_n, majority or weighted_vote"), "{error}");
 }
 
 #[test]

@@ -65,7 +65,7 @@ fn run(strategy: Strategy, change: impl FnOnce(&mut TestTimeOptions)) -> Result<
         ..TestTimeOptions::default()
     };
     change(&mut options);
-    let model = Answerer { decoder: &decoder, tokenizer: &tokenizer };
+    let model = Answerer { decoder: &decoder, tokenizer: &tokenizer, world: None };
     let judge = strategy.needs_judge().then_some(&Letters as &dyn Reward);
     answer_at_test_time(model, &prompts, judge, &Letters, &options, |_, _| ())
 }
@@ -121,7 +121,7 @@ fn what_cannot_be_done_says_why() {
     assert!(stop.contains("sampling.stop"), "{stop}");
     let tokenizer = Tokenizer::bytes().unwrap();
     let decoder = Decoder::random(ModelConfig::tiny(Family::Llama, tokenizer.vocab_size()), 3).unwrap();
-    let model = Answerer { decoder: &decoder, tokenizer: &tokenizer };
+    let model = Answerer { decoder: &decoder, tokenizer: &tokenizer, world: None };
     let none = answer_at_test_time(model, &[], None, &Letters, &TestTimeOptions::default(), |_, _| ());
     assert!(matches!(none, Err(EvaluateError::Empty { .. })));
 }

@@ -26,12 +26,21 @@
 //! where the factors of log p are constants. `full` with γ = 0 is GKD's loss, `sampled` with γ = 0 the per-token reverse KL of on-policy
 //! distillation, `full` with γ = 1 and `reverse_kl` MiniLLM.
 //!
+//! Where tokens were drawn from a mixture `m_t` with the teacher, the terms of a position weigh `ρ_t = p(y_t) / m_t(y_t)`, MiniLLM's
+//! approximation of the ratio of whole beginnings, and what follows is bounded as in PPO (`epsilon`):
+//!
+//! ```text
+//! full      L = Σ_t w_t [ ρ_t D(p_t, q_t) - [ρ_t within bounds] ρ_t γ R_{t+1} log p(y_t) ]
+//! ```
+//!
+//! where a return above 0 has the bound `ρ_t <= 1 + ε`, and one below 0 the bound `ρ_t >= 1 - ε`; beyond it, it teaches nothing.
+//!
 //! Several teachers with weights, which are divided by their sum, make one target or several ([`Mixing`]).
 //!
 //! Deviations:
 //! 1. The forward KL of GKD is `forward_kl`, not β = 0; its reverse KL is `reverse_kl`, not β = 1: the formula has neither value.
 //! 2. As in TRL, gradients are not multiplied by T², as Hinton et al. (arXiv 1503.02531) do.
-//! 3. MiniLLM's exact part of a position is not counted again in its return (TRL's is); without its clipped ratio, as a step has one update.
+//! 3. MiniLLM's exact part of a position is not counted again in its return (TRL's is).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -107,6 +116,10 @@ pub struct DistillationOptions {
     pub discount: f64,
     /// Divide what a token answers for by the number of positions that entered, each counted by its discount.
     pub length_normalization: bool,
+    /// Where tokens were drawn from a mixture with the teacher: how far the importance weight of what follows a token may be from
+    /// 1, on the side that its return asks for (MiniLLM's clip).
+    #[schemars(extend("minimum" = 0))]
+    pub epsilon: f64,
     /// Weight of the negative log-likelihood of the tokens themselves, on completions that come from data.
     #[schemars(extend("minimum" = 0))]
     pub nll_weight: f64,
@@ -124,6 +137,7 @@ impl Default for DistillationOptions {
             estimate: Estimate::default(),
             discount: 0.0,
             length_normalization: true,
+            epsilon: 0.2,
             nll_weight: 0.0,
         }
     }
@@ -150,6 +164,7 @@ impl DistillationOptions {
         check_range("skew", self.skew, (0.0..1.0).contains(&self.skew), "at least 0 and below 1")?;
         check_range("temperature", self.temperature, self.temperature > 0.0, "a number above 0")?;
         check_range("discount", self.discount, (0.0..=1.0).contains(&self.discount), "0 to 1")?;
+        check_range("epsilon", self.epsilon, self.epsilon >= 0.0, "a number, at least 0")?;
         check_range("nll_weight", self.nll_weight, self.nll_weight >= 0.0, "a number, at least 0")
     }
 
@@ -291,6 +306,20 @@ impl DistillationOptions {
             }
         }
         Ok(returns)
+    }
+}
+
+impl DistillationOptions {
+    /// Takes importance weights `p(y_t) / m(y_t)` of sampled tokens into account: `weights` of their positions are multiplied by
+    /// them, and returns beyond the clip are set to 0. Tokens that come after those of `ratios` are left as they are.
+    pub fn weigh(&self, weights: &mut [f64], returns: &mut [f64], ratios: &[f64]) {
+        for ((weight, value), ratio) in weights.iter_mut().zip(returns).zip(ratios) {
+            *weight *= ratio;
+            let beyond = if *value > 0.0 { *ratio > 1.0 + self.epsilon } else { *ratio < 1.0 - self.epsilon };
+            if beyond {
+                *value = 0.0;
+            }
+        }
     }
 }
 

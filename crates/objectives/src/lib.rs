@@ -7,7 +7,7 @@
 //!
 //! The parts are orthogonal. [`advantage`] turns rewards into advantages, [`ratio`] and [`clip`] bound how far the policy
 //! moves, [`kl`] measures the distance to a reference, [`correction`] weighs what another sampler drew, [`filter`] leaves tokens
-//! out, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
+//! out, [`entropy`] keeps it undecided, [`aggregation`] decides how much each token counts. A method ([`policy()`], [`sft()`]) is one file that names its parts,
 //! its formula and its paper. Objectives of whole completions ([`preference()`], [`unpaired()`]) return one weighted loss per
 //! pair or sequence instead. Three rules hold for every method:
 //!
@@ -19,8 +19,10 @@ pub mod advantage;
 pub mod aggregation;
 pub mod clip;
 pub mod correction;
+pub mod density_ratio;
 pub mod distillation;
 pub mod distribution;
+pub mod entropy;
 pub mod filter;
 pub mod gae;
 pub mod kl;
@@ -29,6 +31,7 @@ pub mod online;
 pub mod pairwise;
 pub mod policy;
 pub mod preference;
+pub mod ranking;
 pub mod ratio;
 pub mod reward;
 mod scalar;
@@ -45,14 +48,17 @@ pub use advantage::{Advantages, Baseline, Credit, Estimator, Rewards, ScaleRewar
 pub use aggregation::{Aggregation, GlobalCounts};
 pub use clip::{Clip, ClipKind};
 pub use correction::{Correction, CorrectionMode};
+pub use density_ratio::LogisticRegression;
 pub use distillation::DistillationOptions;
 pub use distribution::Distribution;
+pub use entropy::{AdaptiveEntropy, EntropyControl};
 pub use kl::{AdaptiveKl, KlDirection, KlEstimator, KlPlacement};
 pub use loss::{Error, Fold, Loss, Reduce, Result, Statistic};
 pub use online::{NashMdBatch, nash_md, xpo};
 pub use pairwise::PairLoss;
 pub use policy::{PolicyBatch, PolicyOptions, policy};
 pub use preference::{Length, PairBatch, PreferenceOptions, Score, preference};
+pub use ranking::{RankingBatch, ranking};
 pub use ratio::RatioLevel;
 pub use reward::{Ensemble, LabelLoss, ScoredPairs, StepAggregation};
 pub use sft::{SftBatch, SftObjective, sft};
@@ -60,4 +66,4 @@ pub use turns::TurnReward;
 pub use unlearning::UnlearningOptions;
 pub use unpaired::{RunningMean, Unpaired, UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, unpaired};
 pub use value::{ValueBatch, value};
-pub use worst_case::{Ball, WorstCase};
+pub use worst_case::{Ball, Members, WorstCase};

@@ -19,6 +19,7 @@
 //! | `aot_unpaired` | `S(β (k-th smallest h_c - k-th smallest h_r))` | the same |
 //! | `apo_zero` | `σ(-β h_c) + σ(β h_r)` | APO, arXiv 2408.06266 |
 //! | `apo_down` | `σ(β h_c) + σ(-β (h_c - h_r))` | the same |
+//! | `plackett_luce` | `-log σ(β (h_c - h_r))`; of rankings see [`mod@crate::ranking`] | DPO, appendix A.3 |
 //! | `discopop` | `-log σ(u) (1 - σ(u/τ)) + e^{-u} σ(u/τ)`, `u = β m` | DiscoPOP, arXiv 2406.08414 |
 //!
 //! `aot` and `aot_unpaired` compare the distributions of a whole batch: the k-th loss belongs to a rank, not to a pair.
@@ -67,6 +68,8 @@ pub enum PairLoss {
     ApoDown,
     /// Logistic and exponential, blended; a loss found by search.
     Discopop,
+    /// The model of Plackett and Luce, for rankings of any length.
+    PlackettLuce,
     /// Negative log-likelihood of the chosen completion, or of the `reference` completion where rows have one, averaged
     /// over its tokens in the whole batch.
     Sft,
@@ -182,6 +185,7 @@ impl Pairs {
                 let logistic = log_sigmoid(&margin)?.neg()?.mul(&blend.affine(-1.0, 1.0)?)?;
                 logistic.add(&bounded_exp(&margin.neg()?)?.mul(&blend)?)?
             }
+            PairLoss::PlackettLuce => log_sigmoid(&reward()?.difference()?)?.neg()?,
             PairLoss::Sft => self.score.chosen.zeros_like()?,
         })
     }

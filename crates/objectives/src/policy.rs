@@ -3,7 +3,7 @@
 //! ```text
 //! r_t = π(y_t) / π_old(y_t)                                 at the level of a token or of the sequence
 //! c_t = π_old(y_t) / π_sampler(y_t), bounded                1 where the sampler is π_old
-//! L   = Σ_t w_t [ - m_t c_t J(r_t, A_t) + β KL_t ]
+//! L   = Σ_t w_t [ - m_t c_t J(r_t, A_t) + β KL_t ] - c_H mean_t H_t
 //! ```
 //!
 //! | part | what it decides | options |
@@ -14,6 +14,7 @@
 //! | `c` ([`mod@crate::correction`]) | correction for the sampler | `importance_sampling_mode` and its bounds |
 //! | `m` ([`mod@crate::filter`]) | which tokens take part | `top_entropy_quantile`, `off_policy_mask_threshold` |
 //! | `KL` ([`mod@crate::kl`]) | distance to the reference, in the loss or in the reward | `beta`, `kl`, `kl_direction`, `kl_in` |
+//! | `H` ([`mod@crate::entropy`]) | a bonus for staying undecided | `entropy_coef`, `entropy_target` and its bounds |
 //! | `w` ([`mod@crate::aggregation`]) | how much a token counts | `aggregation` |
 //!
 //! Deviations from the papers:
@@ -41,6 +42,7 @@ use serde::{Deserialize, Serialize};
 use crate::advantage::{Baseline, Credit, Estimator, ScaleRewards};
 use crate::clip::{Inputs, Surrogate};
 use crate::correction::{Correction, CorrectionMode};
+use crate::entropy::EntropyControl;
 use crate::kl::{KlDirection, KlPlacement};
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, bounded_exp, check_length, constant, per_token, values};
 use crate::sequences::Sequences;
@@ -129,6 +131,22 @@ pub struct PolicyOptions {
     /// Share of an update's tokens, those of highest entropy, that the policy learns from.
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     pub top_entropy_quantile: f64,
+    /// Weight of the mean entropy of a token, which the loss rewards whatever the aggregation (TRL's names). With `entropy_target`
+    /// the weight at the start.
+    #[schemars(range(min = 0.0))]
+    pub entropy_coef: f64,
+    /// `entropy_coef` follows the mean entropy of a token, in nats, so that this does not fall below the target: it grows after
+    /// updates at or below it, shrinks after others, and has no effect above it. Absent, `entropy_coef` is constant.
+    pub entropy_target: Option<f64>,
+    /// With `entropy_target`: what one update changes.
+    #[schemars(range(min = 0.0))]
+    pub entropy_coef_delta: f64,
+    /// With `entropy_target`: the least weight.
+    #[schemars(range(min = 0.0))]
+    pub entropy_coef_min: f64,
+    /// With `entropy_target`: the largest weight.
+    #[schemars(range(min = 0.0))]
+    pub entropy_coef_max: f64,
     /// Leave out sequences with a negative advantage that the policy has left by more than this, in nats a token. None when absent.
     pub off_policy_mask_threshold: Option<f64>,
     /// How a sampler whose weights are not the trainer's is corrected for (`rollout_weights = "int8"`, episodes of older weights).
@@ -176,6 +194,11 @@ impl Default for PolicyOptions {
             kl_horizon: 10_000.0,
             use_bias_correction_kl: false,
             top_entropy_quantile: 1.0,
+            entropy_coef: 0.0,
+            entropy_target: None,
+            entropy_coef_delta: 0.005,
+            entropy_coef_min: 0.0,
+            entropy_coef_max: 1.0,
             off_policy_mask_threshold: None,
             importance_sampling_mode: CorrectionMode::TokenTruncate,
             importance_sampling_clip_min: None,
@@ -240,12 +263,26 @@ impl PolicyOptions {
 
     /// Whether the loss of a token depends on the other tokens of the update, so that all have to be given at once.
     pub fn needs_whole_update(&self) -> bool {
-        self.clip.needs_whole_update() || self.needs_entropy()
+        self.clip.needs_whole_update() || self.filters_by_entropy()
     }
 
     /// Whether the loss depends on entropies.
     pub fn needs_entropy(&self) -> bool {
+        self.filters_by_entropy() || self.entropy_coef != 0.0
+    }
+
+    fn filters_by_entropy(&self) -> bool {
         self.top_entropy_quantile < 1.0
+    }
+
+    /// How the weight of the entropy moves, where it does.
+    pub fn entropy_control(&self) -> Option<EntropyControl> {
+        self.entropy_target.map(|target| EntropyControl {
+            target,
+            delta: self.entropy_coef_delta,
+            min: self.entropy_coef_min,
+            max: self.entropy_coef_max,
+        })
     }
 
     /// Refuses values that make no sense, naming the option.
@@ -290,6 +327,16 @@ impl PolicyOptions {
         positive("kl_horizon", self.kl_horizon)?;
         let quantile = self.top_entropy_quantile;
         range("top_entropy_quantile", quantile, quantile > 0.0 && quantile <= 1.0, "above 0 and at most 1")?;
+        for (what, got) in [
+            ("entropy_coef", self.entropy_coef),
+            ("entropy_target", self.entropy_target.unwrap_or(0.0)),
+            ("entropy_coef_delta", self.entropy_coef_delta),
+            ("entropy_coef_min", self.entropy_coef_min),
+        ] {
+            range(what, got, got >= 0.0, "a number, at least 0")?;
+        }
+        let largest = self.entropy_coef_max;
+        range("entropy_coef_max", largest, largest >= self.entropy_coef_min, "a number, at least entropy_coef_min")?;
         if let Some(threshold) = self.off_policy_mask_threshold {
             range("off_policy_mask_threshold", threshold, threshold >= 0.0, "a number, at least 0")?;
         }
@@ -315,7 +362,7 @@ pub struct PolicyBatch {
     pub sampling_log_probs: Option<Tensor>,
     /// log ρ(y_t) of the reference model, `[N]`; needed when the divergence is in the loss.
     pub reference_log_probs: Option<Tensor>,
-    /// The entropy of the policy at each token, `[N]`; needed by an entropy quantile.
+    /// The entropy of the policy at each token, `[N]`, tracking gradients; needed by an entropy quantile and an entropy bonus.
     pub entropy: Option<Tensor>,
     /// The advantage of each token, `[N]`.
     pub advantages: Tensor,
@@ -323,6 +370,8 @@ pub struct PolicyBatch {
     pub weights: Tensor,
     /// The sequence each token belongs to; tokens of one sequence are adjacent.
     pub sequence: Vec<u32>,
+    /// Loss tokens of the whole update.
+    pub tokens: usize,
     /// A number in `0..1` drawn for each token, `[N]`; needed by [`ClipKind::ClipCov`].
     pub draws: Option<Vec<f64>>,
 }
@@ -338,10 +387,12 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
     let advantages = constant("advantages", &batch.advantages, tokens)?;
     let weights = constant("weights", &batch.weights, tokens)?;
     check_length("sequence", batch.sequence.len(), tokens)?;
-    let sequences = Sequences::of(&batch.sequence)?;
+    let sequences = Sequences::of(&batch.sequence);
     let optional = |what, tensor: &Option<Tensor>| tensor.as_ref().map(|t| constant(what, t, tokens)).transpose();
     let sampling = optional("sampling_log_probs", &batch.sampling_log_probs)?;
-    let entropy = optional("entropy", &batch.entropy)?;
+    let entropy = batch.entropy.as_ref().map(|entropy| per_token("entropy", entropy, tokens)).transpose()?;
+    let missing = Error::Missing { what: "entropy", why: "top_entropy_quantile is below 1, or entropy_coef above 0" };
+    let entropy = if options.needs_entropy() { Some(entropy.ok_or(missing)?) } else { None };
     let mut statistics = Vec::new();
 
     let level = options.importance_sampling_level;
@@ -365,10 +416,12 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
         let behaviour = sampling.as_ref().unwrap_or(&old);
         loss = loss.mul(&filter::near_policy(&log_probs, behaviour, &advantages, threshold, &sequences)?)?;
     }
-    if options.needs_entropy() {
-        let why = "top_entropy_quantile is below 1";
-        let entropy = entropy.as_ref().ok_or(Error::Missing { what: "entropy", why })?;
-        loss = loss.mul(&filter::high_entropy(entropy, options.top_entropy_quantile)?)?;
+    let (mut undecided, mut learnt_from) = (entropy, batch.tokens);
+    if let (Some(entropy), true) = (&mut undecided, options.filters_by_entropy()) {
+        let kept = filter::high_entropy(entropy, options.top_entropy_quantile)?;
+        loss = loss.mul(&kept)?;
+        learnt_from = values(&kept)?.iter().filter(|&&kept| kept > 0.0).count();
+        *entropy = entropy.mul(&kept)?;
     }
     if let Some(factors) = &correction {
         let mut all = values(factors)?;
@@ -412,7 +465,11 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
         statistics.push(mean("val/ratio", ratio));
         statistics.push(mean("loss/policy_avg", policy_loss));
     }
-    Ok(Loss { per_token: loss.mul(&weights)?, statistics })
+    let mut loss = loss.mul(&weights)?;
+    if let Some(entropy) = undecided {
+        loss = loss.sub(&entropy.affine(options.entropy_coef / learnt_from.max(1) as f64, 0.0)?)?;
+    }
+    Ok(Loss { per_token: loss, statistics })
 }
 
 /// Where the surrogate acted.

@@ -28,7 +28,6 @@
 //! 2. The `sft` term is not reweighted by WPO, and its mean is over the tokens of the whole batch.
 //! 3. Scores with exponentials bound the exponent by 20, and `log_odds` takes a probability of at most `1 - 1e-6`, so that
 //!    no score is infinite; beyond the bounds they are constant.
-//! 4. `logits/chosen` and `logits/rejected` are not logged: logits are never stored.
 //!
 //! Metrics, named as TRL names them; means over pairs:
 //! - `rewards/chosen`, `rewards/rejected`: `β h`. `rewards/margins`: their difference. `rewards/accuracies`: share of
@@ -42,10 +41,10 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::WorstCase;
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, bounded_exp, check_length, constant, per_token, values};
 use crate::pairwise::{PairLoss, Pairs, Two};
 use crate::scalar::{log_sigmoid, sequence_sums};
+use crate::{Members, WorstCase};
 
 /// The most probable a completion may be for its odds: `log(1 - 1e-6)`.
 const MAX_LOG_PROB_OF_ODDS: f64 = -1e-6;
@@ -165,6 +164,11 @@ impl PreferenceOptions {
         self.worst_case.is_some() || self.loss_type.iter().any(|loss| loss.compares_pairs())
     }
 
+    /// Whether the loss is one of rankings of any length ([`crate::ranking()`]), and not of pairs.
+    pub fn ranks(&self) -> bool {
+        self.loss_type.contains(&PairLoss::PlackettLuce)
+    }
+
     /// The losses and their weights.
     fn terms(&self) -> impl Iterator<Item = (PairLoss, f64)> {
         let weights = self.loss_weights.iter().copied().chain(std::iter::repeat(1.0));
@@ -226,6 +230,12 @@ impl PreferenceOptions {
             let why = "aot and aot_unpaired compare ranks, which use_weighting and worst_case have no weights for";
             return Err(Error::Conflict { what: "loss_type", why });
         }
+        let plain = self.loss_type.len() == 1 && !weighted && self.ld_alpha.is_none();
+        if self.ranks() && !(plain && smoothing == 0.0 && self.gamma == 0.0) {
+            let why =
+                "plackett_luce stands alone, without gamma, label_smoothing, ld_alpha, use_weighting and worst_case";
+            return Err(Error::Conflict { what: "loss_type", why });
+        }
         let conflict = |why| Err(Error::Conflict { what: "score", why });
         if self.score != Score::ReverseKl && !self.loss_type.iter().all(|loss| loss.takes_any_score()) {
             return conflict(
@@ -260,6 +270,8 @@ pub struct PairBatch {
     pub weights: Tensor,
     /// Tokens of the `sft` term in the whole batch.
     pub sft_tokens: usize,
+    /// For each pair, the number of its prompt; needed by a worst case over prompts.
+    pub prompts: Vec<u32>,
 }
 
 impl PairBatch {
@@ -365,7 +377,14 @@ pub fn preference(options: &PreferenceOptions, batch: &PairBatch) -> Result<Loss
         weights = weights.mul(&bounded_exp(&mean.chosen.add(&mean.rejected)?)?)?;
     }
     if let Some(worst_case) = options.worst_case {
-        let worst = worst_case.weights(&values(&loss)?);
+        let losses = values(&loss)?;
+        let worst = match worst_case.over {
+            Members::Pairs => worst_case.weights(&losses),
+            Members::Prompts => {
+                check_length("prompts", batch.prompts.len(), pairs)?;
+                worst_case.weights_of_groups(&losses, &batch.prompts)
+            }
+        };
         // Relative to the uniform weights, which are in `weights` already.
         weights = weights.mul(&Tensor::new(worst, loss.device())?)?.affine(pairs as f64, 0.0)?;
     }

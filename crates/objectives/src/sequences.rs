@@ -1,25 +1,25 @@
 //! Loss tokens grouped into the sequences they belong to: sums over a sequence, and values repeated for its tokens.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use crate::loss::Result;
+use crate::scalar::sequence_sums;
 
 /// Which tokens of a batch belong together. Tokens of one sequence are adjacent.
 #[derive(Debug)]
 pub(crate) struct Sequences {
     /// For each token, the place of its sequence, from 0.
-    places: Tensor,
+    places: Vec<u32>,
     /// Tokens of each sequence.
     pub lengths: Vec<usize>,
 }
 
 impl Sequences {
     /// From the number of each token's sequence.
-    pub fn of(sequence: &[u32]) -> Result<Self> {
+    pub fn of(sequence: &[u32]) -> Self {
         let lengths: Vec<usize> = sequence.chunk_by(|a, b| a == b).map(<[u32]>::len).collect();
-        let places: Vec<u32> =
-            (0..).zip(&lengths).flat_map(|(place, &length)| std::iter::repeat_n(place, length)).collect();
-        Ok(Self { places: Tensor::from_slice(&places, places.len(), &Device::Cpu)?, lengths })
+        let places = (0..).zip(&lengths).flat_map(|(place, &length)| std::iter::repeat_n(place, length)).collect();
+        Self { places, lengths }
     }
 
     /// The sum over each sequence's tokens, in order, `[S]`.
@@ -27,8 +27,7 @@ impl Sequences {
         if self.lengths.is_empty() {
             return Ok(tokens.clone());
         }
-        let zeros = Tensor::zeros(self.lengths.len(), DType::F64, &Device::Cpu)?;
-        Ok(zeros.index_add(&self.places, tokens, 0)?)
+        sequence_sums(tokens, &self.places, self.lengths.len())
     }
 
     /// The mean over each sequence's tokens, `[S]`.
@@ -42,7 +41,8 @@ impl Sequences {
         if self.lengths.is_empty() {
             return Ok(sequences.clone());
         }
-        Ok(sequences.index_select(&self.places, 0)?)
+        let places = Tensor::from_slice(&self.places, self.places.len(), sequences.device())?;
+        Ok(sequences.index_select(&places, 0)?)
     }
 
     /// The mean of each sequence's values, of plain numbers.

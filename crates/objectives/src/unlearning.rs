@@ -21,12 +21,13 @@
 //! Deviations:
 //! 1. `ce_u` reports `-log(1 - p_y)` as its loss, without the constant `H(q)`, which is `forget/entropy`.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::distribution::{Distribution, check_range};
 use crate::loss::{Error, Loss, Result, check_length, constant, per_token};
+use crate::scalar::{log_sigmoid, sequence_sums};
 
 /// What makes the model forget.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -132,17 +133,20 @@ pub fn forget(options: &UnlearningOptions, batch: &ForgetBatch) -> Result<Loss> 
     let log_probs = per_token("log_probs", &batch.log_probs, tokens)?;
     check_length("the loss tokens of the rows", batch.lengths.iter().sum(), tokens)?;
     let beta = options.beta;
+    let rows: Vec<u32> =
+        batch.lengths.iter().zip(0..).flat_map(|(&length, row)| std::iter::repeat_n(row, length)).collect();
+    let of_rows = |of_tokens: &Tensor| sequence_sums(of_tokens, &rows, batch.lengths.len());
     let loss = match options.forget {
         Forget::GradientAscent => log_probs.mul(&constant("weights", &batch.weights, tokens)?)?,
         Forget::Npo => {
             let missing = Error::Missing { what: "reference_log_probs", why: "NPO compares with the reference model" };
             let reference = batch.reference_log_probs.as_ref().ok_or(missing)?;
             let log_ratio = (log_probs - constant("reference_log_probs", reference, tokens)?)?;
-            saturating(&sum_of_rows(&log_ratio, &batch.lengths)?, beta, batch.rows)?
+            saturating(&of_rows(&log_ratio)?, beta, batch.rows)?
         }
         Forget::SimNpo => {
             let counts: Vec<f64> = batch.lengths.iter().map(|&length| length.max(1) as f64).collect();
-            let means = sum_of_rows(&log_probs, &batch.lengths)?.div(&Tensor::new(counts, &Device::Cpu)?)?;
+            let means = of_rows(&log_probs)?.div(&Tensor::new(counts, &Device::Cpu)?)?;
             saturating(&(means + options.margin / beta)?, beta, batch.rows)?
         }
         Forget::CeU => {
@@ -154,23 +158,7 @@ pub fn forget(options: &UnlearningOptions, batch: &ForgetBatch) -> Result<Loss> 
 
 /// `-(2 / β) log σ(-β x) / rows`.
 fn saturating(x: &Tensor, beta: f64, rows: usize) -> Result<Tensor> {
-    Ok((softplus(&(x * beta)?)? * (2.0 / (beta * rows.max(1) as f64)))?)
-}
-
-/// `log(1 + e^x)`, without overflow, as `(x + |x|) / 2 + log(1 + e^-|x|)`: its derivative is right at 0, too.
-fn softplus(x: &Tensor) -> Result<Tensor> {
-    let tail = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
-    Ok((((x + x.abs()?)? * 0.5)? + tail)?)
-}
-
-/// The sum over the tokens of each row; 0 for a row without any.
-fn sum_of_rows(of_tokens: &Tensor, lengths: &[usize]) -> Result<Tensor> {
-    let zeros = Tensor::zeros(lengths.len(), DType::F64, &Device::Cpu)?;
-    if of_tokens.elem_count() == 0 {
-        return Ok(zeros);
-    }
-    let rows: Vec<u32> = lengths.iter().zip(0..).flat_map(|(&length, row)| std::iter::repeat_n(row, length)).collect();
-    Ok(zeros.index_add(&Tensor::new(rows, &Device::Cpu)?, of_tokens, 0)?)
+    Ok(log_sigmoid(&x.affine(-beta, 0.0)?)?.affine(-2.0 / (beta * rows.max(1) as f64), 0.0)?)
 }
 
 /// What the row of one position to forget is worth.

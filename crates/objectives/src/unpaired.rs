@@ -13,12 +13,10 @@
 //! | BCO | running mean of all `h` so far | `-log σ(u)` | arXiv 2404.04656 |
 //!
 //! A mismatched completion is that of another row, after this row's prompt: its mean log-ratio estimates how far the policy
-//! is from the reference. The baseline is one number for the whole step, and a constant: no gradient flows through it.
+//! is from the reference. BCO may weigh bad completions by their prompts ([`mod@crate::density_ratio`]). The baseline is one number for the whole step, and a constant: no gradient flows through it.
 //!
 //! Deviations:
-//! 1. BCO's density-ratio weights for bad rows whose prompts differ in kind from the good ones' are left out, as they are by
-//!    default in TRL.
-//! 2. TRL estimates KTO's baseline per micro-batch and rank; here it is that of the step.
+//! 1. TRL estimates KTO's baseline per micro-batch and rank; here it is that of the step.
 //!
 //! Metrics, named as TRL names them; "chosen" are the good completions, "rejected" the bad ones:
 //! - `kl`: KTO's baseline. `delta`: BCO's, times β.

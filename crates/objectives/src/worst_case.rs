@@ -15,8 +15,13 @@
 //! | `chi_square` | `Σ (n q_i - 1)² / 2n <= radius` | proportional to the excess over a threshold |
 //! | `kl` | `Σ q_i log(n q_i) <= radius` | proportional to `e^{l_i / τ}` |
 //!
+//! The members `i` of the mix are pairs, or prompts: the loss of a prompt is then the mean over its pairs, which share its weight
+//! evenly. A prompt with many pairs counts no more than one with a single pair.
+//!
 //! Deviation from the paper: losses that tie for the largest share what the largest gets, so that the order of the rows
 //! does not matter.
+
+use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,6 +36,20 @@ pub struct WorstCase {
     pub ball: Ball,
     /// Its radius: 0 is the plain mean. For `total_variation` and `cvar` it lies below 1.
     pub radius: f64,
+    /// What the mix is of.
+    #[serde(default)]
+    pub over: Members,
+}
+
+/// What a mix is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Members {
+    /// Pairs, whatever their prompts.
+    #[default]
+    Pairs,
+    /// Prompts, each with all of its pairs.
+    Prompts,
 }
 
 /// A distance between distributions.
@@ -92,6 +111,22 @@ impl WorstCase {
                 widest(at, distance, self.radius)
             }
         }
+    }
+
+    /// The worst weights for losses in groups, of which `groups` numbers that of each: groups have worst weights for their mean
+    /// losses, and share them evenly.
+    pub fn weights_of_groups(&self, losses: &[f64], groups: &[u32]) -> Vec<f64> {
+        let mut sums: BTreeMap<u32, (f64, f64)> = BTreeMap::new();
+        for (loss, group) in losses.iter().zip(groups) {
+            let (sum, count) = sums.entry(*group).or_default();
+            *sum += loss;
+            *count += 1.0;
+        }
+        let means: Vec<f64> = sums.values().map(|(sum, count)| sum / count).collect();
+        let shares: BTreeMap<u32, f64> = (sums.iter().zip(self.weights(&means)))
+            .map(|((group, (_, count)), weight)| (*group, weight / count))
+            .collect();
+        groups.iter().map(|group| shares[group]).collect()
     }
 
     /// Takes mass `radius` from the smallest losses and gives it to the largest.

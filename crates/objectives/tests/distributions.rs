@@ -138,6 +138,27 @@ fn minillm_agrees_with_torch() {
     }
 }
 
+/// The coefficient of log p is minus the derivative of MiniLLM's `max(-ρ R, -clip(ρ) R)` by it, where ρ = p / m.
+#[test]
+fn importance_weights_are_clipped_as_in_ppo() {
+    let options = DistillationOptions { epsilon: 0.2, ..DistillationOptions::default() };
+    for (log_p, log_m) in [(-1.0, -1.0), (-1.0, -1.5), (-2.0, -1.0), (-1.1, -1.0), (-1.0, -1.1)] {
+        for value in [0.7, -0.7] {
+            let (mut weights, mut returns) = ([0.25, 0.5], [value, 3.0]);
+            let ratio: f64 = f64::exp(log_p - log_m);
+            options.weigh(&mut weights, &mut returns, &[ratio]);
+            let loss = |log_p: f64| {
+                let ratio = f64::exp(log_p - log_m);
+                0.25 * f64::max(-ratio * value, -ratio.clamp(0.8, 1.2) * value)
+            };
+            let slope = (loss(log_p + 1e-6) - loss(log_p - 1e-6)) / 2e-6;
+            close(-weights[0] * returns[0], slope, 1e-9, "slope");
+            close(weights[0], 0.25 * ratio, 1e-15, "weight");
+            assert_eq!((weights[1], returns[1]), (0.5, 3.0), "tokens of data");
+        }
+    }
+}
+
 #[test]
 fn sampled_returns_are_sums_and_means_of_what_follows() {
     let options = |discount, length_normalization| DistillationOptions {

@@ -4,8 +4,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
-    Ball, Error, Length, Loss, NashMdBatch, PairBatch, PairLoss, PreferenceOptions, RunningMean, Score,
-    UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, WorstCase,
+    Ball, Error, Length, Loss, Members, NashMdBatch, PairBatch, PairLoss, PreferenceOptions, RankingBatch, RunningMean,
+    Score, UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, WorstCase,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -63,6 +63,7 @@ impl Pairs {
             sequences_per_pair: self.per_pair,
             weights: tensor(&vec![1.0 / self.whole.0 as f64; pairs]),
             sft_tokens: self.whole.1,
+            prompts: (0..pairs as u32).map(|pair| pair / 2).collect(),
         }
     }
 
@@ -173,7 +174,7 @@ proptest! {
 
     #[test]
     fn the_order_of_the_pairs_does_not_matter(options in any_options(), pairs in any_pairs(), robust in any::<bool>()) {
-        let worst_case = WorstCase { ball: Ball::ChiSquare, radius: 0.3 };
+        let worst_case = WorstCase { ball: Ball::ChiSquare, radius: 0.3, over: Members::Pairs };
         let worst_case = (robust && !options.compares_pairs()).then_some(worst_case);
         let options = PreferenceOptions { worst_case, ..options };
         let count = pairs.sequences.len() / pairs.per_pair;
@@ -188,7 +189,7 @@ proptest! {
         let long = |p: f64, r: f64| vec![[p, r, p]; 3];
         let sequences =
             vec![long(extreme, other), long(other, extreme), vec![], long(extreme, other), long(other, other), vec![]];
-        let worst = (!options.compares_pairs()).then_some(WorstCase { ball: Ball::Kl, radius: 0.2 });
+        let worst = (!options.compares_pairs()).then_some(WorstCase { ball: Ball::Kl, radius: 0.2, over: Members::Pairs });
         for worst_case in [None, worst] {
             let options = PreferenceOptions { worst_case, ..options.clone() };
             let (loss, gradient) = Pairs::new(sequences.clone(), 2).loss(&options);
@@ -206,7 +207,7 @@ proptest! {
         radius in 0.0..0.9f64,
         ball in prop::sample::select(vec![Ball::TotalVariation, Ball::Cvar, Ball::ChiSquare, Ball::Kl]),
     ) {
-        let q = WorstCase { ball, radius }.weights(&losses);
+        let q = WorstCase { ball, radius, over: Members::Pairs }.weights(&losses);
         let n = losses.len() as f64;
         prop_assert!((q.iter().sum::<f64>() - 1.0).abs() < 1e-9 && q.iter().all(|&q| q >= 0.0), "{q:?}");
         let distance = match ball {
@@ -219,7 +220,7 @@ proptest! {
         let value = |q: &[f64]| q.iter().zip(&losses).map(|(q, l)| q * l).sum::<f64>();
         let mean = losses.iter().sum::<f64>() / n;
         prop_assert!(value(&q) >= mean - 1e-9);
-        let wider = WorstCase { ball, radius: radius + 0.05 }.weights(&losses);
+        let wider = WorstCase { ball, radius: radius + 0.05, over: Members::Pairs }.weights(&losses);
         prop_assert!(value(&wider) >= value(&q) - 1e-9, "a larger ball holds a worse case");
         for (a, qa) in losses.iter().zip(&q) {
             for (b, qb) in losses.iter().zip(&q) {
@@ -227,6 +228,114 @@ proptest! {
             }
         }
     }
+}
+
+/// A ranking of these rewards, each that of a completion with one token, and one without any.
+fn ranked(rewards: &[f64], options: &PreferenceOptions) -> (f64, Vec<f64>) {
+    let log_probs = Var::from_tensor(&tensor(rewards)).unwrap();
+    let batch = RankingBatch {
+        log_probs: log_probs.as_tensor().clone(),
+        reference_log_probs: Some(tensor(&vec![0.0; rewards.len()])),
+        sequence: (0..rewards.len() as u32).collect(),
+        rankings: vec![rewards.len()],
+        weights: vec![1.0],
+    };
+    let loss = objectives::ranking(options, &batch).unwrap();
+    (loss.values().unwrap().iter().sum(), loss.gradient(log_probs.as_tensor()).unwrap())
+}
+
+fn plackett_luce() -> PreferenceOptions {
+    PreferenceOptions { loss_type: vec![PairLoss::PlackettLuce], beta: 0.7, ..PreferenceOptions::default() }
+}
+
+/// `-Σ_k log(e^{β h_k} / Σ_{j ≥ k} e^{β h_j})`, written out; and its derivatives against differences.
+#[test]
+fn rankings_by_hand() {
+    let options = plackett_luce();
+    for rewards in [vec![0.3, -1.2, 2.0, 0.1], vec![0.0; 3], vec![1e4, -1e4, 3.0]] {
+        let (loss, gradient) = ranked(&rewards, &options);
+        let expected: f64 = (0..rewards.len())
+            .map(|k| {
+                let rest: Vec<f64> = rewards[k..].iter().map(|reward| 0.7 * reward).collect();
+                let largest = rest.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                largest + rest.iter().map(|x| (x - largest).exp()).sum::<f64>().ln() - rest[0]
+            })
+            .sum();
+        assert!((loss - expected).abs() < 1e-12 * (1.0 + expected.abs()), "{loss}, expected {expected}");
+        for (place, derivative) in gradient.iter().enumerate() {
+            let at = |delta: f64| {
+                let mut moved = rewards.clone();
+                moved[place] += delta;
+                ranked(&moved, &options).0
+            };
+            let difference = (at(1e-5) - at(-1e-5)) / 2e-5;
+            assert!((derivative - difference).abs() < 1e-5, "{derivative}, {difference}");
+        }
+    }
+}
+
+/// Of two completions it is DPO's loss, as a ranking and as a pair; all orders of equal rewards are equally likely.
+#[test]
+fn rankings_of_two_are_pairs() {
+    let pairs = two_pairs();
+    let dpo = PreferenceOptions { beta: 0.7, ..PreferenceOptions::default() };
+    assert!((pairs.value(&plackett_luce()) - pairs.value(&dpo)).abs() < 1e-12);
+    let (loss, _) = ranked(&[0.4, -0.3], &plackett_luce());
+    assert!((loss - (1.0 + f64::exp(-0.49)).ln()).abs() < 1e-12);
+    let (loss, _) = ranked(&[0.2; 5], &plackett_luce());
+    assert!((loss - 120f64.ln()).abs() < 1e-12, "{loss}");
+}
+
+#[test]
+fn rankings_weigh_and_refuse() {
+    let options = PreferenceOptions { length: Length::Mean, ..plackett_luce() };
+    let batch = |weights: Vec<f64>, sequence: Vec<u32>| RankingBatch {
+        log_probs: tensor(&[-1.0, -2.0, -0.5, -3.0]),
+        reference_log_probs: Some(tensor(&[-1.0; 4])),
+        sequence,
+        rankings: vec![2, 3],
+        weights,
+    };
+    // Two tokens of the first completion, one of the second; of the second ranking the last alone has one.
+    let loss = objectives::ranking(&options, &batch(vec![0.25, 0.5], vec![0, 0, 1, 4])).unwrap();
+    let values = loss.values().unwrap();
+    let first = (1.0 + f64::exp(0.7 * (0.5 + 0.5))).ln();
+    assert!((values[0] - 0.25 * first).abs() < 1e-12 && values[1] == 0.0);
+    let last: f64 = f64::exp(0.7 * -2.0);
+    assert!((values[2] - 0.5 * (2.0 + last).ln()).abs() < 1e-12 && (values[3] - 0.5 * (1.0 + last).ln()).abs() < 1e-12);
+    let accuracies = loss.statistics.iter().find(|found| found.name == "rewards/accuracies").unwrap();
+    assert_eq!(accuracies.values, [0.0, 0.0, 1.0, 1.0], "equal rewards are in no order");
+    assert!(objectives::ranking(&options, &batch(vec![0.25], vec![0, 0, 1, 4])).is_err());
+    assert!(objectives::ranking(&options, &batch(vec![0.25, 0.5], vec![0, 0, 1, 5])).is_err());
+    for refused in [
+        PreferenceOptions { use_weighting: true, ..plackett_luce() },
+        PreferenceOptions { loss_type: vec![PairLoss::PlackettLuce, PairLoss::Sft], ..plackett_luce() },
+        PreferenceOptions { label_smoothing: 0.1, ..plackett_luce() },
+    ] {
+        assert!(refused.validate().is_err());
+    }
+}
+
+/// A prompt's pairs share its weight; the weight follows the mean of their losses, and is uniform over prompts at radius 0.
+#[test]
+fn the_worst_mix_of_prompts() {
+    let (losses, prompts) = ([1.0, 3.0, 2.5, 0.0, 0.5], [7, 7, 2, 7, 9]);
+    let of = |ball, radius| WorstCase { ball, radius, over: Members::Prompts }.weights_of_groups(&losses, &prompts);
+    let third = 1.0 / 3.0;
+    assert_eq!(of(Ball::Kl, 0.0), [third / 3.0, third / 3.0, third, third / 3.0, third]);
+    // Mean losses 4/3, 2.5 and 0.5: the least gives up 0.2, the largest gets it.
+    let expected = [third / 3.0, third / 3.0, third + 0.2, third / 3.0, third - 0.2];
+    for (got, expected) in of(Ball::TotalVariation, 0.2).into_iter().zip(expected) {
+        assert!((got - expected).abs() < 1e-15, "{got}, expected {expected}");
+    }
+    let pairs = two_pairs();
+    let over = |over| {
+        let worst_case = Some(WorstCase { ball: Ball::ChiSquare, radius: 0.4, over });
+        pairs.value(&PreferenceOptions { worst_case, ..PreferenceOptions::default() })
+    };
+    let plain = pairs.value(&PreferenceOptions::default());
+    assert!((over(Members::Prompts) - plain).abs() < 1e-12, "both pairs are of one prompt");
+    assert!(over(Members::Pairs) > plain);
 }
 
 fn two_pairs() -> Pairs {
@@ -308,10 +417,10 @@ fn limits() {
     short.sequences[3].truncate(1);
     assert_eq!(value(PreferenceOptions { ld_alpha: Some(0.0), ..default() }), short.value(&default()));
     // A ball without extent holds the mean alone.
-    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.0 });
+    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.0, over: Members::Pairs });
     close(value(PreferenceOptions { worst_case, ..default() }), value(default()));
     // And one that holds everything looks at the worst pair alone.
-    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.99 });
+    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.99, over: Members::Pairs });
     let worst = 2.0 * pairs.loss(&default()).0.values().unwrap().into_iter().fold(0.0, f64::max);
     close(value(PreferenceOptions { worst_case, ..default() }), worst);
     // Smoothing one half cannot tell the two apart; just below, robust DPO still can.
@@ -388,7 +497,10 @@ fn wrong_inputs_and_options_are_named() {
             "score: log_odds are those of a probability: they need reference_free = true and length = \"mean\"",
         ),
         (
-            PreferenceOptions { worst_case: Some(WorstCase { ball: Ball::Cvar, radius: 1.0 }), ..default },
+            PreferenceOptions {
+                worst_case: Some(WorstCase { ball: Ball::Cvar, radius: 1.0, over: Members::Pairs }),
+                ..default
+            },
             "radius is 1, expected at least 0 and below 1",
         ),
     ] {

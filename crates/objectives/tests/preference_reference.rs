@@ -75,6 +75,7 @@ fn batch(case: &Value, lengths: &[usize], sequences_per_pair: usize) -> (PairBat
         sequences_per_pair,
         weights: tensor(&vec![1.0 / pairs as f64; pairs]),
         sft_tokens: lengths.iter().skip(learnt).step_by(sequences_per_pair).sum(),
+        prompts: Vec::new(),
     };
     (batch, log_probs)
 }

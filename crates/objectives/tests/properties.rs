@@ -3,9 +3,9 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
-    AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, Error, Estimator, Fold, GlobalCounts,
-    KlDirection, KlEstimator, Loss, PolicyBatch, PolicyOptions, RatioLevel, Rewards, ScaleRewards, SftBatch,
-    TurnReward, ValueBatch,
+    AdaptiveEntropy, AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, EntropyControl, Error,
+    Estimator, Fold, GlobalCounts, KlDirection, KlEstimator, Loss, PolicyBatch, PolicyOptions, RatioLevel, Rewards,
+    ScaleRewards, SftBatch, TurnReward, ValueBatch,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -43,6 +43,8 @@ struct Numbers {
     advantages: Vec<f64>,
     lengths: Vec<usize>,
     weights: Vec<f64>,
+    /// Loss tokens of the update, of which these may be a part.
+    update_tokens: usize,
 }
 
 impl Numbers {
@@ -50,24 +52,26 @@ impl Numbers {
         self.lengths.iter().enumerate().flat_map(|(i, &n)| std::iter::repeat_n(i as u32, n)).collect()
     }
 
-    fn batch(&self, log_probs: &Tensor) -> PolicyBatch {
+    fn batch(&self, log_probs: &Tensor, entropy: &Tensor) -> PolicyBatch {
         PolicyBatch {
             log_probs: log_probs.clone(),
             old_log_probs: tensor(&self.old),
             sampling_log_probs: Some(tensor(&self.sampling)),
             reference_log_probs: Some(tensor(&self.reference)),
-            entropy: Some(tensor(&self.entropy)),
+            entropy: Some(entropy.clone()),
             advantages: tensor(&self.advantages),
             weights: tensor(&self.weights),
             sequence: self.sequence(),
+            tokens: self.update_tokens,
             draws: Some(self.draws.clone()),
         }
     }
 
-    /// Loss and gradient. Gradients are with respect to f64 log-probs.
+    /// Loss and gradient with respect to log-probabilities.
     fn policy(&self, options: &PolicyOptions) -> (Loss, Vec<f64>) {
         let log_probs = Var::from_tensor(&tensor(&self.log_probs)).unwrap();
-        let loss = objectives::policy(options, &self.batch(log_probs.as_tensor())).unwrap();
+        let entropy = tensor(&self.entropy);
+        let loss = objectives::policy(options, &self.batch(log_probs.as_tensor(), &entropy)).unwrap();
         let gradient = loss.gradient(log_probs.as_tensor()).unwrap();
         (loss, gradient)
     }
@@ -91,6 +95,7 @@ impl Numbers {
             advantages: part(&self.advantages),
             lengths: self.lengths[from..to].to_vec(),
             weights: part(&self.weights),
+            update_tokens: self.update_tokens,
         }
     }
 
@@ -108,6 +113,7 @@ impl Numbers {
             advantages: joined(|part| &part.advantages),
             lengths: parts.iter().flat_map(|part| part.lengths.clone()).collect(),
             weights: joined(|part| &part.weights),
+            update_tokens: self.update_tokens,
         }
     }
 }
@@ -130,7 +136,8 @@ fn any_options() -> impl Strategy<Value = PolicyOptions> {
     let direction = prop_oneof![Just(KlDirection::Reverse), Just(KlDirection::Forward)];
     let kl = (prop::sample::select(&ESTIMATORS[..]), direction, prop_oneof![Just(0.0), 0.01..0.5f64], any::<bool>());
     let bounds = (0.05..0.4f64, proptest::option::of(0.05..0.4f64), proptest::option::of(1.5..3.0f64));
-    let filters = (prop_oneof![Just(1.0), 0.2..0.9f64], proptest::option::of(0.0..0.3f64));
+    let filters =
+        (prop_oneof![Just(1.0), 0.2..0.9f64], proptest::option::of(0.0..0.3f64), prop_oneof![Just(0.0), 0.0..0.5f64]);
     let level = prop::sample::select(&LEVELS[..]);
     (aggregation, mode, kl, bounds, filters, level, prop::sample::select(&CLIPS[..])).prop_map(
         |(
@@ -138,7 +145,7 @@ fn any_options() -> impl Strategy<Value = PolicyOptions> {
             mode,
             (kl, kl_direction, beta, bias),
             (epsilon, epsilon_high, delta),
-            (quantile, threshold),
+            (quantile, threshold, entropy_coef),
             level,
             clip,
         )| {
@@ -155,6 +162,7 @@ fn any_options() -> impl Strategy<Value = PolicyOptions> {
                 delta: delta.filter(|_| bounded),
                 top_entropy_quantile: quantile,
                 off_policy_mask_threshold: threshold,
+                entropy_coef,
                 importance_sampling_level: level,
                 clip,
                 cov_ratio: 0.3,
@@ -182,6 +190,7 @@ fn any_numbers(drift: f64) -> impl Strategy<Value = (PolicyOptions, Numbers)> {
                     draws: tokens.iter().map(|t| t.5).collect(),
                     advantages: lengths.iter().zip(&advantages).flat_map(|(&n, &a)| vec![a; n]).collect(),
                     weights: options.aggregation.weights(&lengths, &counts),
+                    update_tokens: n,
                     lengths: lengths.clone(),
                 };
                 (options.clone(), numbers)
@@ -248,7 +257,8 @@ proptest! {
     /// Where gradients are stopped, the gradient is that of REINFORCE with a weight: that weight is read off the value.
     #[test]
     fn stopped_weights_are_weights((options, numbers) in any_numbers(0.8)) {
-        let options = PolicyOptions { beta: 0.0, importance_sampling_level: RatioLevel::Token, ..options };
+        let level = RatioLevel::Token;
+        let options = PolicyOptions { beta: 0.0, entropy_coef: 0.0, importance_sampling_level: level, ..options };
         prop_assume!(matches!(
             options.clip,
             ClipKind::Cispo | ClipKind::Vespo | ClipKind::DppoTv | ClipKind::DppoKl
@@ -282,6 +292,8 @@ proptest! {
     /// Also where a token is compared with all others of the update.
     #[test]
     fn the_order_of_sequences_does_not_matter((options, numbers) in any_numbers(0.8)) {
+        // The covariances of two tokens are equal: which of the two KL-Cov takes is a matter of their order.
+        prop_assume!(options.clip != ClipKind::KlCov || numbers.log_probs.len() != 2);
         let (whole, _) = numbers.policy(&options);
         let (turned, _) = numbers.reversed().policy(&options);
         let sum = |loss: &Loss| loss.values().unwrap().iter().sum::<f64>();
@@ -424,6 +436,7 @@ fn one_sequence(log_probs: &[f64], old: &[f64], reference: &[f64], advantage: f6
         advantages: vec![advantage; log_probs.len()],
         lengths: vec![log_probs.len()],
         weights: vec![1.0 / log_probs.len() as f64; log_probs.len()],
+        update_tokens: log_probs.len(),
     }
 }
 
@@ -510,6 +523,49 @@ fn the_coefficient_follows_the_divergence() {
 }
 
 /// Rewards 1, 3: mean 2, sample variance ((−1)² + 1²) / 1 = 2.
+/// Above the target there is no bonus, and the coefficient falls to its least; at it or below, it rises to its largest.
+#[test]
+fn the_coefficient_of_the_entropy_follows_the_entropy() {
+    let control = EntropyControl { target: 1.0, delta: 0.25, min: 0.25, max: 1.0 };
+    let mut adaptive = AdaptiveEntropy { coefficient: 0.5, entropy: None };
+    assert_eq!(adaptive.applied(1.0), 0.0, "nothing is known before the first update");
+    let mut after = |entropy: f64| {
+        adaptive.update(entropy, control);
+        (adaptive.coefficient, adaptive.applied(1.0))
+    };
+    let found = [1.0, 0.5, 0.9, 1.5, 1.1, 2.0, 2.0, 0.0].map(&mut after);
+    let coefficients = [0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.25, 0.5];
+    let applied = [0.75, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.5];
+    assert_eq!(found.map(|(coefficient, _)| coefficient), coefficients);
+    assert_eq!(found.map(|(_, applied)| applied), applied);
+}
+
+/// The bonus adds `- c / T` to the derivative by the entropy of every token of the update, however these are weighed.
+#[test]
+fn an_entropy_bonus_is_the_mean_entropy() {
+    let mut numbers = one_sequence(&[-1.0, -0.5, -2.0], &[-1.1, -0.6, -2.0], &[-1.0; 3], 0.7);
+    numbers.entropy = vec![0.1, 1.5, 0.8];
+    numbers.update_tokens = 12;
+    let plain = numbers.value(&PolicyOptions::default());
+    let options = PolicyOptions { entropy_coef: 0.6, ..PolicyOptions::default() };
+    assert!((numbers.value(&options) - (plain - 0.6 * 2.4 / 12.0)).abs() < 1e-15);
+    let entropy = Var::from_tensor(&tensor(&numbers.entropy)).unwrap();
+    let batch = numbers.batch(&tensor(&numbers.log_probs), entropy.as_tensor());
+    let loss = objectives::policy(&options, &batch).unwrap();
+    for derivative in loss.gradient(entropy.as_tensor()).unwrap() {
+        assert!((derivative + 0.05).abs() < 1e-15, "{derivative}");
+    }
+    let missing = objectives::policy(&options, &PolicyBatch { entropy: None, ..batch });
+    assert!(matches!(missing, Err(Error::Missing { what: "entropy", .. })));
+    for refused in [
+        PolicyOptions { entropy_coef: -0.1, ..PolicyOptions::default() },
+        PolicyOptions { entropy_target: Some(f64::NAN), ..PolicyOptions::default() },
+        PolicyOptions { entropy_coef_min: 2.0, ..PolicyOptions::default() },
+    ] {
+        assert!(refused.validate().is_err());
+    }
+}
+
 #[test]
 fn advantages_by_hand() {
     let values = |baseline, scale| {
@@ -670,7 +726,9 @@ fn no_tokens_is_no_loss() {
 fn single_precision_inputs_are_accepted() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.75, -2.0], &[-0.5, -2.0], 1.0);
     let log_probs = Var::from_tensor(&tensor(&numbers.log_probs).to_dtype(DType::F32).unwrap()).unwrap();
-    let loss = objectives::policy(&PolicyOptions::default(), &numbers.batch(log_probs.as_tensor())).unwrap();
+    let loss =
+        objectives::policy(&PolicyOptions::default(), &numbers.batch(log_probs.as_tensor(), &tensor(&numbers.entropy)))
+            .unwrap();
     // The first ratio, e^0.25 = 1.284, is held at 1.2; the second is 1.
     assert_eq!(loss.gradient(log_probs.as_tensor()).unwrap(), [0.0, -0.5]);
 }
@@ -680,7 +738,7 @@ fn wrong_inputs_are_named() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.5, -2.0], &[-0.5, -2.0], 1.0);
     let log_probs = tensor(&numbers.log_probs);
     let refused = |options: PolicyOptions, change: fn(&mut PolicyBatch)| {
-        let mut batch = numbers.batch(&log_probs);
+        let mut batch = numbers.batch(&log_probs, &tensor(&numbers.entropy));
         change(&mut batch);
         objectives::policy(&options, &batch).unwrap_err().to_string()
     };
@@ -692,7 +750,7 @@ fn wrong_inputs_are_named() {
     let error = refused(PolicyOptions { beta: 0.04, ..default() }, |batch| batch.reference_log_probs = None);
     assert_eq!(error, "reference_log_probs is missing: beta is not 0");
     let error = refused(PolicyOptions { top_entropy_quantile: 0.5, ..default() }, |batch| batch.entropy = None);
-    assert_eq!(error, "entropy is missing: top_entropy_quantile is below 1");
+    assert_eq!(error, "entropy is missing: top_entropy_quantile is below 1, or entropy_coef above 0");
     let error = refused(PolicyOptions { clip: ClipKind::ClipCov, ..default() }, |batch| batch.draws = None);
     assert_eq!(error, "draws is missing: clip_cov leaves out tokens at random");
 

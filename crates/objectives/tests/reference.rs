@@ -50,20 +50,28 @@ fn policy(options: &PolicyOptions, case: &Value) -> (Loss, Vec<f64>) {
     let counts = GlobalCounts::of(&lengths, longest);
     let log_probs = variable(&numbers(&case["log_probs"]));
     let constant = |name: &str| case[name].is_array().then(|| variable(&numbers(&case[name])).as_tensor().clone());
+    let entropy = case["entropy"].is_array().then(|| variable(&numbers(&case["entropy"])));
     let batch = PolicyBatch {
         log_probs: log_probs.as_tensor().clone(),
         old_log_probs: constant("old_log_probs").unwrap(),
         sampling_log_probs: constant("sampling_log_probs"),
         reference_log_probs: constant("reference_log_probs"),
-        entropy: constant("entropy"),
+        entropy: entropy.as_ref().map(|entropy| entropy.as_tensor().clone()),
         advantages: variable(&spread(&numbers(&case["advantages"]), &lengths)).as_tensor().clone(),
         weights: variable(&options.aggregation.weights(&lengths, &counts)).as_tensor().clone(),
         sequence: spread(&[0, 1, 2, 3], &lengths),
+        tokens: lengths.iter().sum(),
         draws: case["draws"].is_array().then(|| numbers(&case["draws"])),
     };
     options.validate().unwrap();
     let loss = objectives::policy(options, &batch).unwrap();
     let gradient = loss.gradient(log_probs.as_tensor()).unwrap();
+    if let (Some(entropy), true) = (entropy, case["entropy_gradient"].is_array()) {
+        let found = loss.gradient(entropy.as_tensor()).unwrap();
+        for (got, expected) in found.iter().zip(numbers(&case["entropy_gradient"])) {
+            close(*got, expected, 1e-12, "gradient of the entropy");
+        }
+    }
     (loss, gradient)
 }
 
@@ -74,8 +82,10 @@ fn check(name: &str, options: &PolicyOptions, case: &Value) -> Loss {
     for (got, expected) in gradient.iter().zip(numbers(&case["gradient"])) {
         close(*got, expected, 1e-12, &format!("{name} gradient"));
     }
-    // The entropy is a property of the model's distributions: whoever runs the model logs it.
-    let metrics = case["metrics"].as_object().into_iter().flatten().filter(|(key, _)| *key != "entropy");
+    // The entropy is a property of the model's distributions: whoever runs the model logs it, and what follows from it.
+    let elsewhere = ["entropy", "entropy_coef", "policy_loss"];
+    let metrics = case["metrics"].as_object().into_iter().flatten();
+    let metrics = metrics.filter(|(key, _)| !elsewhere.contains(&key.as_str()));
     for (key, expected) in metrics {
         // TRL counts clipped tokens in f32.
         close(metric(&loss, key), expected.as_f64().unwrap(), 1e-6, &format!("{name} {key}"));
@@ -121,7 +131,7 @@ fn grpo_agrees_with_trl() {
 fn every_other_loss_agrees_with_trl() {
     let reference = reference();
     let cases = reference["policy"].as_array().unwrap();
-    assert_eq!(cases.len(), 22);
+    assert_eq!(cases.len(), 26);
     for case in cases {
         let options: PolicyOptions = serde_json::from_value(case["options"].clone()).unwrap();
         check(&case["options"].to_string(), &options, case);

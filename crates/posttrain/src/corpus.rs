@@ -36,6 +36,8 @@ pub struct Corpus {
     pub judged: Vec<LabelledExample>,
     /// For stages that sample.
     pub prompts: Vec<Prompt>,
+    /// The same with a hint, for stages that try again with one.
+    pub hints: Vec<Prompt>,
     /// For reward models.
     pub rewarded: RewardRows,
     /// For process reward models.
@@ -86,6 +88,16 @@ impl Corpus {
                         let rendered = renderer.preferences(&samples)?;
                         note_drops(&rendered.drops, "pairs", terminal);
                         corpus.pairs = rendered.items;
+                    }
+                    Rows::Rankings => {
+                        let rendered = renderer.rankings(&samples)?;
+                        note_drops(&rendered.drops, "rankings", terminal);
+                        corpus.pairs = rendered.items;
+                    }
+                    Rows::Hints(hint) => {
+                        let rendered = renderer.prompts_with_hint(&samples, hint)?;
+                        note_drops(&rendered.drops, "prompts with a hint", terminal);
+                        corpus.hints = rendered.items;
                     }
                     Rows::Judgements => {
                         let rendered = renderer.labelled(&samples)?;
@@ -156,7 +168,13 @@ impl Corpus {
                         let rows = steps(separator, &renderer, &samples, "held-out rows", terminal)?;
                         corpus.held = Some(Held::Steps(rows));
                     }
-                    Rows::Examples | Rows::Pairs | Rows::Judgements | Rows::Prompts | Rows::Forgotten => {}
+                    Rows::Examples
+                    | Rows::Pairs
+                    | Rows::Rankings
+                    | Rows::Judgements
+                    | Rows::Prompts
+                    | Rows::Hints(_)
+                    | Rows::Forgotten => {}
                 }
             }
             return Ok(corpus);

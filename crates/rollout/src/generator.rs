@@ -24,9 +24,17 @@ use crate::{ConversationOptions, Episode, Error, Finish, Request, Response, Resu
 
 /// Changes logits before a token is drawn from them: to ban tokens, to follow a grammar, to mix in another model.
 ///
-/// Called for sampled tokens only, from several threads at once. Recorded `log_probs` are those of the untouched logits.
+/// Called for sampled tokens only. Recorded `log_probs` are those of the untouched logits.
 pub trait LogitsHook: Sync {
-    /// Changes the logits of the next token in place. Negative infinity bans a token.
+    /// Sees several rows that tokens are about to be drawn from, at once, before [`LogitsHook::apply`] changes them one by one.
+    ///
+    /// # Errors
+    /// Whatever keeps the hook from changing them.
+    fn prepare(&self, _rows: &[LogitsContext<'_>]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Changes the logits of the next token in place, called from several threads at once. Negative infinity bans a token.
     fn apply(&self, logits: &mut [f32], context: &LogitsContext<'_>);
 }
 
@@ -328,6 +336,14 @@ impl Round<'_> {
         for (heads, hidden) in heads.chunks(chunk).zip(hidden.chunks(chunk * width)) {
             self.logits.resize(heads.len() * vocabulary, 0.0);
             self.decoder.logits(hidden, &mut self.logits)?;
+            if let Some(hook) = self.generator.hook {
+                let drawn = heads.iter().filter(|head| self.slots[head.slot].completion.len() <= head.position);
+                let context = |head: &Head| {
+                    let slot = &self.slots[head.slot];
+                    LogitsContext { request: slot.request, completion: &slot.completion }
+                };
+                hook.prepare(&drawn.map(context).collect::<Vec<_>>())?;
+            }
             let (generator, slots, stop_tokens) = (self.generator, &self.slots, self.stop_tokens);
             let rows = self.logits.chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);
             let mut rows: Vec<_> = rows.map(|((logits, head), scratch)| (logits, head, scratch, None)).collect();

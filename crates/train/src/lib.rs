@@ -13,6 +13,7 @@
 pub mod artefact;
 mod card;
 pub mod checkpoint;
+pub mod density_ratio;
 pub mod directory;
 pub mod error;
 pub mod evaluation;

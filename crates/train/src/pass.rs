@@ -152,6 +152,21 @@ impl Pass {
         (rows, gradients)
     }
 
+    /// For each sequence the sum of the hidden states that predict its loss tokens, in their order, after a forward over these
+    /// rows; `width` is the length of a hidden state.
+    pub fn hidden_sums(&self, workspace: &Workspace, width: usize) -> Vec<Vec<f64>> {
+        let mut places = self.places.iter();
+        let of_sequence = |&length: &usize| {
+            let mut sum = vec![0.0; width];
+            for &place in places.by_ref().take(length) {
+                let row = &workspace.hidden()[self.targets[place].row * width..][..width];
+                sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
+            }
+            sum
+        };
+        self.lengths.iter().map(of_sequence).collect()
+    }
+
     /// Values of targets, rearranged sequence by sequence.
     pub fn by_sequence<T: Copy>(&self, of_targets: &[T]) -> Vec<T> {
         self.places.iter().map(|&place| of_targets[place]).collect()

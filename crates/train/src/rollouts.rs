@@ -62,27 +62,40 @@ impl Rollouts<'_> {
     /// # Errors
     /// Those of generation.
     pub fn sample<'p>(&self, step: &mut Step<'_>, random: Random, prompts: &[&'p Prompt]) -> Result<Groups<'p>> {
+        self.sample_with(None, step, random, prompts)
+    }
+
+    /// [`Rollouts::sample`] from what a hook makes of the model's logits: a mixture with another model.
+    ///
+    /// # Errors
+    /// Those of generation.
+    pub fn sample_with<'p>(
+        &self,
+        hook: Option<&dyn LogitsHook>,
+        step: &mut Step<'_>,
+        random: Random,
+        prompts: &[&'p Prompt],
+    ) -> Result<Groups<'p>> {
         step.decoder.prepare_for_generation(step.precision, self.weights);
         let started = Instant::now();
-        let found = self.generate(step.decoder, None, (step.tokenizer, step.world), step.observer, random, prompts);
+        let found = self.generate(step.decoder, hook, (step.tokenizer, step.world), step.observer, random, prompts);
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
     }
 
-    /// Samples with another model, which must be prepared, or with several in one through a hook.
+    /// Samples with another model, which must be prepared.
     ///
     /// # Errors
     /// Those of generation.
     pub fn sample_from<'p>(
         &self,
         decoder: &Decoder,
-        hook: Option<&dyn LogitsHook>,
         step: &mut Step<'_>,
         random: Random,
         prompts: &[&'p Prompt],
     ) -> Result<Groups<'p>> {
         let started = Instant::now();
-        let found = self.generate(decoder, hook, (step.tokenizer, step.world), step.observer, random, prompts);
+        let found = self.generate(decoder, None, (step.tokenizer, step.world), step.observer, random, prompts);
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
     }

@@ -182,12 +182,16 @@ pub struct Reading {
     pub micro_batch_tokens: usize,
     /// Whether the objective needs the entropy of each distribution.
     pub entropy: bool,
+    /// Whether the objective needs the value before each token, of a policy that shares its body with a value model.
+    pub values: bool,
+    /// Whether the hidden states are asked for ([`Gathered::hidden`]).
+    pub hidden: bool,
 }
 
 impl Reading {
-    /// At temperature 1, without entropies.
+    /// At temperature 1, log-probabilities alone.
     pub fn plain(micro_batch_tokens: usize) -> Self {
-        Self { temperature: 1.0, micro_batch_tokens, entropy: false }
+        Self { temperature: 1.0, micro_batch_tokens, entropy: false, values: false, hidden: false }
     }
 }
 
@@ -220,7 +224,7 @@ pub struct Piece<'a> {
     pub log_probs: Tensor,
     /// The entropy at every loss token, `[N]`, tracking gradients, where [`Reading::entropy`] asked for it.
     pub entropy: Option<Tensor>,
-    /// The value before every loss token, `[N]`, tracking gradients, where [`gradients_with_values`] was asked.
+    /// The value before every loss token, `[N]`, tracking gradients, where [`Reading::values`] asked for it.
     pub values: Option<Tensor>,
     /// What else the pass found out; empty until the values are known, and for [`Known::LogProbs`].
     pub found: &'a LogProbs,
@@ -264,6 +268,40 @@ pub struct Gathered {
     pub loss: f64,
     /// Log-probabilities and entropies of all loss tokens before the weights move, sequence by sequence.
     pub found: LogProbs,
+    /// For each sequence the sum of the hidden states, after the final norm, that predict its loss tokens, where
+    /// [`Reading::hidden`] asked for it.
+    pub hidden: Vec<Vec<f64>>,
+}
+
+impl Gathered {
+    /// The mean over the vocabulary and over the loss tokens of the sequences `chosen` of their logits; NaN where there are none.
+    ///
+    /// Logits are linear in hidden states, so that it takes one row of the head's product, whatever the number of tokens. The
+    /// weights must not have moved, and [`Reading::hidden`] must have been asked for.
+    ///
+    /// # Errors
+    /// Weights that are not prepared.
+    pub fn mean_logit(
+        &self,
+        decoder: &Decoder,
+        lengths: &[usize],
+        chosen: impl Fn(usize) -> bool,
+    ) -> model::Result<f64> {
+        let mut mean = vec![0.0; decoder.config().hidden_size];
+        let mut tokens = 0;
+        let own = self.hidden.iter().zip(lengths).enumerate().filter(|(sequence, _)| chosen(*sequence));
+        for (_, (sums, length)) in own {
+            mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean += sum);
+            tokens += length;
+        }
+        if tokens == 0 {
+            return Ok(f64::NAN);
+        }
+        let mean: Vec<f32> = mean.into_iter().map(|sum| (sum / tokens as f64) as f32).collect();
+        let mut logits = vec![0.0; decoder.config().vocab_size];
+        decoder.logits(&mean, &mut logits)?;
+        Ok(logits.iter().map(|&logit| f64::from(logit)).sum::<f64>() / logits.len() as f64)
+    }
 }
 
 /// Adds the gradients of one update, over the units `part` of a batch, to those of the step.
@@ -272,41 +310,14 @@ pub struct Gathered {
 /// must be prepared. The time goes to [`Phase::Train`].
 ///
 /// # Errors
-/// A value that is not finite, named by layer and row, or by sequence and token; an objective that refuses its input.
+/// A value that is not finite, named by layer and row, or by sequence and token; an objective that refuses its input; values of a
+/// model without a score head.
 pub fn gradients(
     step: &mut Step<'_>,
     batch: &Batch<'_>,
     part: Range<usize>,
     reading: Reading,
     (scope, known): (Scope, Known<'_>),
-    statistics: &mut Folds,
-    objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
-) -> Result<Gathered> {
-    gather(step, batch, part, reading, (scope, known, false), statistics, objective)
-}
-
-/// As [`gradients`], for a policy that shares its body with a value model: the objective is given the values as well.
-///
-/// # Errors
-/// As [`gradients`]; a model without a score head.
-pub fn gradients_with_values(
-    step: &mut Step<'_>,
-    batch: &Batch<'_>,
-    part: Range<usize>,
-    reading: Reading,
-    (scope, known): (Scope, Known<'_>),
-    statistics: &mut Folds,
-    objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
-) -> Result<Gathered> {
-    gather(step, batch, part, reading, (scope, known, true), statistics, objective)
-}
-
-fn gather(
-    step: &mut Step<'_>,
-    batch: &Batch<'_>,
-    part: Range<usize>,
-    reading: Reading,
-    (scope, known, want_values): (Scope, Known<'_>, bool),
     statistics: &mut Folds,
     mut objective: impl FnMut(&Piece<'_>) -> objectives::Result<Loss>,
 ) -> Result<Gathered> {
@@ -316,6 +327,7 @@ fn gather(
     let pieces = batch.pieces(part.clone(), reading.micro_batch_tokens);
     let mut losses = Vec::new();
     let mut all = LogProbs::default();
+    let mut hidden = Vec::new();
     let whole = match scope {
         Scope::Batch if pieces.len() > 1 => {
             let found = match known {
@@ -324,7 +336,7 @@ fn gather(
                     batch.log_probs(step.decoder, step.workspace, part.clone(), reading).map_err(step.model_error())?
                 }
             };
-            let values = match want_values {
+            let values = match reading.values {
                 true => Some(
                     batch
                         .values(step.decoder, step.workspace, part.clone(), reading.micro_batch_tokens)
@@ -342,12 +354,18 @@ fn gather(
     };
     for piece in pieces {
         let pass = batch.pack(piece.clone()).map_err(step.model_error())?;
-        if pass.targets.is_empty() {
+        let learns = !pass.targets.is_empty();
+        if learns {
+            step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
+        }
+        if reading.hidden {
+            hidden.extend(pass.hidden_sums(step.workspace, step.decoder.config().hidden_size));
+        }
+        if !learns {
             continue;
         }
-        step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
         let tokens = batch.tokens_of(&piece);
-        let values = match want_values {
+        let values = match reading.values {
             true => Some(pass.values(step.decoder, step.workspace).map_err(step.model_error())?),
             false => None,
         };
@@ -414,7 +432,7 @@ fn gather(
     }
     check_losses(step.number, &losses, &batch.lengths[batch.sequences_of(&part)])?;
     step.spent(Phase::Train, started);
-    Ok(Gathered { loss: losses.iter().sum(), found: all })
+    Ok(Gathered { loss: losses.iter().sum(), found: all, hidden })
 }
 
 /// An objective's value on some units, and its derivatives.

@@ -4,9 +4,9 @@
 mod common;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use common::{assert_same, metrics, on_threads};
+use common::{StopAt, assert_same, metrics, on_threads};
 use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
 use envs::environment::text_game::Style;
 use envs::environment::{self, EpisodeId, TextGameOptions};
@@ -23,7 +23,7 @@ use rollout::{ConversationOptions, SamplingOptions};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
-use train::{Event, Method, Observer, Outcome, Provenance, Run};
+use train::{Method, Observer, Outcome, Provenance, Run};
 
 /// A game of two or three rooms in one-letter commands, of which a turn has one.
 struct Game {
@@ -149,17 +149,6 @@ fn a_game_is_learnt_by_trial_and_reward() {
         assert!(of(&lines, "turns/max").iter().all(|turns| (1.0..=6.0).contains(turns)));
         assert!(of(&lines, "tools/call_frequency").iter().all(|calls| *calls == 0.0));
         assert_eq!(of(&lines, "rendering/other_text").len(), 60);
-    }
-}
-
-/// Asks the run to stop during a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
-        }
     }
 }
 

@@ -6,10 +6,10 @@ mod common;
 
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use common::{Accuracy, Exact, assert_same, examples, metrics, on_threads, prompts, tokenizer};
-use data::Example;
+use common::{Accuracy, Exact, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
+use data::{Example, Prompt};
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
@@ -26,7 +26,7 @@ use train::methods::sft::{self, Sft, SftOptions};
 use train::methods::unlearning::{self, Unlearning, UnlearningOptions};
 use train::methods::{Family as Methods, Preset};
 use train::options::{RunOptions, TrainingOptions};
-use train::{Evaluator, Event, Method, Observer, Outcome, Provenance, Run};
+use train::{Evaluator, Method, Observer, Outcome, Provenance, Run};
 
 /// A stage of one of the families.
 #[derive(Clone)]
@@ -59,9 +59,22 @@ impl Stage {
                 let (forget, retain) = split(examples());
                 Box::new(Unlearning::new(options, forget, retain).unwrap())
             }
-            Self::Rejection(options) => Box::new(Rejection::new(options, prompts(), Box::new(Exact)).unwrap()),
+            Self::Rejection(options) => {
+                let hints = if options.rationalization_hint.is_some() { hinted() } else { Vec::new() };
+                Box::new(Rejection::new(options, prompts(), Box::new(Exact)).unwrap().with_hints(hints))
+            }
         }
     }
+}
+
+/// A prompt whose answer is the digit in it that an easy prompt names: `77>` for the problem `37>`.
+fn hinted() -> Vec<Prompt> {
+    let easy = |prompt: Prompt| {
+        let answer = prompt.columns["answer"].as_str().unwrap().to_owned();
+        let text = format!("{answer}{answer}>");
+        Prompt { ids: tokenizer().encode(&text).unwrap().into(), text, ..prompt }
+    };
+    prompts().into_iter().map(easy).collect()
 }
 
 /// Rows to forget, one in five, and rows to keep.
@@ -241,6 +254,29 @@ fn answers_that_pass_teach() {
     }
 }
 
+/// What is only found with a hint is learnt without it, and only where nothing was found before.
+#[test]
+fn failed_prompts_are_tried_again_with_a_hint() {
+    let first = |hint: Option<&str>| {
+        let Stage::Rejection(options) = named("star") else { panic!("another family") };
+        let options = RejectionOptions { num_generations: 2, rationalization_hint: hint.map(str::to_owned), ..options };
+        let stage = Stage::Rejection(RejectionOptions { training: training(1, 1e-3), ..options });
+        let setup = Setup { decoder: beginner().clone(), stage, seed: 1, precision: Precision::F32, evaluate: false };
+        let folder = tempfile::tempdir().unwrap();
+        setup.finish(&folder.path().join("run"));
+        metrics(&folder.path().join("run")).remove(0)
+    };
+    let (plain, led) = (first(None), first(Some("{answer}")));
+    assert!(plain.get("rejection/rationalized_ratio").is_none());
+    let number = |line: &serde_json::Map<String, serde_json::Value>, name: &str| line[name].as_f64().unwrap();
+    assert_eq!(number(&led, "reward"), number(&plain, "reward"), "the first try is the same");
+    let gained = number(&led, "rejection/prompts_ratio") - number(&plain, "rejection/prompts_ratio");
+    assert!((gained - number(&led, "rejection/rationalized_ratio")).abs() < 1e-12 && gained > 0.0, "{gained}");
+    let tokens = number(&led, "num_tokens") - number(&plain, "num_tokens");
+    // Prompts have three tokens and answers one, and the end: those of the second try are learnt without the hint.
+    assert!(tokens >= 16.0 * gained * 5.0, "{tokens}");
+}
+
 #[test]
 fn every_form_of_fine_tuning_teaches() {
     let mut forms: Vec<(&str, Stage)> = sft::PRESETS.iter().map(|preset| (preset.name, named(preset.name))).collect();
@@ -319,6 +355,30 @@ fn mean_log_prob(decoder: &mut Decoder, examples: &[Example]) -> f64 {
     found.log_prob.iter().map(|&log_prob| f64::from(log_prob)).sum::<f64>() / found.log_prob.len() as f64
 }
 
+/// A student that samples with its teacher's help finds what the teacher knows sooner than alone.
+#[test]
+fn a_teacher_in_the_mixture_leads_to_right_answers() {
+    let reward = |teacher_mix: f64| {
+        let Stage::Distillation(options) = named("minillm") else { panic!("another family") };
+        let stage = Stage::Distillation(DistillationOptions { teacher_mix, training: training(4, 1e-4), ..options });
+        let setup = Setup { decoder: beginner().clone(), stage, seed: 1, precision: Precision::F32, evaluate: false };
+        let folder = tempfile::tempdir().unwrap();
+        setup.finish(&folder.path().join("run"));
+        metrics(&folder.path().join("run"))
+    };
+    let (alone, led) = (reward(0.0), reward(0.8));
+    let mean = |lines: &[serde_json::Map<String, serde_json::Value>]| {
+        lines.iter().map(|line| line["reward"].as_f64().unwrap()).sum::<f64>() / lines.len() as f64
+    };
+    assert!(mean(&led) > mean(&alone) + 0.2, "{} alone, {} led", mean(&alone), mean(&led));
+    assert!(alone[0].get("sampling/importance_sampling_ratio/max").is_none());
+    for line in &led {
+        let ratio = |kind: &str| line[&format!("sampling/importance_sampling_ratio/{kind}")].as_f64().unwrap();
+        assert!(ratio("max") <= 1.0 / 0.2 + 1e-3, "the mixture has a fifth of the student in it");
+        assert!(ratio("min") < 1.0 && (0.3..1.7).contains(&ratio("mean")), "{}", ratio("mean"));
+    }
+}
+
 /// CE-U stops by itself where gradient ascent goes on without end.
 #[test]
 fn ce_u_comes_to_rest_and_gradient_ascent_does_not() {
@@ -359,6 +419,9 @@ fn variants() -> Vec<(String, Stage)> {
     let Stage::Unlearning(mut kl) = named("npo") else { panic!("another family") };
     kl.objective.retain = serde_json::from_value("kl".into()).unwrap();
     variants.push(("npo with kl".into(), Stage::Unlearning(kl)));
+    let Stage::Rejection(star) = named("star") else { panic!("another family") };
+    let star = RejectionOptions { rationalization_hint: Some("{answer}".into()), ..star };
+    variants.push(("star with hints".into(), Stage::Rejection(star)));
     variants
 }
 
@@ -391,17 +454,6 @@ fn cuts_and_threads_do_not_matter() {
                 on_threads(threads, || cut.finish(&other));
                 assert_same(&whole, &other, &format!("{name}, adapter {lora}, {micro_batch_tokens} tokens"));
             }
-        }
-    }
-}
-
-/// Asks the run to stop during a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -5,9 +5,9 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use common::{Lower, Setup, assert_same, metrics, on_threads};
+use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::weights::safetensors;
 use objectives::{Baseline, ClipKind, KlEstimator};
@@ -106,6 +106,49 @@ fn methods_learn_from_scores() {
     }
 }
 
+/// The mean entropy of the last steps of a run with a bonus for it.
+#[test]
+fn an_entropy_bonus_keeps_the_policy_undecided() {
+    let last = |entropy_coef: f64| {
+        let mut options = many(preset("grpo"), 20);
+        options.objective.entropy_coef = entropy_coef;
+        let lines = lines(&Setup { options: RunOptions { save_steps: 0, ..Default::default() }, ..setup(options) });
+        assert!(lines[0].get("entropy_coef").is_none(), "constant");
+        lines[19]["entropy"].as_f64().unwrap()
+    };
+    let (without, with) = (last(0.0), last(0.5));
+    println!("entropy {without:.3} without, {with:.3} with the bonus");
+    assert!(with > without + 0.02, "{without} without, {with} with");
+}
+
+/// Above its target the entropy has no bonus and the coefficient falls; below, it rises with every update.
+#[test]
+fn the_coefficient_of_the_entropy_follows_its_target() {
+    let run = |target: f64| {
+        let mut options = PolicyOptions { num_minibatches: 2, ..preset("grpo") };
+        options.objective.entropy_coef = 0.1;
+        options.objective.entropy_target = Some(target);
+        lines(&setup(options)).iter().map(|line| line["entropy_coef"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let close = |found: Vec<f64>, change: f64| {
+        let expected = (1..=4).map(|step| 0.1 + change * f64::from(step));
+        found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-12)
+    };
+    assert!(close(run(0.5), -0.01) && close(run(6.0), 0.01));
+}
+
+/// The first pass takes the groups as they come; a later one has an order of its own, which one minibatch knows nothing of.
+#[test]
+fn later_passes_are_shuffled() {
+    let run = |shuffle_minibatches, num_iterations, num_minibatches| {
+        let options = PolicyOptions { shuffle_minibatches, num_iterations, num_minibatches, ..preset("grpo") };
+        lines(&setup(options))
+    };
+    assert_eq!(run(true, 1, 2), run(false, 1, 2));
+    assert_eq!(run(true, 2, 1), run(false, 2, 1));
+    assert_ne!(run(true, 2, 2), run(false, 2, 2));
+}
+
 /// The setups that carry something from step to step, and those that see a whole update at once.
 fn careful() -> Vec<(&'static str, Setup)> {
     let ppo = |change: fn(&mut PolicyOptions)| {
@@ -125,8 +168,12 @@ fn careful() -> Vec<(&'static str, Setup)> {
     let mut chosen = PolicyOptions { num_iterations: 2, ..preset("clip_cov") };
     chosen.objective.cov_ratio = 0.2;
     chosen.objective.clip_cov_min = 1e-3;
+    let mut undecided = PolicyOptions { num_iterations: 2, num_minibatches: 2, ..preset("grpo") };
+    undecided.objective.entropy_coef = 0.1;
+    undecided.objective.entropy_target = Some(5.535);
     vec![
         ("ppo", ppo(|_| ())),
+        ("adaptive entropy", setup(undecided)),
         (
             "ppo with an adapter",
             Setup { lora: true, precision: Precision::Bf16, ..ppo(|options| options.value.warmup_steps = 2) },
@@ -173,17 +220,6 @@ fn a_shared_value_model_learns_with_the_policy() {
     println!("reward {:.3} to {:.3}", mean(&rewards[..3]), mean(&rewards[27..]));
     assert!(mean(&rewards[27..]) > mean(&rewards[..3]) + 0.2, "{rewards:?}");
     assert!(mean(&losses[5..10]) < 0.7 * losses[0], "{losses:?}");
-}
-
-/// Asks the run to stop after a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
-        }
-    }
 }
 
 #[test]

@@ -5,27 +5,29 @@
 mod common;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{Exact, assert_same, metrics, on_threads, prompts, tokenizer};
+use common::{Exact, StopAt, assert_same, metrics, on_threads, prompts, tokenizer};
 use data::{Example, LabelledExample, PreferencePair, Source};
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
-use model::decoder::Decoder;
+use model::decoder::{Decoder, PackedTokens, Workspace};
 use model::lora::LoraConfig;
 use posttrain_train as train;
 use rollout::SamplingOptions;
 use serde::de::DeserializeOwned;
+use train::density_ratio::DensityRatioOptions;
 use train::methods::online_preference::{self, OnlinePreference, OnlinePreferenceOptions};
 use train::methods::preference::{self, Preference, PreferenceOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::methods::unpaired::{self, Unpaired, UnpairedOptions};
 use train::methods::{FAMILIES, Preset};
 use train::options::{RunOptions, TrainingOptions};
+use train::order::Order;
 use train::reference::SyncOptions;
-use train::{Event, Method, Observer, Outcome, Provenance, Run};
+use train::{Method, Observer, Outcome, Provenance, Run};
 
 /// Prompt `ab>`, the larger digit as the right answer, and a digit that is not.
 fn problems() -> impl Iterator<Item = (u32, String, u32, u32)> {
@@ -47,12 +49,22 @@ fn example(id: u32, prompt: &str, answer: &str) -> Example {
 /// Rejected answers are of several lengths.
 fn pairs(with_reference: bool) -> Vec<PreferencePair> {
     let pair = |(id, prompt, right, wrong): (u32, String, u32, u32)| PreferencePair {
+        others: Vec::new(),
         margin: 0.0,
         chosen: example(id, &prompt, &right.to_string()),
         rejected: example(id, &prompt, &wrong.to_string().repeat(1 + id as usize % 3)),
         reference: with_reference.then(|| example(id, &prompt, &format!("{right}!"))),
     };
     problems().map(pair).collect()
+}
+
+/// The right digit, one that is not, and in every other row two digits next to each other that are worse.
+fn rankings() -> Vec<PreferencePair> {
+    let worse = |(pair, (id, prompt, _, wrong)): (PreferencePair, (u32, String, u32, u32))| PreferencePair {
+        others: (0..id % 2 * 2).map(|more| example(id, &prompt, &format!("{wrong}{more}"))).collect(),
+        ..pair
+    };
+    pairs(false).into_iter().zip(problems()).map(worse).collect()
 }
 
 fn judged() -> Vec<LabelledExample> {
@@ -83,8 +95,11 @@ impl Stage {
     fn method(&self) -> Box<dyn Method> {
         match self {
             Self::Pairs(options) => {
-                let with_reference = options.method.starts_with("tpo");
-                Box::new(Preference::new(options.clone(), pairs(with_reference)).unwrap())
+                let rows = match &options.method[..] {
+                    "plackett_luce" => rankings(),
+                    method => pairs(method.starts_with("tpo")),
+                };
+                Box::new(Preference::new(options.clone(), rows).unwrap())
             }
             Self::Judged(options) => Box::new(Unpaired::new(options.clone(), judged()).unwrap()),
             Self::Online(options) => {
@@ -148,7 +163,6 @@ impl Setup {
     }
 
     fn run(&self, folder: &Path, resume: bool, observer: &mut dyn Observer, interrupt: &AtomicBool) -> Outcome {
-        let tokenizer = tokenizer();
         let mut stages: Vec<Box<dyn Method>> = Vec::new();
         if self.examples_first > 0 {
             let training = TrainingOptions {
@@ -161,6 +175,18 @@ impl Setup {
             stages.push(Box::new(Sft::new(options, common::examples()).unwrap()));
         }
         stages.push(self.stage.method());
+        self.run_stages(stages, folder, resume, observer, interrupt)
+    }
+
+    fn run_stages(
+        &self,
+        stages: Vec<Box<dyn Method>>,
+        folder: &Path,
+        resume: bool,
+        observer: &mut dyn Observer,
+        interrupt: &AtomicBool,
+    ) -> Outcome {
+        let tokenizer = tokenizer();
         let run = Run {
             world: None,
             referee: Default::default(),
@@ -262,8 +288,22 @@ fn own_answers_teach() {
 
 /// The methods whose steps differ in what they compute: scopes, references, completions, state.
 fn kinds() -> Vec<(String, Setup)> {
-    let names =
-        ["dpo", "aot", "wpo", "tpo", "simpo", "dro_dpo", "tr_dpo", "kto", "bco", "online_dpo", "xpo", "nash_md"];
+    let names = [
+        "dpo",
+        "plackett_luce",
+        "aot",
+        "wpo",
+        "tpo",
+        "simpo",
+        "dro_dpo",
+        "tr_dpo",
+        "kto",
+        "bco",
+        "online_dpo",
+        "xpo",
+        "nash_md",
+        "nash_emd",
+    ];
     let mut kinds = Vec::new();
     for name in names {
         let mut setup = Setup::new(named(name), 5);
@@ -271,6 +311,10 @@ fn kinds() -> Vec<(String, Setup)> {
             *sync = SyncOptions { mixup_alpha: 0.6, steps: 2 };
         }
         kinds.push((name.to_owned(), setup.clone()));
+        if let ("bco", Stage::Judged(options)) = (name, &mut setup.stage) {
+            options.density_ratio = Some(DensityRatioOptions { prompt_sample_size: 20, ..Default::default() });
+            kinds.push(("bco with density ratios".to_owned(), setup.clone()));
+        }
         if ["dpo", "tr_dpo", "kto", "xpo", "nash_md"].contains(&name) {
             kinds.push((format!("{name} with an adapter"), Setup { lora: true, precision: Precision::Bf16, ..setup }));
         }
@@ -293,17 +337,6 @@ fn cuts_and_threads_change_no_byte() {
             let other = folder.path().join(format!("cut-{micro_batch_tokens}"));
             on_threads(threads, || cut.finish(&other));
             assert_same(&whole, &other, &format!("{name}, {micro_batch_tokens} tokens, {threads} threads"));
-        }
-    }
-}
-
-/// Asks the run to stop during a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -346,6 +379,8 @@ fn metrics_have_trl_s_names_and_start_where_they_must() {
         "rewards/accuracies",
         "logps/chosen",
         "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
         "learning_rate",
         "num_tokens",
         "epoch",
@@ -357,6 +392,71 @@ fn metrics_have_trl_s_names_and_start_where_they_must() {
     assert_eq!((number("rewards/margins"), number("rewards/accuracies")), (0.0, 0.0));
     assert!((number("loss") - 2f64.ln()).abs() < 1e-12);
     assert!(lines[1]["rewards/margins"].as_f64().unwrap() > 0.0, "one step prefers the chosen ones");
+}
+
+/// The mean over all tokens of a kind of completion, and over the vocabulary, of the logits themselves.
+#[test]
+fn mean_logits_are_those_of_all_tokens() {
+    let mean = |setup: &Setup, chosen: &[Example]| {
+        let mut decoder = setup.decoder();
+        decoder.prepare(Precision::F32);
+        let (mut workspace, width) = (Workspace::new(), decoder.config().hidden_size);
+        let mut all: Vec<f64> = Vec::new();
+        for example in chosen {
+            let mut tokens = PackedTokens::new();
+            tokens.push(&example.ids[..example.ids.len() - 1], None).unwrap();
+            decoder.forward(&tokens, &mut workspace, false).unwrap();
+            for row in (0..example.ids.len() - 1).filter(|row| example.loss_mask[row + 1]) {
+                let mut logits = vec![0.0; decoder.config().vocab_size];
+                decoder.logits(&workspace.hidden()[row * width..][..width], &mut logits).unwrap();
+                all.extend(logits.into_iter().map(f64::from));
+            }
+        }
+        all.iter().sum::<f64>() / all.len() as f64
+    };
+    let first = |setup: &Setup| {
+        let folder = tempfile::tempdir().unwrap();
+        setup.finish(&folder.path().join("run"));
+        let line = metrics(&folder.path().join("run")).remove(0);
+        ["logits/chosen", "logits/rejected"].map(|name| line[name].as_f64().unwrap())
+    };
+    let rows = |count: usize| Order::new(count, 7, 0).batch(0, 16);
+    let close = |found: [f64; 2], expected: [f64; 2]| {
+        let near = |(found, expected): (f64, f64)| (found - expected).abs() < 1e-6 * (1.0 + expected.abs());
+        assert!(found.into_iter().zip(expected).all(near), "{found:?}, expected {expected:?}");
+    };
+    let setup = Setup::new(named("dpo"), 1);
+    let (chosen, rejected): (Vec<_>, Vec<_>) =
+        rows(100).into_iter().map(|row| (pairs(false)[row].chosen.clone(), pairs(false)[row].rejected.clone())).unzip();
+    close(first(&setup), [mean(&setup, &chosen), mean(&setup, &rejected)]);
+    let setup = Setup::new(named("bco"), 1);
+    let of = |label: bool| -> Vec<Example> {
+        let own = rows(200).into_iter().map(|row| judged()[row].clone());
+        own.filter(|judged| judged.label == label).map(|judged| judged.example).collect()
+    };
+    close(first(&setup), [mean(&setup, &of(true)), mean(&setup, &of(false))]);
+}
+
+/// Where good and bad completions share their prompts, every bad one counts once. Where each kind has its own, bad ones count as
+/// little as they may.
+#[test]
+fn bad_completions_count_by_their_prompts() {
+    let mean = |rows: Vec<LabelledExample>| {
+        let Stage::Judged(options) = named("bco") else { panic!("another family") };
+        let density_ratio = Some(DensityRatioOptions { min_density_ratio: 0.25, ..Default::default() });
+        let options = UnpairedOptions { density_ratio, ..options };
+        let setup = Setup::new(Stage::Judged(options.clone()), 1);
+        let folder = tempfile::tempdir().unwrap();
+        let Stage::Judged(options) = setup.stage.clone() else { panic!("another family") };
+        let stages: Vec<Box<dyn Method>> = vec![Box::new(Unpaired::new(options, rows).unwrap())];
+        setup.run_stages(stages, &folder.path().join("run"), false, &mut (), &AtomicBool::new(false));
+        metrics(&folder.path().join("run"))[0]["density_ratio/mean"].as_f64().unwrap()
+    };
+    let shared = mean(judged());
+    assert!((shared - 1.0).abs() < 1e-6, "{shared}");
+    let apart = judged().into_iter().filter(|row| (row.example.ids[0] < u32::from(b'5')) == row.label).collect();
+    let apart = mean(apart);
+    assert!((0.25..0.8).contains(&apart), "{apart}");
 }
 
 /// With a learning rate of 0 the moving reference stays where it is, and the fixed one is asked once for every row.

@@ -4,10 +4,10 @@
 mod common;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{assert_same, metrics, on_threads, tokenizer};
+use common::{StopAt, assert_same, metrics, on_threads, tokenizer};
 use data::{Example, PreferencePair, ScoredExample, Source, StepwiseExample};
 use envs::{Answer, ModelRewardOptions, Reward};
 use kernels::Precision;
@@ -23,7 +23,7 @@ use train::methods::reward_model::{RewardLoss, RewardModel, RewardModelOptions, 
 use train::options::{RunOptions, TrainingOptions};
 use train::scoring::{Batch, Scored, Unit};
 use train::verdicts::{Held, Verdicts};
-use train::{Evaluator, Event, Method, Observer, Outcome, Provenance, Run};
+use train::{Evaluator, Method, Observer, Outcome, Provenance, Run};
 
 /// All problems: prompt `ab>`, the larger digit, and a digit that is not.
 fn problems() -> impl Iterator<Item = (String, u32, u32)> {
@@ -45,6 +45,7 @@ fn example(prompt: &str, answer: u32) -> Example {
 
 fn pairs() -> RewardRows {
     let pair = |(prompt, right, wrong): (String, u32, u32)| PreferencePair {
+        others: Vec::new(),
         reference: None,
         chosen: example(&prompt, right),
         rejected: example(&prompt, wrong),
@@ -244,16 +245,6 @@ fn cuts_and_threads_do_not_matter() {
                 );
                 std::fs::remove_dir_all(folder.path().join("cut")).unwrap();
             }
-        }
-    }
-}
-
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
         }
     }
 }

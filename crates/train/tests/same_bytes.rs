@@ -5,10 +5,10 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use base::files::{self, Manifest};
-use common::{Setup, assert_same, metrics, on_threads};
+use common::{Setup, StopAt, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::config::Family;
 use model::decoder::WeightFormat;
@@ -78,17 +78,6 @@ fn cuts_and_threads_do_not_matter_with_int8_rollouts() {
     let mut setup = Setup { precision: Precision::Bf16, ..Setup::short() };
     setup.grpo.as_mut().unwrap().rollout_weights = WeightFormat::Int8;
     check_cuts(&setup);
-}
-
-/// Asks the run to stop during a step.
-struct StopAt<'a>(u64, &'a AtomicBool);
-
-impl Observer for StopAt<'_> {
-    fn observe(&mut self, event: Event<'_>) {
-        if matches!(event, Event::Step { step, .. } if step == self.0) {
-            self.1.store(true, Ordering::Relaxed);
-        }
-    }
 }
 
 #[test]

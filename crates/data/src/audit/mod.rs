@@ -366,6 +366,7 @@ fn words_of(content: &Content, instructions: bool) -> Trained {
         Content::Preference { prompt, chosen, rejected, reference } => {
             (text(prompt), [chosen, rejected].into_iter().chain(reference).map(text).collect())
         }
+        Content::Ranking { prompt, completions } => (text(prompt), completions.iter().map(text).collect()),
         Content::UnpairedPreference { prompt, completion, label } => {
             (text(prompt), vec![text(completion), label.to_string()])
         }

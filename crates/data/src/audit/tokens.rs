@@ -139,6 +139,7 @@ fn conversation(content: &Content) -> &[Message] {
         | Content::PromptOnly(Text::Messages(messages))
         | Content::PromptCompletion { prompt: Text::Messages(messages), .. }
         | Content::Preference { prompt: Text::Messages(messages), .. }
+        | Content::Ranking { prompt: Text::Messages(messages), .. }
         | Content::UnpairedPreference { prompt: Text::Messages(messages), .. } => messages,
         _ => &[],
     }

@@ -10,6 +10,7 @@
 
 mod conversation;
 mod drops;
+mod hint;
 mod scored;
 mod sequences;
 
@@ -98,13 +99,15 @@ pub struct Prompt {
     pub source: Source,
 }
 
-/// Two completions of one prompt, each with the prompt in front.
+/// Two completions of one prompt, or a ranking of more, each with the prompt in front.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PreferencePair {
     /// The better one.
     pub chosen: Example,
     /// The worse one.
     pub rejected: Example,
+    /// In a ranking, those that are worse still, from better to worse.
+    pub others: Vec<Example>,
     /// By how much the better one should be ahead: the column `margin`, or 0.
     pub margin: f64,
     /// One that is right beyond comparison, where the row has it.
@@ -112,9 +115,9 @@ pub struct PreferencePair {
 }
 
 impl PreferencePair {
-    /// The completions: chosen, rejected, reference.
+    /// The completions: chosen, rejected, others, reference.
     pub fn completions(&self) -> impl Iterator<Item = &Example> {
-        [&self.chosen, &self.rejected].into_iter().chain(&self.reference)
+        [&self.chosen, &self.rejected].into_iter().chain(&self.others).chain(&self.reference)
     }
 
     /// Tokens that all completions begin with, before anything is learnt: the prompt, which needs to be computed only once.
@@ -176,7 +179,8 @@ impl<'a> Renderer<'a> {
         Self { tokenizer, template, options, limit }
     }
 
-    /// Renders language-modeling, prompt-completion and token rows, and the chosen completions of preference rows.
+    /// Renders language-modeling, prompt-completion and token rows, and the chosen completions of preference rows, the best ones
+    /// of rankings.
     pub fn examples(&self, samples: &[Sample]) -> Result<Rendered<Example>> {
         self.each(samples, |_, sample| self.example_of(sample))
     }
@@ -189,6 +193,7 @@ impl<'a> Renderer<'a> {
             }
             Content::PromptCompletion { prompt, completion }
             | Content::Preference { prompt, chosen: completion, .. } => self.completion(sample, prompt, completion),
+            Content::Ranking { prompt, completions } => self.completion(sample, prompt, &completions[0]),
             Content::Tokens { ids, loss_mask } => self.finish(sample, ids.clone(), loss_mask.clone()),
             _ => Err(unexpected(sample, "language-modeling, prompt-completion or tokens")),
         }
@@ -205,9 +210,28 @@ impl<'a> Renderer<'a> {
         self.prompt(id, sample, prompt.clone())
     }
 
-    /// Renders preference rows.
+    /// Renders preference rows. A ranking counts as all of its pairs.
     pub fn preferences(&self, samples: &[Sample]) -> Result<Rendered<PreferencePair>> {
-        self.each(samples, |_, sample| self.pair_of(sample))
+        let pairs: Vec<Sample> = samples.iter().flat_map(pairs).collect();
+        self.each(&pairs, |_, sample| self.pair_of(sample))
+    }
+
+    /// Renders rankings. A preference row is one of two completions.
+    pub fn rankings(&self, samples: &[Sample]) -> Result<Rendered<PreferencePair>> {
+        self.each(samples, |_, sample| self.ranking_of(sample))
+    }
+
+    fn ranking_of(&self, sample: &Sample) -> Result<Outcome<PreferencePair>> {
+        let Content::Ranking { prompt, completions } = &sample.content else { return self.pair_of(sample) };
+        let rendered = completions.iter().map(|text| self.completion(sample, prompt, text));
+        let rendered: Outcome<Vec<Example>> = rendered.collect::<Result<Vec<_>>>()?.into_iter().collect();
+        Ok(rendered.and_then(|completions| {
+            let mut completions = completions.into_iter();
+            let (Some(chosen), Some(rejected)) = (completions.next(), completions.next()) else {
+                return Err(DropReason::NothingToLearn);
+            };
+            Ok(PreferencePair { chosen, rejected, others: completions.collect(), margin: 0.0, reference: None })
+        }))
     }
 
     fn pair_of(&self, sample: &Sample) -> Result<Outcome<PreferencePair>> {
@@ -218,8 +242,10 @@ impl<'a> Renderer<'a> {
         let rejected = self.completion(sample, prompt, rejected)?;
         let reference = reference.as_ref().map(|text| self.completion(sample, prompt, text)).transpose()?;
         let margin = scored::number(sample, "margin")?.unwrap_or(0.0);
-        Ok((|| Ok(PreferencePair { chosen: chosen?, rejected: rejected?, reference: reference.transpose()?, margin }))(
-        ))
+        Ok((|| {
+            let (chosen, rejected, reference) = (chosen?, rejected?, reference.transpose()?);
+            Ok(PreferencePair { chosen, rejected, others: Vec::new(), reference, margin })
+        })())
     }
 
     /// Renders unpaired preference rows. A preference row counts as two of them: its chosen completion is good, its rejected
@@ -412,6 +438,19 @@ fn unpaired(sample: &Sample) -> Vec<Sample> {
         Sample { content, ..sample.clone() }
     };
     vec![judged(chosen, true), judged(rejected, false)]
+}
+
+/// A ranking as its pairs; any other row as it is.
+fn pairs(sample: &Sample) -> Vec<Sample> {
+    let Content::Ranking { prompt, completions } = &sample.content else { return vec![sample.clone()] };
+    let pair = |chosen: &Text, rejected: &Text| {
+        let (prompt, chosen, rejected) = (prompt.clone(), chosen.clone(), rejected.clone());
+        Sample { content: Content::Preference { prompt, chosen, rejected, reference: None }, ..sample.clone() }
+    };
+    let worse = |better: usize| completions[better + 1..].iter();
+    (0..completions.len())
+        .flat_map(|better| worse(better).map(|text| pair(&completions[better], text)).collect::<Vec<_>>())
+        .collect()
 }
 
 fn unexpected(sample: &Sample, expected: &str) -> Error {

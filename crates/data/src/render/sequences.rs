@@ -82,6 +82,11 @@ impl Renderer<'_> {
             (Content::Preference { .. }, _) => self
                 .pair_of(sample)?
                 .map(|pair| vec![(Part::Chosen, pair.chosen).into(), (Part::Rejected, pair.rejected).into()]),
+            (Content::Ranking { .. }, _) => self.ranking_of(sample)?.map(|ranking| {
+                let worse = [ranking.rejected].into_iter().chain(ranking.others);
+                let worse = worse.map(|example| (Part::Rejected, example).into());
+                std::iter::once((Part::Chosen, ranking.chosen).into()).chain(worse).collect()
+            }),
             (Content::UnpairedPreference { .. }, _) => {
                 self.labelled_of(sample)?.map(|labelled| vec![(Part::Example, labelled.example).into()])
             }

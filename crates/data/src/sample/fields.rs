@@ -168,6 +168,49 @@ impl<'a> Fields<'a> {
         Ok(Content::Preference { prompt, chosen, rejected, reference: None })
     }
 
+    /// `completions` in the order of a column: ranks in `ranking`, of which 1 is the best, or `scores`.
+    pub fn ranking(&self, column: &str) -> Result<Content> {
+        let prompt = self.text("prompt")?;
+        let (completions, order) = (self.list("completions")?, self.list(column)?);
+        if completions.len() != order.len() {
+            let reason = format!("expected one for each of {} completions, got {}", completions.len(), order.len());
+            return Err(self.error(column, reason));
+        }
+        if completions.len() < 2 {
+            return Err(self.error("completions", format!("expected two or more, got {}", completions.len())));
+        }
+        let number = |(index, value): (usize, &'a Value)| match value.as_f64() {
+            Some(number) => Ok((if column == "ranking" { number } else { -number }, index)),
+            None => Err(self.expected(&format!("{column}[{index}]"), "a number", value)),
+        };
+        let mut places = order.iter().enumerate().map(number).collect::<Result<Vec<_>>>()?;
+        places.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        if let Some(tied) = places.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            let reason = format!("completions {} and {} are equal", tied[0].1, tied[1].1);
+            return Err(self.error(column, reason).with_hint("give each its own place, or leave one of them out"));
+        }
+        let completions = places.into_iter().map(|(_, index)| self.completion(&prompt, index, &completions[index]));
+        Ok(Content::Ranking { completions: completions.collect::<Result<_>>()?, prompt })
+    }
+
+    /// One of several completions after a prompt.
+    fn completion(&self, prompt: &Text, index: usize, value: &'a Value) -> Result<Text> {
+        let path = format!("completions[{index}]");
+        match (prompt, value) {
+            (Text::Plain(_), value) => Ok(Text::Plain(self.as_string(&path, value)?.to_owned())),
+            (Text::Messages(_), Value::String(text)) => Ok(Text::Messages(vec![Message::assistant(text)])),
+            (Text::Messages(_), value) => {
+                let messages = self.as_list(&path, value)?.iter().enumerate();
+                let messages = messages.map(|(turn, message)| self.message(&format!("{path}[{turn}]"), message));
+                let messages = messages.collect::<Result<Vec<_>>>()?;
+                match messages.is_empty() {
+                    true => Err(self.error(path, "expected messages, got an empty list")),
+                    false => Ok(Text::Messages(messages)),
+                }
+            }
+        }
+    }
+
     pub fn stepwise(&self) -> Result<Content> {
         let prompt = self.text("prompt")?;
         let (completions, labels) = (self.list("completions")?, self.list("labels")?);

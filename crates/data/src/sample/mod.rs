@@ -28,6 +28,8 @@ pub enum Kind {
     /// `chosen` and `rejected`, with `prompt` or with what both begin with; `reference`, a third answer to learn by heart, if
     /// there is one.
     Preference,
+    /// `prompt`, two or more `completions`, and their order: `ranking` (1 is the best) or `scores` (the largest is).
+    Ranking,
     /// `prompt`, `completion` and whether it is good: `label`.
     UnpairedPreference,
     /// `prompt`, `completions` (steps) and whether each is right, or how probably: `labels`.
@@ -43,6 +45,7 @@ impl fmt::Display for Kind {
             Self::PromptCompletion => "prompt-completion",
             Self::PromptOnly => "prompt-only",
             Self::Preference => "preference",
+            Self::Ranking => "ranking",
             Self::UnpairedPreference => "unpaired preference",
             Self::Stepwise => "stepwise supervision",
             Self::Tokens => "tokens",
@@ -84,6 +87,13 @@ pub enum Content {
         /// A completion that is right beyond comparison, for methods that learn it by heart.
         reference: Option<Text>,
     },
+    /// Several completions in an order.
+    Ranking {
+        /// What is given.
+        prompt: Text,
+        /// The completions from best to worst, two or more.
+        completions: Vec<Text>,
+    },
     /// A completion that is good or bad.
     UnpairedPreference {
         /// What is given.
@@ -116,6 +126,7 @@ impl Content {
             Self::PromptOnly(prompt)
             | Self::PromptCompletion { prompt, .. }
             | Self::Preference { prompt, .. }
+            | Self::Ranking { prompt, .. }
             | Self::UnpairedPreference { prompt, .. }
             | Self::Stepwise { prompt, .. }
             | Self::LanguageModeling(prompt @ Text::Messages(_)) => Some(prompt),
@@ -130,6 +141,7 @@ impl Content {
             Self::PromptCompletion { .. } => Kind::PromptCompletion,
             Self::PromptOnly(_) => Kind::PromptOnly,
             Self::Preference { .. } => Kind::Preference,
+            Self::Ranking { .. } => Kind::Ranking,
             Self::UnpairedPreference { .. } => Kind::UnpairedPreference,
             Self::Stepwise { .. } => Kind::Stepwise,
             Self::Tokens { .. } => Kind::Tokens,
@@ -151,9 +163,9 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Whether it holds two completions to compare.
+    /// Whether it holds completions to compare.
     pub fn is_pair(&self) -> bool {
-        self.content.kind() == Kind::Preference
+        matches!(self.content.kind(), Kind::Preference | Kind::Ranking)
     }
 }
 
@@ -162,6 +174,7 @@ impl Sample {
 enum Layout {
     Tokens,
     Preference,
+    Ranking,
     Stepwise,
     UnpairedPreference,
     PromptCompletion,
@@ -192,10 +205,16 @@ impl Layout {
         let found = LAYOUTS.into_iter().find(|(column, _)| row.get(column).is_some());
         match found {
             Some((_, Self::PromptCompletion)) if row.get("label").is_some() => Ok(Self::UnpairedPreference),
+            Some((_, Self::Stepwise)) if row.get("labels").is_none() && ranks(row).is_some() => Ok(Self::Ranking),
             Some((_, layout)) => Ok(layout),
             None => Err(unknown(row)),
         }
     }
+}
+
+/// The column that orders completions.
+fn ranks(row: &Row) -> Option<&'static str> {
+    ["ranking", "scores"].into_iter().find(|column| row.get(column).is_some())
 }
 
 /// The error for a row without any column that would tell its type.
@@ -239,6 +258,7 @@ pub fn parse_row(row: Row) -> Result<Sample> {
     let content = match Layout::of(&row)? {
         Layout::Tokens => fields.tokens()?,
         Layout::Preference => fields.preference()?,
+        Layout::Ranking => fields.ranking(ranks(&row).unwrap_or_default())?,
         Layout::Stepwise => fields.stepwise()?,
         Layout::UnpairedPreference => {
             let (prompt, completion) = fields.prompt_and("completion")?;

@@ -88,12 +88,11 @@ fn test_time(
     prompts: &[Prompt],
     opener: Opener,
 ) -> Result<(), Failure> {
-    if config.environment.is_some() {
-        return Err(Failure::new("`--test-time` finds answers of one turn, and the recipe has an `[environment]`"));
-    }
     let options = config.test_time.clone().unwrap_or_default();
     let judge = match (&config.judge, options.strategy.needs_judge()) {
         (Some(judge), true) => Some(judges::load("judge", judge, config, opener)?),
+        // An environment says itself which of its episodes is best.
+        (None, true) if config.environment.is_some() => None,
         (None, true) => {
             let failure = Failure::new(
                 "the strategy asks a judge which answer is best, and the recipe has none: expected `[judge]`",
@@ -103,7 +102,8 @@ fn test_time(
         (_, false) => None,
     };
     let reward = judges::rewards(config, opener)?;
-    let answerer = Answerer { decoder: &model.decoder, tokenizer: &model.tokenizer };
+    let world = config.world(model.template.as_ref())?;
+    let answerer = Answerer { decoder: &model.decoder, tokenizer: &model.tokenizer, world };
     let samples = if options.strategy.takes_samples() { u64::from(options.samples) } else { 1 };
     let mut progress = opener.terminal.progress("answering", "completion", prompts.len() as u64 * samples);
     let found = answer_at_test_time(answerer, prompts, judge.as_deref(), &*reward, &options, |done, _| {

@@ -21,7 +21,7 @@ use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
 use crate::cli;
 use crate::config::load::Layers;
-use crate::config::{Config, Stage};
+use crate::config::{Config, Rows, Stage};
 use crate::corpus::{Corpus, Language};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
@@ -152,23 +152,36 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     memory.settle(&mut config);
 
     let mut stages: Vec<Box<dyn Method>> = Vec::new();
-    for stage in config.stages() {
+    let recipe = config.stages();
+    for (index, stage) in recipe.iter().copied().enumerate() {
+        let again = |rows: Rows<'_>| recipe[index + 1..].iter().any(|later| later.rows().contains(&rows));
+        let prompts = again(Rows::Prompts);
+        let examples = again(Rows::Examples);
         stages.push(match stage {
-            Stage::Sft(options) => Box::new(Sft::new(options.clone(), corpus.examples.clone())?),
+            Stage::Sft(options) => Box::new(Sft::new(options.clone(), handed(&mut corpus.examples, examples))?),
             Stage::Rejection(options) => {
-                Box::new(Rejection::new(options.clone(), corpus.prompts.clone(), judges::rewards(&config, opener)?)?)
+                let rows = handed(&mut corpus.prompts, prompts);
+                let stage = Rejection::new(options.clone(), rows, judges::rewards(&config, opener)?)?;
+                Box::new(stage.with_hints(std::mem::take(&mut corpus.hints)))
             }
-            Stage::Preference(options) => Box::new(Preference::new(options.clone(), corpus.pairs.clone())?),
-            Stage::Unpaired(options) => Box::new(Unpaired::new(options.clone(), corpus.judged.clone())?),
+            Stage::Preference(options) => {
+                Box::new(Preference::new(options.clone(), std::mem::take(&mut corpus.pairs))?)
+            }
+            Stage::Unpaired(options) => Box::new(Unpaired::new(options.clone(), std::mem::take(&mut corpus.judged))?),
             Stage::OnlinePreference(options) => Box::new(OnlinePreference::new(
                 options.clone(),
-                corpus.prompts.clone(),
+                handed(&mut corpus.prompts, prompts),
                 judges::rewards(&config, opener)?,
             )?),
-            Stage::RewardModel(options) => Box::new(RewardModel::new(options.clone(), corpus.rewarded.clone())?),
-            Stage::ProcessReward(options) => Box::new(ProcessReward::new(options.clone(), corpus.steps.clone())?),
+            Stage::RewardModel(options) => {
+                Box::new(RewardModel::new(options.clone(), std::mem::take(&mut corpus.rewarded))?)
+            }
+            Stage::ProcessReward(options) => {
+                Box::new(ProcessReward::new(options.clone(), std::mem::take(&mut corpus.steps))?)
+            }
             Stage::Policy(options) => {
-                Box::new(Policy::new(options.clone(), corpus.prompts.clone(), judges::rewards(&config, opener)?)?)
+                let rows = handed(&mut corpus.prompts, prompts);
+                Box::new(Policy::new(options.clone(), rows, judges::rewards(&config, opener)?)?)
             }
             Stage::Distillation(options) => {
                 let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
@@ -180,11 +193,13 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
                 } else {
                     Some(judges::rewards(&config, opener)? as Box<dyn envs::Reward>)
                 };
-                let (prompts, examples) = (corpus.prompts.clone(), corpus.examples.clone());
+                let prompts = handed(&mut corpus.prompts, prompts);
+                let examples = handed(&mut corpus.examples, examples);
                 Box::new(Distillation::new(options.clone(), teachers, Lessons { prompts, examples, reward })?)
             }
             Stage::Unlearning(options) => {
-                Box::new(Unlearning::new(options.clone(), corpus.forget.clone(), corpus.examples.clone())?)
+                let kept = handed(&mut corpus.examples, examples);
+                Box::new(Unlearning::new(options.clone(), std::mem::take(&mut corpus.forget), kept)?)
             }
         });
     }
@@ -235,6 +250,11 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             Err(failure.hint(format!("{resume}; docs/referee.md says what helps")))
         }
     }
+}
+
+/// The rows of a stage: a copy, if another stage learns from them `again`.
+fn handed<T: Clone>(rows: &mut Vec<T>, again: bool) -> Vec<T> {
+    if again { rows.clone() } else { std::mem::take(rows) }
 }
 
 /// A teacher, and what the run writes down of it. It must speak of the same tokens as the student.

@@ -3,7 +3,7 @@
 use model::config::{HeadTask, ScoreHead};
 use model::decoder::WeightFormat;
 use train::methods::distillation::{DistillationOptions, TeacherOptions};
-use train::methods::online_preference::OnlinePreferenceOptions;
+use train::methods::online_preference::{OnlinePreferenceOptions, Opponent};
 use train::methods::policy::PolicyOptions;
 use train::methods::preference::PreferenceOptions;
 use train::methods::process_reward::ProcessRewardOptions;
@@ -52,10 +52,14 @@ pub enum Rows<'a> {
     Steps(&'a str),
     /// Prompts with a better and a worse completion.
     Pairs,
+    /// Prompts with several completions in an order.
+    Rankings,
     /// Prompts with a completion that is good or bad.
     Judgements,
     /// Prompts, to which the model finds answers itself, and what these are judged by.
     Prompts,
+    /// The same with this hint at the end.
+    Hints(&'a str),
     /// Prompts with completions to forget.
     Forgotten,
 }
@@ -129,9 +133,14 @@ impl<'a> Stage<'a> {
             Self::Sft(_) => vec![Rows::Examples],
             Self::RewardModel(options) => vec![Rows::Rewarded(options.loss_type)],
             Self::ProcessReward(options) => vec![Rows::Steps(&options.step_separator)],
+            Self::Preference(options) if options.objective.ranks() => vec![Rows::Rankings],
             Self::Preference(_) => vec![Rows::Pairs],
             Self::Unpaired(_) => vec![Rows::Judgements],
-            Self::OnlinePreference(_) | Self::Rejection(_) | Self::Policy(_) => vec![Rows::Prompts],
+            Self::Rejection(options) => {
+                let hint = options.rationalization_hint.as_deref();
+                std::iter::once(Rows::Prompts).chain(hint.map(Rows::Hints)).collect()
+            }
+            Self::OnlinePreference(_) | Self::Policy(_) => vec![Rows::Prompts],
             Self::Distillation(options) => {
                 let own = some(options.prompts_per_step() > 0, Rows::Prompts);
                 own.into_iter().chain(some(options.examples_per_step() > 0, Rows::Examples)).collect()
@@ -254,6 +263,11 @@ impl<'a> Stage<'a> {
             Self::Policy(options) => options.objective.needs_reference(),
             Self::Unlearning(options) => options.objective.needs_reference(),
         }
+    }
+
+    /// Whether that model is in memory beside the one that is trained even with an adapter, which otherwise is switched off instead.
+    pub fn copies_reference(self) -> bool {
+        matches!(self, Self::OnlinePreference(options) if options.opponent == Opponent::Mixture)
     }
 
     /// Refuses values that mean nothing. The error names the option as one of the method's own section.

@@ -2,7 +2,7 @@
 //! its own, or on some of each.
 //!
 //! ```text
-//! a step of B rows:   λ B prompts    y ~ π(. | q), num_generations of them, sampled with the current weights
+//! a step of B rows:   λ B prompts    y ~ α q + (1 - α) π, num_generations of them, sampled with the current weights; α = 0: y ~ π
 //!                     the rest       completions of the data set
 //!                     L = Σ_t w_t [ D(p_t, q_t) - c_t log p(y_t) ]        one optimiser update
 //! ```
@@ -13,10 +13,12 @@
 //!
 //! Deviations from GKD (arXiv 2306.13649) and TRL's trainers:
 //! 1. λ (`on_policy_fraction`, TRL's `lmbda`) is a fixed share of the rows of every step, not the chance of a whole batch.
-//! 2. MiniLLM's (arXiv 2306.08543) samples come from the student alone, not from a mixture with the teacher.
+//! 2. MiniLLM's (arXiv 2306.08543) loss of language modelling on other text (its `L_PT`) is left out, and a step makes one
+//!    update, so that its clipped ratio is the importance weight of the mixture alone.
 //!
 //! Metrics, beside those of [`crate::rollouts`] where the student samples:
 //! - `loss`: the formula above. `grad_norm`: the norm of its gradient before clipping.
+//! - `sampling/importance_sampling_ratio/min|mean|max`, with `teacher_mix`: of `p / (α q + (1 - α) p)` over sampled tokens.
 //! - `divergence`, `entropy`, `teacher_agreement`: see [`objectives::distillation::statistics`]. With the estimate `sampled`,
 //!   `divergence` is the mean of `log p(y_t) - log q(y_t)`, and stands alone.
 
@@ -29,7 +31,7 @@ use envs::{Reward, Score};
 use model::decoder::{Decoder, WeightFormat};
 use objectives::distillation::{Estimate, statistics};
 use objectives::{GlobalCounts, Reduce, SftBatch, Statistic};
-use rollout::PromptTokens;
+use rollout::{Episode, LogitsHook, Mean, Mixture, PromptTokens};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -72,8 +74,8 @@ pub const PRESETS: &[Preset] = &[
         name: "minillm",
         title: "MiniLLM: reverse KL of sequences",
         paper: "Gu et al. 2024, arXiv 2306.08543",
-        formula: "L = Σ_t w_t [ KL(p_t ‖ q_t) - R_{t+1} log p(y_t) ],  R: mean of log q - log p over what follows,  y ~ π",
-        settings: "[objective]\ndivergence = \"reverse_kl\"\ndiscount = 1.0\nlength_normalization = true",
+        formula: "L = Σ_t w_t ρ_t [ KL(p_t ‖ q_t) - R_{t+1} log p(y_t) ],  R: mean of log q - log p over what follows,  y ~ m = α q + (1 - α) p,  ρ = p/m",
+        settings: "teacher_mix = 0.2\n[objective]\ndivergence = \"reverse_kl\"\ndiscount = 1.0\nlength_normalization = true",
     },
     Preset {
         name: "knowledge_distillation",
@@ -125,6 +127,11 @@ pub struct DistillationOptions {
     /// Completions the student samples for each of its prompts.
     #[schemars(range(min = 1, max = 65_536))]
     pub num_generations: usize,
+    /// Share of the teacher in the mixture that the student's completions are sampled from (MiniLLM's α); 0 samples from the
+    /// student alone. What is learnt from a token is then weighed by how much more probable it is to the student than to the
+    /// mixture.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
+    pub teacher_mix: f64,
     /// The parts of the loss: divergence, temperature, mixture of teachers, aggregation.
     pub objective: objectives::DistillationOptions,
     /// How the student's completions are sampled.
@@ -144,6 +151,7 @@ impl Default for DistillationOptions {
             batch_size: 16,
             on_policy_fraction: 1.0,
             num_generations: 1,
+            teacher_mix: 0.0,
             objective: objectives::DistillationOptions::default(),
             sampling: rollout::SamplingOptions::default(),
             decode_batch_size: 32,
@@ -173,6 +181,10 @@ impl DistillationOptions {
         let completions = self.prompts_per_step() * generations;
         check("num_generations", generations, completions <= 1 << 20, "at most 1048576 completions in a step")?;
         check("decode_batch_size", self.decode_batch_size, self.decode_batch_size > 0, "at least 1")?;
+        let mixed = self.teacher_mix;
+        check("teacher_mix", mixed, (0.0..1.0).contains(&mixed), "at least 0 and below 1")?;
+        let single = mixed == 0.0 || (self.teachers.len() == 1 && !self.sampling.is_greedy());
+        check("teacher_mix", mixed, single, "0 with several teachers, or without a sampling temperature")?;
         self.sampling.validate().map_err(|error| OptionError::new("sampling", error.to_string()))?;
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))?;
         let own = self.objective.estimate == Estimate::Full || self.examples_per_step() == 0;
@@ -254,6 +266,7 @@ impl Method for Distillation {
             (false, Some(_)) => groups.metrics(&scores),
         };
 
+        let drawn = self.importance(&groups.episodes);
         let mut units = groups.units();
         let sampled = units.len();
         units.extend(self.examples(step).into_iter().map(Unit::of));
@@ -263,8 +276,8 @@ impl Method for Distillation {
         step.spent(Phase::Train, started);
         let mut folds = Folds::default();
         let losses = match self.options.objective.estimate {
-            Estimate::Full => self.full(step, &batch, sampled, &mut folds)?,
-            Estimate::Sampled => self.sampled(step, &batch, &mut folds)?,
+            Estimate::Full => self.full(step, &batch, sampled, &drawn, &mut folds)?,
+            Estimate::Sampled => self.sampled(step, &batch, &drawn, &mut folds)?,
         };
         check_losses(step.number, &losses, batch.lengths())?;
         let grad_norm = step.update()?;
@@ -312,7 +325,10 @@ impl Distillation {
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
         };
-        rollouts.sample(step, step.random(Purpose::Sampling), &chosen)
+        let (random, share) = (step.random(Purpose::Sampling), self.options.teacher_mix);
+        let mixture = (self.teachers.first().filter(|_| share > 0.0))
+            .map(|teacher| Mixture::new(teacher, Mean::Arithmetic, share, &self.options.sampling));
+        rollouts.sample_with(mixture.as_ref().map(|mixture| mixture as &dyn LogitsHook), step, random, &chosen)
     }
 
     /// The rows of the step that come with completions.
@@ -337,14 +353,39 @@ impl Distillation {
         self.options.objective.aggregation.weights(batch.lengths(), &counts)
     }
 
-    /// The gradients with every position's divergence over the whole vocabulary. The first `sampled` units are the student's own.
-    fn full(&self, step: &mut Step<'_>, batch: &Batch<'_>, sampled: usize, folds: &mut Folds) -> Result<Vec<f64>> {
+    /// How much more probable the tokens of these episodes are to the student than to the mixture they were drawn from; empty
+    /// where the student drew them.
+    fn importance(&self, episodes: &[Episode]) -> Vec<f64> {
+        if self.options.teacher_mix == 0.0 {
+            return Vec::new();
+        }
+        let of = |episode: &Episode| {
+            let both = episode.log_probs.iter().zip(&episode.filtered_log_probs);
+            let counted = both.zip(&episode.loss_mask).filter(|(_, counted)| **counted);
+            let ratios = counted.map(|((p, m), _)| (f64::from(*p) - f64::from(*m)).exp());
+            ratios.collect::<Vec<f64>>()
+        };
+        episodes.iter().flat_map(of).collect()
+    }
+
+    /// The gradients with every position's divergence over the whole vocabulary. The first `sampled` units are the student's own,
+    /// whose tokens have the importance weights `drawn`, if not all of them are 1.
+    fn full(
+        &self,
+        step: &mut Step<'_>,
+        batch: &Batch<'_>,
+        sampled: usize,
+        drawn: &[f64],
+        folds: &mut Folds,
+    ) -> Result<Vec<f64>> {
         let objective = &self.options.objective;
-        let weights = self.weights(batch);
+        let mut weights = self.weights(batch);
         let mut coefficients = match objective.discount > 0.0 {
             true => self.returns(step, batch, 0..sampled)?.1,
             false => vec![0.0; batch.tokens_of(&(0..sampled)).len()],
         };
+        objective.weigh(&mut weights, &mut coefficients, drawn);
+        folds.extend(&ratio_statistics(drawn));
         coefficients.resize(batch.loss_tokens(), objective.nll_weight);
         let others: Vec<Other<'_>> = self.teachers.iter().map(Other::Model).collect();
         let found = rows::gradients(step, batch, 0..batch.units(), self.row_pass(&others), |row| {
@@ -358,10 +399,13 @@ impl Distillation {
     }
 
     /// The gradients with every position's divergence from the sampled token alone.
-    fn sampled(&self, step: &mut Step<'_>, batch: &Batch<'_>, folds: &mut Folds) -> Result<Vec<f64>> {
+    fn sampled(&self, step: &mut Step<'_>, batch: &Batch<'_>, drawn: &[f64], folds: &mut Folds) -> Result<Vec<f64>> {
         let all = 0..batch.units();
-        let (log_probs, returns) = self.returns(step, batch, all.clone())?;
-        let factors: Vec<f64> = self.weights(batch).iter().zip(returns).map(|(weight, value)| weight * value).collect();
+        let (log_probs, mut returns) = self.returns(step, batch, all.clone())?;
+        let mut weights = self.weights(batch);
+        self.options.objective.weigh(&mut weights, &mut returns, drawn);
+        folds.extend(&ratio_statistics(drawn));
+        let factors: Vec<f64> = weights.iter().zip(returns).map(|(weight, value)| weight * value).collect();
         let known = Known::LogProbs(&log_probs.student);
         let mut losses = Vec::new();
         update::gradients(step, batch, all, self.reading(), (Scope::Piece, known), folds, |piece| {
@@ -383,8 +427,7 @@ impl Distillation {
     fn reading(&self) -> Reading {
         Reading {
             temperature: self.options.objective.temperature as f32,
-            micro_batch_tokens: self.options.training.micro_batch_tokens,
-            entropy: false,
+            ..Reading::plain(self.options.training.micro_batch_tokens)
         }
     }
 
@@ -410,6 +453,17 @@ impl Distillation {
         let returns = objective.returns(&rewards, lengths).map_err(step.objective_error())?;
         Ok((SampledLogProbs { student, teachers }, returns))
     }
+}
+
+/// The metrics of importance weights, where there are any.
+fn ratio_statistics(drawn: &[f64]) -> Vec<Statistic> {
+    let of = |(name, reduce)| Statistic { name, values: drawn.to_vec(), reduce };
+    let kinds = [
+        ("sampling/importance_sampling_ratio/min", Reduce::Min),
+        ("sampling/importance_sampling_ratio/mean", Reduce::Mean),
+        ("sampling/importance_sampling_ratio/max", Reduce::Max),
+    ];
+    kinds.into_iter().filter(|_| !drawn.is_empty()).map(of).collect()
 }
 
 /// Log-probabilities of tokens that the student sampled.

@@ -83,6 +83,7 @@ pub const FAMILIES: &[Family] = &[
             include_str!("preference.rs"),
             include_str!("../../../objectives/src/preference.rs"),
             include_str!("../../../objectives/src/pairwise.rs"),
+            include_str!("../../../objectives/src/ranking.rs"),
             include_str!("../../../objectives/src/worst_case.rs"),
             include_str!("../reference.rs"),
         ],
@@ -94,6 +95,8 @@ pub const FAMILIES: &[Family] = &[
         sources: &[
             include_str!("unpaired.rs"),
             include_str!("../../../objectives/src/unpaired.rs"),
+            include_str!("../density_ratio.rs"),
+            include_str!("../../../objectives/src/density_ratio.rs"),
             include_str!("../reference.rs"),
         ],
     },

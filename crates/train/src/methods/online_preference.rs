@@ -1,7 +1,7 @@
 //! Online preference optimisation: the model's own answers are judged against each other, and the better one is preferred.
 //!
 //! ```text
-//! for each prompt:  a ~ π,  b ~ opponent             the opponent: π again, the reference, or a moving average of π
+//! for each prompt:  a ~ π,  b ~ opponent             the opponent: π again, the reference, a mixture of the two, or an average
 //!                   the reward decides which is chosen, which rejected
 //! L = preference loss of the pairs                   sigmoid, ipo, ...: see the objective
 //!     + α mean log π(b)                              XPO: what the reference says becomes less likely
@@ -20,8 +20,8 @@
 //! Deviations from the papers and TRL:
 //! 1. A pair whose rewards are equal, or one of whose completions has none, says nothing: it has no loss, but counts in the
 //!    denominator. TRL prefers its first completion.
-//! 2. The opponent of `nash_md` is the moving average of the policy's weights (Nash-EMD, section 7 of the paper). The
-//!    geometric mixture of the two models' distributions would need both of them for every sampled token.
+//! 2. The mixture is of logits, at every token, as in TRL; with an adapter it takes a second copy of the base model. The paper
+//!    approximates it in the same way (section 7).
 //! 3. `ipo` compares log-ratios per token, as everywhere; TRL's online trainers compare sums.
 //!
 //! Metrics, named as TRL names them:
@@ -39,9 +39,9 @@ use std::time::Instant;
 use base::Purpose;
 use data::Prompt;
 use envs::Reward;
-use model::decoder::WeightFormat;
+use model::decoder::{Decoder, WeightFormat};
 use objectives::{NashMdBatch, PairBatch};
-use rollout::Episode;
+use rollout::{Episode, Mean, Mixture};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -75,8 +75,15 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "nash_md",
-        title: "Nash mirror descent, against a moving average of the policy",
+        title: "Nash mirror descent, against a mixture of policy and reference",
         paper: "Munos et al. 2023, arXiv 2312.00886",
+        formula: "L = - mean (P(a beats b) - 1/2) log π(a) + β mean KL(π ‖ π_ref), b sampled from π^{1 - α} π_ref^α",
+        settings: "loss = \"nash\"\nopponent = \"mixture\"\nmixture_coef = 0.5",
+    },
+    Preset {
+        name: "nash_emd",
+        title: "Nash mirror descent, against a moving average of the policy",
+        paper: "Munos et al. 2023, arXiv 2312.00886, section 7",
         formula: "L = - mean (P(a beats b) - 1/2) log π(a) + β mean KL(π ‖ π_ref), b sampled from the average",
         settings: "loss = \"nash\"\nopponent = \"average\"\naverage = { mixup_alpha = 0.05, steps = 1 }",
     },
@@ -93,6 +100,9 @@ pub struct OnlinePreferenceOptions {
     pub prompts_per_step: usize,
     /// Whom the policy's completion is judged against.
     pub opponent: Opponent,
+    /// Share of the reference in the mixture, where that is the opponent (TRL's name): 0 is the policy, 1 the reference.
+    #[schemars(range(min = 0, max = 1))]
+    pub mixture_coef: f64,
     /// How the moving average follows the policy, where it is the opponent.
     pub average: SyncOptions,
     /// What is learnt from the judgement.
@@ -120,6 +130,8 @@ pub enum Opponent {
     Policy,
     /// A completion of the reference model.
     Reference,
+    /// A completion of the geometric mixture of policy and reference.
+    Mixture,
     /// A completion of the moving average of the policy's weights.
     Average,
 }
@@ -141,6 +153,7 @@ impl Default for OnlinePreferenceOptions {
             method: "online_dpo".into(),
             prompts_per_step: 16,
             opponent: Opponent::Policy,
+            mixture_coef: 0.5,
             average: SyncOptions::default(),
             loss: OnlineLoss::Pair,
             objective: objectives::PreferenceOptions::default(),
@@ -160,6 +173,8 @@ impl OnlinePreferenceOptions {
         self.sampling.validate().map_err(|error| OptionError::new("sampling", error.to_string()))?;
         let drawn = !self.sampling.is_greedy();
         check("sampling.temperature", self.sampling.temperature, drawn, "a number above 0: a pair needs to differ")?;
+        let coefficient = self.mixture_coef;
+        check("mixture_coef", coefficient, (0.0..=1.0).contains(&coefficient), "0 to 1")?;
         self.average.validate().map_err(|error| error.within("average"))?;
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))?;
         let weighting = self.objective.use_weighting;
@@ -176,7 +191,7 @@ impl OnlinePreferenceOptions {
     /// Whether the model the stage starts from is needed: to compare with, or as the opponent.
     pub fn needs_reference(&self) -> bool {
         let compared = self.loss == OnlineLoss::Nash || self.objective.needs_reference();
-        compared || self.opponent == Opponent::Reference
+        compared || matches!(self.opponent, Opponent::Reference | Opponent::Mixture)
     }
 }
 
@@ -187,6 +202,8 @@ pub struct OnlinePreference {
     reward: Box<dyn Reward>,
     reference: Reference,
     average: Option<MovingReference>,
+    /// With an adapter, the base model as the other half of a mixture.
+    base: Option<Decoder>,
 }
 
 impl OnlinePreference {
@@ -198,7 +215,7 @@ impl OnlinePreference {
         options.validate().map_err(|error| error.within("online_preference"))?;
         let reference = Reference::new(options.needs_reference(), None, 0);
         let average = (options.opponent == Opponent::Average).then(|| MovingReference::new(options.average));
-        Ok(Self { options, prompts, reference, average, reward })
+        Ok(Self { options, prompts, reference, average, base: None, reward })
     }
 
     /// A pair of completions for every prompt: the policy's, then the opponent's.
@@ -213,10 +230,10 @@ impl OnlinePreference {
         let other = step.random(Purpose::Opponent);
         let theirs = match (self.options.opponent, &mut self.average) {
             (Opponent::Average, Some(average)) => {
-                rollouts(1).sample_from(average.decoder(step)?, None, step, other, prompts)?
+                rollouts(1).sample_from(average.decoder(step)?, step, other, prompts)?
             }
             (Opponent::Reference, _) => match step.reference {
-                Some(reference) => rollouts(1).sample_from(reference, None, step, other, prompts)?,
+                Some(reference) => rollouts(1).sample_from(reference, step, other, prompts)?,
                 None => {
                     step.decoder.set_adapter(false);
                     let found = rollouts(1).sample(step, other, prompts);
@@ -224,6 +241,19 @@ impl OnlinePreference {
                     found?
                 }
             },
+            (Opponent::Mixture, _) => {
+                let reference = match step.reference {
+                    Some(reference) => reference,
+                    None => {
+                        let base = self.base.get_or_insert_with(|| step.decoder.without_adapter());
+                        base.prepare(step.precision);
+                        &*base
+                    }
+                };
+                let (mean, share) = (Mean::Geometric, self.options.mixture_coef);
+                let mixture = Mixture::new(reference, mean, share, &self.options.sampling);
+                rollouts(1).sample_with(Some(&mixture), step, other, prompts)?
+            }
             _ => return rollouts(2).sample(step, random, prompts),
         };
         let ours = rollouts(1).sample(step, random, prompts)?;
@@ -283,6 +313,7 @@ impl OnlinePreference {
                 sequences_per_pair: 2,
                 weights: piece.constant(&weights[piece.units.clone()])?,
                 sft_tokens,
+                prompts: (0..).take(piece.units.len()).collect(),
             };
             objectives::xpo(objective, exploration, &pairs, &explored[piece.units.clone()])
         })?;

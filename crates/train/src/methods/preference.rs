@@ -15,6 +15,7 @@
 //! - The prompt of a pair is computed once for its completions, forward and backward.
 //! - Conversations count with all of the assistant's turns after the prompt, and with no other tokens: of a trajectory with
 //!   several turns, what users and tools said is given and not learnt (multi-turn DPO, arXiv 2409.02392).
+//! - Rankings of several completions are learnt as all of their pairs, or whole with `plackett_luce` ([`mod@objectives::ranking`]).
 //! - A column `reference` holds a third completion, which the `sft` term learns instead of the chosen one (TPO).
 //!
 //! Deviations from TRL's `DPOTrainer`, beside those of the objective:
@@ -25,15 +26,16 @@
 //! Metrics, named as TRL names them:
 //! - `loss`, and `grad_norm`, the norm of its gradient before clipping.
 //! - `rewards/*`, `logps/*`, `nll_loss`, `log_odds_*`, `pair_weights/*`: see [`mod@objectives::preference`].
+//! - `logits/chosen`, `logits/rejected`: mean logit over the completions' tokens and the vocabulary.
 //! - `entropy`: mean entropy over the tokens of all completions. `mean_token_accuracy`: share of the chosen completions'
 //!   tokens that are the most probable ones.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
 use data::PreferencePair;
-use objectives::{PairBatch, PairLoss};
+use objectives::{PairBatch, PairLoss, RankingBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -191,6 +193,13 @@ pub const PRESETS: &[Preset] = &[
         settings: "objective.worst_case = { ball = \"total_variation\", radius = 0.2 }",
     },
     Preset {
+        name: "plackett_luce",
+        title: "DPO over rankings",
+        paper: "Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",
+        formula: "L = - mean Σ_k log(e^{β h_k} / Σ_{j ≥ k} e^{β h_j}), completions from best to worst",
+        settings: "objective.loss_type = [\"plackett_luce\"]",
+    },
+    Preset {
         name: "mpo",
         title: "mixed preference optimisation: preference, quality and likelihood",
         paper: "Wang et al. 2024, arXiv 2411.10442",
@@ -322,17 +331,29 @@ impl Preference {
             let reason = format!("{} has {this} reference completion, and the first row {first}", odd.chosen.source);
             return Err(OptionError::new("preference", reason).into());
         }
+        if let (false, Some(ranking)) = (options.objective.ranks(), pairs.iter().find(|pair| !pair.others.is_empty())) {
+            let reason = format!("{} is a ranking: expected pairs, or the loss plackett_luce", ranking.chosen.source);
+            return Err(OptionError::new("preference.objective.loss_type", reason).into());
+        }
         let reference = Reference::new(options.objective.needs_reference(), options.sync_reference, pairs.len());
         Ok(Self { options, pairs, reference })
     }
 
     /// Completions of a pair that enter the loss.
-    fn sequences_per_pair(&self) -> usize {
-        let learnt = self.options.objective.loss_type.contains(&PairLoss::Sft);
-        match self.pairs.first() {
-            Some(pair) if learnt => pair.completions().count(),
-            _ => 2,
-        }
+    fn sequences_of(&self, pair: &PreferencePair) -> usize {
+        let learnt = self.options.objective.loss_type.contains(&PairLoss::Sft) && pair.reference.is_some();
+        2 + pair.others.len() + usize::from(learnt)
+    }
+
+    /// For each of these pairs, the first of them that has the same prompt.
+    fn prompts(&self, rows: &[usize]) -> Vec<u32> {
+        let mut seen = HashMap::new();
+        let prompt = |row: usize| {
+            let chosen = &self.pairs[row].chosen;
+            let given = chosen.loss_mask.iter().take_while(|&&learnt| !learnt).count();
+            &chosen.ids[..given]
+        };
+        (0..).zip(rows).map(|(place, &row)| *seen.entry(prompt(row)).or_insert(place)).collect()
     }
 }
 
@@ -359,8 +380,16 @@ impl Method for Preference {
 
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
         let rows = Order::new(self.pairs.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
-        let sequences_per_pair = self.sequences_per_pair();
-        let batch = Batch::new(rows.iter().map(|&row| Unit::of_pair(&self.pairs[row], sequences_per_pair)).collect());
+        let counts: Vec<usize> = rows.iter().map(|&row| self.sequences_of(&self.pairs[row])).collect();
+        let pairs = &self.pairs;
+        let units = rows.iter().zip(&counts).map(|(&row, &count)| Unit::of_pair(&pairs[row], count));
+        let batch = Batch::new(units.collect());
+        // Of each sequence its place in its pair or ranking, and its place from the end.
+        let places: Vec<(usize, usize)> =
+            counts.iter().flat_map(|&count| (0..count).map(move |place| (place, count - 1 - place))).collect();
+        let sequences_per_pair = counts.first().copied().unwrap_or(2);
+        let ranks = self.options.objective.ranks();
+        let prompts = self.prompts(&rows);
         let reading = Reading::plain(self.options.training.micro_batch_tokens);
         let objective = &self.options.objective;
 
@@ -385,10 +414,21 @@ impl Method for Preference {
             step,
             &batch,
             0..batch.units(),
-            reading,
+            Reading { hidden: true, ..reading },
             (scope, Known::Nothing),
             &mut statistics,
             |piece| {
+                let weights = vec![1.0 / batch.units() as f64; piece.units.len()];
+                if ranks {
+                    let rankings = RankingBatch {
+                        log_probs: piece.log_probs.clone(),
+                        reference_log_probs: reference.as_deref().map(|all| piece.of_tokens(all)).transpose()?,
+                        sequence: piece.sequence(),
+                        rankings: counts[piece.units.clone()].to_vec(),
+                        weights,
+                    };
+                    return objectives::ranking(objective, &rankings);
+                }
                 objectives::preference(
                     objective,
                     &PairBatch {
@@ -397,12 +437,20 @@ impl Method for Preference {
                         sharpened_log_probs: sharpened.as_deref().map(|all| piece.of_tokens(all)).transpose()?,
                         sequence: piece.sequence(),
                         sequences_per_pair,
-                        weights: Tensor::full(1.0 / batch.units() as f64, piece.units.len(), &Device::Cpu)?,
+                        weights: piece.constant(&weights)?,
                         sft_tokens,
+                        prompts: prompts[piece.units.clone()].to_vec(),
                     },
                 )
             },
         )?;
+        let mean_logit = |of: &dyn Fn((usize, usize)) -> bool| {
+            let chosen = |sequence: usize| of(places[sequence]);
+            gathered.mean_logit(step.decoder, batch.lengths(), chosen).map_err(step.model_error())
+        };
+        let rejected = |(place, from_end): (usize, usize)| if ranks { from_end == 0 } else { place == 1 };
+        let logits =
+            [("logits/chosen", mean_logit(&|(place, _)| place == 0)?), ("logits/rejected", mean_logit(&rejected)?)];
         let grad_norm = step.update()?;
         self.reference.follow(step);
 
@@ -410,6 +458,7 @@ impl Method for Preference {
         metrics.set("loss", gathered.loss);
         metrics.set("grad_norm", grad_norm);
         statistics.record(&mut metrics);
+        logits.into_iter().for_each(|(name, value)| metrics.set(name, value));
         let entropy: Vec<f64> = gathered.found.entropy.iter().copied().map(f64::from).collect();
         metrics.set("entropy", mean(&entropy));
         let mut rest = &gathered.found.most_probable[..];
@@ -417,7 +466,7 @@ impl Method for Preference {
         for (sequence, &length) in batch.lengths().iter().enumerate() {
             let own;
             (own, rest) = rest.split_at(length);
-            if sequence % sequences_per_pair == 0 {
+            if places[sequence].0 == 0 {
                 right.extend(own.iter().map(|&right| f64::from(u8::from(right))));
             }
         }

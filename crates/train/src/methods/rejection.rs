@@ -10,17 +10,22 @@
 //! best-of-N; with `policy` they are the current model's, as in STaR (arXiv 2203.14465) and RAFT (arXiv 2304.06767). The loss is
 //! that of supervised fine-tuning, with all its forms ([`mod@objectives::sft`]).
 //!
+//! **Rationalisation** (STaR): prompts without an answer that is kept are tried again with the answer as a hint behind the question.
+//! What is kept then is learnt as an answer to the prompt without the hint. Metrics and `episodes/` are those of the first try.
+//!
 //! Deviations:
 //! 1. Sampling and learning alternate step by step, not in rounds over the whole data set; with the sampler `reference` it makes
 //!    no difference to what is learnt from.
-//! 2. STaR's rationalisation (another try with the answer as a hint) is left out, and training goes on from the current weights.
-//! 3. A step that keeps nothing moves nothing: its loss and norm are absent.
+//! 2. Training goes on from the current weights, where STaR begins again from the first model in every round.
+//! 3. STaR's rationalisation needs a hint that says how the answer is told (`rationalization_hint`); without it there is none.
+//! 4. A step that keeps nothing moves nothing: its loss and norm are absent.
 //!
 //! Metrics, beside those of [`crate::rollouts`]:
 //! - `rejection/kept_ratio`: share of completions that are learnt. `rejection/prompts_ratio`: share of prompts with any.
+//! - `rejection/rationalized_ratio`, with a hint: share of prompts with an answer from the second try alone.
 //! - `loss`, `grad_norm`, `entropy`, `mean_token_accuracy`: as in supervised fine-tuning.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use base::Purpose;
 use data::Prompt;
@@ -118,6 +123,10 @@ pub struct RejectionOptions {
     pub distinct: bool,
     /// Never keep an answer that ran out of tokens.
     pub drop_truncated: bool,
+    /// What a prompt ends with when it is tried again because no answer was kept; `{answer}` is the value of the column `answer`,
+    /// and so with other columns. There is no second try without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rationalization_hint: Option<String>,
     /// The loss on what is kept.
     pub objective: objectives::SftObjective,
     /// How completions are sampled.
@@ -141,6 +150,7 @@ impl Default for RejectionOptions {
             max_kept: 0,
             distinct: false,
             drop_truncated: true,
+            rationalization_hint: None,
             objective: objectives::SftObjective::default(),
             sampling: SamplingOptions::default(),
             decode_batch_size: 32,
@@ -201,6 +211,8 @@ struct Answered<'a> {
 pub struct Rejection {
     options: RejectionOptions,
     prompts: Vec<Prompt>,
+    /// The prompts with a hint, by number.
+    hints: HashMap<u32, Prompt>,
     reward: Box<dyn Reward>,
 }
 
@@ -211,7 +223,14 @@ impl Rejection {
     /// Options that mean nothing.
     pub fn new(options: RejectionOptions, prompts: Vec<Prompt>, reward: Box<dyn Reward>) -> Result<Self> {
         options.validate().map_err(|error| error.within("rejection"))?;
-        Ok(Self { options, prompts, reward })
+        Ok(Self { options, prompts, hints: HashMap::new(), reward })
+    }
+
+    /// Trying again with these prompts, which are the others with a hint at the end, where no answer is kept.
+    #[must_use]
+    pub fn with_hints(mut self, hints: Vec<Prompt>) -> Self {
+        self.hints = hints.into_iter().map(|prompt| (prompt.id, prompt)).collect();
+        self
     }
 }
 
@@ -240,20 +259,34 @@ impl Method for Rejection {
         let options = &self.options;
         let order = Order::new(self.prompts.len(), step.seed, step.stage).batch(step.index, options.prompts_per_step);
         let prompts: Vec<&Prompt> = order.iter().map(|&row| &self.prompts[row]).collect();
-        let groups = self.sample(step, &prompts)?;
+        let groups = self.sample(step, Purpose::Sampling, &prompts)?;
         let scores = groups.score(step, &*self.reward)?;
         let mut metrics = groups.metrics(&scores);
 
         let kept = self.kept(&groups, &scores);
-        let units = kept.iter().zip(&groups.prompts).filter(|(kept, _)| !kept.is_empty()).map(|(kept, prompt)| Unit {
-            prompt: &prompt.ids,
-            sequences: kept.iter().map(|&episode| Sequence::of(&groups.episodes[episode])).collect(),
-        });
+        let failed: Vec<&Prompt> =
+            kept.iter().zip(&prompts).filter(|(kept, _)| kept.is_empty()).map(|(_, prompt)| *prompt).collect();
+        let (told, hinted): (Vec<&Prompt>, Vec<&Prompt>) =
+            failed.into_iter().filter_map(|prompt| Some((prompt, self.hints.get(&prompt.id)?))).unzip();
+        let second = match hinted.is_empty() {
+            true => Groups::default(),
+            false => self.sample(step, Purpose::Hints, &hinted)?,
+        };
+        let reasons = match hinted.is_empty() {
+            true => Vec::new(),
+            false => self.kept(&second, &second.score(step, &*self.reward)?),
+        };
+        // What was found with a hint is learnt without it.
+        let units = learnt_units(&groups, &kept, &prompts).chain(learnt_units(&second, &reasons, &told));
         let batch = Batch::new(units.collect());
+        let rationalized = reasons.iter().filter(|kept| !kept.is_empty()).count();
         let learnt = |episode: usize| f64::from(u8::from(kept[episode / groups.size].contains(&episode)));
         let learnt: Vec<f64> = (0..groups.episodes.len()).map(learnt).collect();
         metrics.set("rejection/kept_ratio", learnt.iter().sum::<f64>() / learnt.len() as f64);
         metrics.set("rejection/prompts_ratio", batch.units() as f64 / groups.prompts.len() as f64);
+        if options.rationalization_hint.is_some() {
+            metrics.set("rejection/rationalized_ratio", rationalized as f64 / groups.prompts.len() as f64);
+        }
         if batch.loss_tokens() > 0 {
             let micro_batch_tokens = options.training.micro_batch_tokens;
             metrics.extend(supervised(step, &batch, &options.objective, None, micro_batch_tokens)?);
@@ -264,17 +297,17 @@ impl Method for Rejection {
 }
 
 impl Rejection {
-    fn sample<'p>(&self, step: &mut Step<'_>, prompts: &[&'p Prompt]) -> Result<Groups<'p>> {
+    fn sample<'p>(&self, step: &mut Step<'_>, purpose: Purpose, prompts: &[&'p Prompt]) -> Result<Groups<'p>> {
         let rollouts = Rollouts {
             sampling: &self.options.sampling,
             num_generations: self.options.num_generations,
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
         };
-        let random = step.random(Purpose::Sampling);
+        let random = step.random(purpose);
         match (self.options.sampler, step.reference) {
             (Sampler::Policy, _) => rollouts.sample(step, random, prompts),
-            (Sampler::Reference, Some(reference)) => rollouts.sample_from(reference, None, step, random, prompts),
+            (Sampler::Reference, Some(reference)) => rollouts.sample_from(reference, step, random, prompts),
             (Sampler::Reference, None) => {
                 step.decoder.set_adapter(false);
                 let groups = rollouts.sample(step, random, prompts);
@@ -299,6 +332,18 @@ impl Rejection {
         let groups = answers.chunks(groups.size).zip((0..).step_by(groups.size));
         groups.map(|(group, first)| self.options.kept(group).into_iter().map(|index| first + index).collect()).collect()
     }
+}
+
+/// The kept episodes of each group, as answers to these prompts; groups without any are left out.
+fn learnt_units<'a>(
+    groups: &'a Groups<'_>,
+    kept: &'a [Vec<usize>],
+    prompts: &'a [&'a Prompt],
+) -> impl Iterator<Item = Unit<'a>> {
+    kept.iter().zip(prompts).filter(|(kept, _)| !kept.is_empty()).map(|(kept, prompt)| Unit {
+        prompt: &prompt.ids,
+        sequences: kept.iter().map(|&episode| Sequence::of(&groups.episodes[episode])).collect(),
+    })
 }
 
 #[cfg(test)]

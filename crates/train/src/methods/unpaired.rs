@@ -15,6 +15,7 @@
 //!   ([`mod@crate::reference`]) and is asked in every step.
 //! - The mismatched completion of a row, for the baseline of KTO, is that of the next row of the data, whatever the order of
 //!   the epoch. It takes a forward pass and no backward.
+//! - With `density_ratio`, bad completions count by how much their prompts look like those of good ones ([`crate::density_ratio`]).
 //! - The baseline of BCO is a running mean over the stage; checkpoints hold it.
 //!
 //! Deviations from TRL's `KTOTrainer`, beside those of the objective:
@@ -25,19 +26,21 @@
 //! - `loss`, and `grad_norm`, the norm of its gradient before clipping.
 //! - `kl`, `delta`, `rewards/chosen`, `rewards/rejected`, `logps/*`: see [`mod@objectives::unpaired`]. `rewards/margins`: the
 //!   difference of the mean rewards, in steps with completions of both kinds.
+//! - `density_ratio/mean`, with `density_ratio`: of the bad completions of the step.
+//! - `logits/chosen`, `logits/rejected`: mean logit over the tokens of completions of one kind and the vocabulary.
 //! - `entropy`: mean entropy over the tokens of all completions.
 
 use std::ops::Range;
 use std::path::Path;
 
 use base::files::{self, io_error};
-use candle_core::{Device, Tensor};
 use data::{Example, LabelledExample};
 use objectives::{RunningMean, UnpairedBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::density_ratio::{DensityRatioOptions, DensityRatios};
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean};
@@ -83,6 +86,10 @@ pub struct UnpairedOptions {
     pub batch_size: usize,
     /// The parts of the loss.
     pub objective: objectives::UnpairedOptions,
+    /// Weigh bad completions by how much their prompts look like those of good ones (BCO's underlying distribution matching);
+    /// for data whose good and bad completions come from different prompts. Without it, they count the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub density_ratio: Option<DensityRatioOptions>,
     /// Let the reference model follow the policy (TRL: `sync_ref_model`); without it, it stays where the stage started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sync_reference: Option<SyncOptions>,
@@ -96,6 +103,7 @@ impl Default for UnpairedOptions {
             method: "kto".into(),
             batch_size: 16,
             objective: objectives::UnpairedOptions::default(),
+            density_ratio: None,
             sync_reference: None,
             training: TrainingOptions::default(),
         }
@@ -110,6 +118,16 @@ impl UnpairedOptions {
         if let Some(sync) = &self.sync_reference {
             sync.validate().map_err(|error| error.within("sync_reference"))?;
         }
+        if let Some(density) = &self.density_ratio {
+            density.validate().map_err(|error| error.within("density_ratio"))?;
+            let stays = self.sync_reference.is_none();
+            check(
+                "density_ratio",
+                "a moving reference",
+                stays,
+                "no sync_reference: prompts are told apart by a model that stays",
+            )?;
+        }
         self.training.validate().map_err(|error| error.within("training"))
     }
 }
@@ -120,6 +138,7 @@ pub struct Unpaired {
     rows: Vec<LabelledExample>,
     reference: Reference,
     running: RunningMean,
+    densities: Option<DensityRatios>,
 }
 
 /// The file of the running mean in a checkpoint.
@@ -137,7 +156,10 @@ impl Unpaired {
             return Err(OptionError::new("unpaired.objective.baseline", reason).into());
         }
         let reference = Reference::new(true, options.sync_reference, rows.len());
-        Ok(Self { options, rows, reference, running: RunningMean::default() })
+        let micro_batch_tokens = options.training.micro_batch_tokens;
+        let densities =
+            (options.density_ratio.clone()).map(|density| DensityRatios::new(density, rows.len(), micro_batch_tokens));
+        Ok(Self { options, rows, reference, running: RunningMean::default(), densities })
     }
 }
 
@@ -219,7 +241,13 @@ impl Method for Unpaired {
                 log_ratios(&found.map_err(step.model_error())?.log_prob, &reference_of_mismatched, batch.lengths())
             }
         };
+        let densities = match &mut self.densities {
+            Some(densities) => Some(densities.of(step, &self.rows, &rows)?),
+            None => None,
+        };
         let good: Vec<bool> = rows.iter().map(|&row| self.rows[row].label).collect();
+        let weights: Vec<f64> =
+            (0..good.len()).map(|row| densities.as_ref().map_or(1.0, |all| all[row]) / good.len() as f64).collect();
         let objective = &self.options.objective;
         let scope = if objective.compares_completions() { Scope::Batch } else { Scope::Piece };
 
@@ -229,7 +257,7 @@ impl Method for Unpaired {
             step,
             &batch,
             0..batch.units(),
-            reading,
+            Reading { hidden: true, ..reading },
             (scope, Known::Nothing),
             &mut statistics,
             |piece| {
@@ -240,7 +268,7 @@ impl Method for Unpaired {
                         reference_log_probs: piece.of_tokens(&reference)?,
                         sequence: piece.sequence(),
                         good: good[piece.sequences.clone()].to_vec(),
-                        weights: Tensor::full(1.0 / good.len() as f64, piece.sequences.len(), &Device::Cpu)?,
+                        weights: piece.of_sequences(&weights)?,
                         mismatched: mismatched.clone(),
                         running: self.running,
                     },
@@ -252,6 +280,11 @@ impl Method for Unpaired {
         if objective.compares_completions() {
             self.running = running;
         }
+        let mean_logit = |label: bool| {
+            let judged = |sequence: usize| good[sequence] == label;
+            gathered.mean_logit(step.decoder, batch.lengths(), judged).map_err(step.model_error())
+        };
+        let logits = [("logits/chosen", mean_logit(true)?), ("logits/rejected", mean_logit(false)?)];
         let grad_norm = step.update()?;
         self.reference.follow(step);
 
@@ -259,8 +292,14 @@ impl Method for Unpaired {
         metrics.set("loss", gathered.loss);
         metrics.set("grad_norm", grad_norm);
         statistics.record(&mut metrics);
+        logits.into_iter().filter(|(_, value)| value.is_finite()).for_each(|(name, value)| metrics.set(name, value));
         if let (Some(chosen), Some(rejected)) = (metrics.get("rewards/chosen"), metrics.get("rewards/rejected")) {
             metrics.set("rewards/margins", chosen - rejected);
+        }
+        if let Some(densities) = densities {
+            let of_bad: Vec<f64> =
+                densities.into_iter().zip(&good).filter(|(_, good)| !**good).map(|(ratio, _)| ratio).collect();
+            metrics.set("density_ratio/mean", mean(&of_bad));
         }
         let entropy: Vec<f64> = gathered.found.entropy.iter().copied().map(f64::from).collect();
         metrics.set("entropy", mean(&entropy));

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use base::{Purpose, Random};
 use data::{Example, Prompt, Source};
@@ -21,7 +21,7 @@ use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{
-    Evaluation, EvaluationError, Evaluator, Measure, Method, Observer, Outcome, Provenance, RefereeOptions, Run,
+    Evaluation, EvaluationError, Evaluator, Event, Measure, Method, Observer, Outcome, Provenance, RefereeOptions, Run,
 };
 
 /// All problems: prompt `ab>` and the larger digit.
@@ -127,6 +127,17 @@ impl Evaluator for Accuracy {
             items: solved.len(),
         }];
         Ok(Evaluation { step: 0, measures, solved, samples })
+    }
+}
+
+/// Asks the run to stop after a step.
+pub struct StopAt<'a>(pub u64, pub &'a AtomicBool);
+
+impl Observer for StopAt<'_> {
+    fn observe(&mut self, event: Event<'_>) {
+        if matches!(event, Event::Step { step, .. } if step == self.0) {
+            self.1.store(true, Ordering::Relaxed);
+        }
     }
 }
 

@@ -45,11 +45,11 @@ pub struct Saved {
 }
 
 /// What the value model is to learn, one number for each loss token of the whole batch.
-pub struct Lesson<'a> {
+pub struct Lesson {
     /// The estimates before the updates of the step.
-    pub old: &'a [f64],
+    pub old: Vec<f64>,
     /// What they should have been.
-    pub returns: &'a [f64],
+    pub returns: Vec<f64>,
 }
 
 impl Critic {
@@ -108,7 +108,7 @@ impl Critic {
         step: &mut Step<'_>,
         batch: &Batch<'_>,
         part: Range<usize>,
-        lesson: &Lesson<'_>,
+        lesson: &Lesson,
         learning_rate: f64,
         statistics: &mut Folds,
     ) -> Result<f64> {
@@ -129,8 +129,8 @@ impl Critic {
                 let constant = |all: &[f64]| Tensor::new(&all[own.clone()], &Device::Cpu);
                 let inputs = ValueBatch {
                     values: new.as_tensor().clone(),
-                    old_values: constant(lesson.old)?,
-                    returns: constant(lesson.returns)?,
+                    old_values: constant(&lesson.old)?,
+                    returns: constant(&lesson.returns)?,
                     weights: Tensor::full(weight, own.len(), &Device::Cpu)?,
                 };
                 let loss = objectives::value(self.cliprange, &inputs)?;

@@ -6,7 +6,7 @@
 //!                            A   = advantages           of completions, or of tokens
 //! repeat num_iterations times, for each of num_minibatches parts of the groups:
 //!     ratio_t = π(y_t) / π_old(y_t)                     π_old: as recorded while sampling
-//!     L = Σ_t w_t [ - min(ratio_t A, clip(ratio_t, 1 - ε, 1 + ε_high) A) + β KL_t ]
+//!     L = Σ_t w_t [ - min(ratio_t A, clip(ratio_t, 1 - ε, 1 + ε_high) A) + β KL_t ] - c_H mean_t H_t
 //!     one optimiser update; with a value model, one of its own
 //! ```
 //!
@@ -44,8 +44,8 @@
 //!    training, whatever top-k, top-p and min-p leave out.
 //! 6. A completion without a reward (no reward applies to its row) has advantage 0 and takes no part in the baseline.
 //! 7. With `mask_truncated_completions`, a truncated completion still counts in the denominators of `sequence` and `constant`.
-//! 8. Minibatches are consecutive groups of the step, whose prompts come in random order; PPO's shuffle of every pass is left
-//!    out.
+//! 8. Minibatches are made of whole groups, consecutive ones of the step, whose prompts come in random order. With
+//!    `shuffle_minibatches` every later pass has an order of its own, as in PPO, where a single completion is what is shuffled.
 //! 9. A separate value model has an optimiser of its own; TRL's PPO has one for both, and weighs the value loss by `vf_coef`.
 //!
 //! Metrics, named as TRL names them, beside those of [`crate::rollouts`] and [`mod@objectives::policy`]:
@@ -53,6 +53,7 @@
 //! - `sampling/groups_sampled`, with dynamic sampling: groups that were sampled for the step.
 //! - `sampling/staleness`, with `staleness` or `replay`: mean over groups of the steps since they were sampled.
 //! - `loss`, `grad_norm`: means over the updates of the step. `entropy`: of the policy at the loss tokens, in nats.
+//! - `entropy_coef`, with `entropy_target`: after the updates of the step.
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
 //! - `sampling/importance_sampling_ratio/min|mean|max`, where the sampler is not π_old: see [`mod@objectives::policy`].
@@ -81,7 +82,7 @@ use base::files::{self, io_error};
 use data::Prompt;
 use envs::{Reward, Score};
 use objectives::{
-    AdaptiveKl, Credit, GlobalCounts, Loss, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping,
+    AdaptiveEntropy, AdaptiveKl, Credit, GlobalCounts, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping,
 };
 use rollout::{Episode, Finish, PromptTokens};
 use serde::{Deserialize, Serialize};
@@ -93,7 +94,7 @@ use crate::options::TrainingOptions;
 use crate::order::even_parts;
 use crate::rollouts;
 use crate::timing::Phase;
-use crate::update::{self, Folds, Known, Piece, Reading, Scope};
+use crate::update::{self, Folds, Known, Reading, Scope};
 use collected::{Collected, Replay, Sampled};
 use critic::{Critic, Lesson, Saved};
 use episodes::Episodes;
@@ -122,6 +123,8 @@ struct State {
     step: u64,
     /// Weight of the divergence in the reward, where it moves.
     kl: Option<AdaptiveKl>,
+    /// Weight of the entropy, where it moves.
+    entropy: Option<AdaptiveEntropy>,
     /// Batches that were sampled ahead.
     ahead: VecDeque<Sampled>,
     /// Groups to learn from again.
@@ -138,7 +141,9 @@ impl Policy {
     pub fn new(options: PolicyOptions, prompts: Vec<Prompt>, reward: Box<dyn Reward>) -> Result<Self> {
         options.validate().map_err(|error| error.within(&options.method))?;
         let kl = options.objective.kl_target.map(|_| AdaptiveKl { coefficient: options.objective.beta });
-        let state = State { kl, ..State::default() };
+        let coefficient = options.objective.entropy_coef;
+        let entropy = options.objective.entropy_target.map(|_| AdaptiveEntropy { coefficient, entropy: None });
+        let state = State { kl, entropy, ..State::default() };
         Ok(Self { options, prompts: prompts.into(), reward, state, critic: None, saved: None })
     }
 }
@@ -176,13 +181,13 @@ impl Method for Policy {
 
         let masks: Vec<Vec<bool>> = collected.episodes.iter().map(|episode| self.mask(episode)).collect();
         let mut episodes = Episodes::new(&collected, &masks, step.random(Purpose::Masking));
-        let reference = self.reference_log_probs(step, &episodes)?;
+        episodes.reference_log_probs = self.reference_log_probs(step, &episodes)?;
         let values = self.values(step, &episodes)?;
-        let paid = (reference.as_deref(), values.as_deref());
-        let advantages = self.advantages(step, &collected, &episodes, paid, &mut metrics)?;
+        let advantages = self.advantages(step, &collected, &episodes, values.as_deref(), &mut metrics)?;
         episodes.advantages = advantages.tokens;
-        let lesson = values.as_ref().map(|old| Lesson { old, returns: &advantages.returns });
-        self.optimise(step, &episodes, reference.as_deref(), lesson, &mut metrics)?;
+        episodes.lesson = values.map(|old| Lesson { old, returns: advantages.returns });
+        let tokens = episodes.batch.all_tokens();
+        self.optimise(step, episodes, &mut metrics)?;
         self.state.step = step.number;
 
         self.step_metrics(step, &collected, &mut metrics);
@@ -190,7 +195,7 @@ impl Method for Policy {
         let advantages = &advantages.sequences[..own.episodes.len()];
         Ok(Report {
             metrics,
-            tokens: episodes.batch.all_tokens(),
+            tokens,
             episodes: Some(groups.table(step.number, &own.scores, &[("advantage", advantages)])),
         })
     }
@@ -238,20 +243,20 @@ impl Policy {
         episodes.iter().zip(rollouts::values(scores)).map(of).collect()
     }
 
-    /// The advantage of every token, from what its completion was paid and what it paid itself: `reference` has the
-    /// log-probabilities of the reference model, `values` the value model's estimates, where there are any.
+    /// The advantage of every token, from what its completion was paid and what it paid itself; `values` has the value model's
+    /// estimates, where there are any.
     fn advantages(
         &mut self,
         step: &Step<'_>,
         collected: &Collected,
         episodes: &Episodes<'_>,
-        (reference, values): (Option<&[f32]>, Option<&[f64]>),
+        values: Option<&[f64]>,
         metrics: &mut Metrics,
     ) -> Result<objectives::Advantages> {
         let objective = &self.options.objective;
         let scores = self.shaped(&collected.episodes, &collected.scores);
         let sampled = &episodes.sampling_log_probs;
-        let divergence = reference
+        let divergence = (episodes.reference_log_probs.as_ref())
             .filter(|_| objective.kl_in_reward())
             .map(|reference| objective.kl.values(objective.kl_direction, sampled, reference))
             .transpose()
@@ -341,8 +346,7 @@ impl Policy {
     fn reading(&self) -> Reading {
         Reading {
             temperature: self.options.sampling.log_prob_temperature(),
-            micro_batch_tokens: self.options.training.micro_batch_tokens,
-            entropy: false,
+            ..Reading::plain(self.options.training.micro_batch_tokens)
         }
     }
 
@@ -371,8 +375,9 @@ impl Policy {
         critic.values(step, &episodes.batch).map(Some)
     }
 
-    /// Where the log-probabilities of the weights before the updates come from.
-    fn old_log_probs(&self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Old> {
+    /// Where the log-probabilities of the weights before the updates come from; computes them where they need a pass of their
+    /// own.
+    fn old_log_probs(&self, step: &mut Step<'_>, episodes: &mut Episodes<'_>) -> Result<Old> {
         let updates = self.options.num_iterations * self.options.num_minibatches;
         let other = !step.decoder.one_forward(self.options.rollout_weights);
         let trainer = other || (self.options.old_policy == OldPolicy::Trainer && !episodes.is_on_policy(step));
@@ -385,7 +390,8 @@ impl Policy {
                 let all = 0..episodes.batch.units();
                 let found = episodes.batch.log_probs(step.decoder, step.workspace, all, self.reading());
                 step.spent(Phase::Train, started);
-                Old::Computed(found.map_err(step.model_error())?.log_prob)
+                episodes.old_log_probs = Some(found.map_err(step.model_error())?.log_prob);
+                Old::Computed
             }
         })
     }
@@ -395,52 +401,54 @@ impl Policy {
 
 impl Policy {
     /// Makes the updates of the step.
-    fn optimise(
-        &mut self,
-        step: &mut Step<'_>,
-        episodes: &Episodes<'_>,
-        reference: Option<&[f32]>,
-        lesson: Option<Lesson<'_>>,
-        metrics: &mut Metrics,
-    ) -> Result<()> {
+    fn optimise(&mut self, step: &mut Step<'_>, mut episodes: Episodes<'_>, metrics: &mut Metrics) -> Result<()> {
         let (mut losses, mut norms, mut ratios, mut value_norms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut statistics = Folds::default();
         let units = episodes.batch.units();
         // Dynamic sampling may leave fewer groups than there are minibatches.
         let parts = even_parts(units, self.options.num_minibatches.min(units));
-        let alone = lesson.is_some() && step.index < self.options.value.warmup_steps;
+        let taught = episodes.lesson.is_some();
+        let alone = taught && step.index < self.options.value.warmup_steps;
         let policy_passes = if alone { 0 } else { self.options.num_iterations };
         let value_passes = self.options.value.num_iterations.unwrap_or(self.options.num_iterations);
-        let old = if alone { Old::Sampler } else { self.old_log_probs(step, episodes)? };
-        let passes = policy_passes.max(lesson.as_ref().map_or(0, |_| value_passes));
-        let parts = parts.into_iter().filter(|part| !episodes.batch.tokens_of(part).is_empty());
-        let updates = (0..passes).flat_map(|pass| parts.clone().map(move |part| (pass, part)));
-        for (pass, part) in updates {
-            if pass < policy_passes {
-                // Before the first update the weights are those at the start of the step.
-                let first = losses.is_empty();
-                let known = (&old, first);
-                let gathered =
-                    self.gather(step, episodes, part.clone(), known, reference, lesson.as_ref(), &mut statistics)?;
-                if first {
-                    let sampled = &episodes.sampling_log_probs[episodes.batch.tokens_of(&part)];
-                    metrics.extend(difference_metrics(&gathered.update.found.log_prob, sampled));
-                }
-                self.entropy_statistics(&gathered.update.found.entropy, &mut statistics);
-                losses.push(gathered.update.loss);
-                ratios.extend(gathered.ratio);
-                norms.push(step.update()?);
+        let old = if alone { Old::Sampler } else { self.old_log_probs(step, &mut episodes)? };
+        let passes = policy_passes.max(if taught { value_passes } else { 0 });
+        let shuffles = self.options.shuffle_minibatches && parts.len() > 1;
+        for pass in 0..passes {
+            if pass > 0 && shuffles {
+                let order = step.random(Purpose::Minibatches).sample(pass as u32).permutation(units);
+                episodes = episodes.in_order(&order);
             }
-            if let (Some(critic), Some(lesson), true) = (&mut self.critic, &lesson, pass < value_passes) {
-                critic.prepare(step);
-                let rate = value_learning_rate(&self.options, step.learning_rate);
-                value_norms.push(critic.update(step, &episodes.batch, part, lesson, rate, &mut statistics)?);
+            let episodes = &episodes;
+            for part in parts.iter().filter(|part| !episodes.batch.tokens_of(part).is_empty()).cloned() {
+                if pass < policy_passes {
+                    // Before the first update the weights are those at the start of the step.
+                    let first = losses.is_empty();
+                    let gathered = self.gather(step, episodes, part.clone(), (old, first), &mut statistics)?;
+                    let found = &gathered.update.found;
+                    if first {
+                        let sampled = &episodes.sampling_log_probs[episodes.batch.tokens_of(&part)];
+                        metrics.extend(difference_metrics(&found.log_prob, sampled));
+                    }
+                    self.take_entropy(&found.entropy, &mut statistics);
+                    losses.push(gathered.update.loss);
+                    ratios.extend(gathered.ratio);
+                    norms.push(step.update()?);
+                }
+                if let (Some(critic), Some(lesson), true) = (&mut self.critic, &episodes.lesson, pass < value_passes) {
+                    critic.prepare(step);
+                    let rate = value_learning_rate(&self.options, step.learning_rate);
+                    value_norms.push(critic.update(step, &episodes.batch, part, lesson, rate, &mut statistics)?);
+                }
             }
         }
         metrics.set("loss", mean(&losses));
         metrics.set("grad_norm", mean(&norms));
         statistics.record(metrics);
-        if lesson.is_some() {
+        if let Some(entropy) = self.state.entropy {
+            metrics.set("entropy_coef", entropy.coefficient);
+        }
+        if taught {
             metrics.set("val/ratio_var", standard_deviation(&ratios).powi(2));
         }
         if self.critic.is_some() {
@@ -449,23 +457,30 @@ impl Policy {
         Ok(())
     }
 
+    /// The parts of the loss of the next update.
+    fn objective(&self) -> objectives::PolicyOptions {
+        let options = &self.options.objective;
+        let entropy_coef = match (self.state.entropy, options.entropy_target) {
+            (Some(entropy), Some(target)) => entropy.applied(target),
+            _ => options.entropy_coef,
+        };
+        objectives::PolicyOptions { entropy_coef, ..options.clone() }
+    }
+
     /// Adds up the gradients of one update: of the loss over the groups `part`. `first` says that the weights have not moved
-    /// yet in this step; a value model that shares the policy's body takes its `lesson` along.
-    #[allow(clippy::too_many_arguments, reason = "one update: its groups, and all that the loss compares them with")]
+    /// yet in this step; a value model that shares the policy's body takes its lesson along.
     fn gather(
         &self,
         step: &mut Step<'_>,
         episodes: &Episodes<'_>,
         part: Range<usize>,
-        (old, first): (&Old, bool),
-        reference: Option<&[f32]>,
-        lesson: Option<&Lesson<'_>>,
+        (old, first): (Old, bool),
         statistics: &mut Folds,
     ) -> Result<Gathered> {
         let started = Instant::now();
         step.decoder.prepare(step.precision);
         step.spent(Phase::Train, started);
-        let objective = &self.options.objective;
+        let objective = &self.objective();
         let batch = &episodes.batch;
         let lengths = &batch.lengths()[batch.sequences_of(&part)];
         let counts = GlobalCounts::of(lengths, self.options.sampling.max_new_tokens);
@@ -474,17 +489,18 @@ impl Policy {
             _ => Known::Nothing,
         };
         let scope = if objective.needs_whole_update() { Scope::Batch } else { Scope::Piece };
-        let reading = Reading { entropy: objective.needs_entropy(), ..self.reading() };
-        let (mut moved, mut tokens) = (0.0, 0);
-        let value_weight = 1.0 / batch.tokens_of(&part).len() as f64;
-        let objective_of = |piece: &Piece<'_>| -> objectives::Result<Loss> {
+        let values = self.options.shares_value_model();
+        let reading = Reading { entropy: objective.needs_entropy(), values, ..self.reading() };
+        let (mut moved, mut measured) = (0.0, 0);
+        let tokens = batch.tokens_of(&part).len();
+        let gathered = update::gradients(step, batch, part, reading, (scope, known), statistics, |piece| {
             let sampled = piece.of_tokens(&episodes.sampling_log_probs)?;
-            let (old_log_probs, sampling_log_probs) = match old {
-                Old::Sampler => (sampled, None),
-                Old::FirstPass => (piece.log_probs.detach(), Some(sampled)),
-                Old::Computed(all) => (piece.of_tokens(all)?, Some(sampled)),
+            let (old_log_probs, sampling_log_probs) = match (old, &episodes.old_log_probs) {
+                (Old::Computed, Some(all)) => (piece.of_tokens(all)?, Some(sampled)),
+                (Old::FirstPass, _) => (piece.log_probs.detach(), Some(sampled)),
+                _ => (sampled, None),
             };
-            let reference = reference.filter(|_| objective.kl_in_loss());
+            let reference = episodes.reference_log_probs.as_ref().filter(|_| objective.kl_in_loss());
             let inputs = PolicyBatch {
                 log_probs: piece.log_probs.clone(),
                 old_log_probs,
@@ -494,35 +510,35 @@ impl Policy {
                 advantages: piece.of_tokens(&episodes.advantages)?,
                 weights: piece.constant(&objective.aggregation.weights(piece.lengths, &counts))?,
                 sequence: piece.sequence(),
+                tokens,
                 draws: Some(episodes.draws[piece.tokens.clone()].to_vec()),
             };
             let mut loss = objectives::policy(objective, &inputs)?;
-            if let (Some(values), Some(lesson)) = (&piece.values, lesson) {
-                let weights = vec![self.options.value.vf_coef * value_weight; piece.tokens.len()];
+            if let (Some(values), Some(lesson)) = (&piece.values, &episodes.lesson) {
+                let weights = vec![self.options.value.vf_coef / tokens as f64; piece.tokens.len()];
                 let inputs = ValueBatch {
                     values: values.clone(),
-                    old_values: piece.of_tokens(lesson.old)?,
-                    returns: piece.of_tokens(lesson.returns)?,
+                    old_values: piece.of_tokens(&lesson.old)?,
+                    returns: piece.of_tokens(&lesson.returns)?,
                     weights: piece.constant(&weights)?,
                 };
                 loss = loss.plus(objectives::value(self.options.value.cliprange_value, &inputs)?)?;
             }
             for ratio in loss.statistics.iter().filter(|statistic| statistic.name == "val/ratio") {
                 moved = ratio.values.iter().fold(moved, |sum, ratio| sum + ratio);
-                tokens += ratio.values.len();
+                measured += ratio.values.len();
             }
             Ok(loss)
-        };
-        let seen = (scope, known);
-        let update = match self.options.shares_value_model() {
-            true => update::gradients_with_values(step, batch, part, reading, seen, statistics, objective_of)?,
-            false => update::gradients(step, batch, part, reading, seen, statistics, objective_of)?,
-        };
-        Ok(Gathered { update, ratio: (tokens > 0).then(|| moved / tokens as f64) })
+        })?;
+        Ok(Gathered { update: gathered, ratio: (measured > 0).then(|| moved / measured as f64) })
     }
 
-    fn entropy_statistics(&self, entropy: &[f32], statistics: &mut Folds) {
+    /// Takes the entropies of an update into account.
+    fn take_entropy(&mut self, entropy: &[f32], statistics: &mut Folds) {
         let values: Vec<f64> = entropy.iter().map(|&entropy| f64::from(entropy)).collect();
+        if let (Some(adaptive), Some(control)) = (&mut self.state.entropy, self.options.objective.entropy_control()) {
+            adaptive.update(mean(&values), control);
+        }
         if self.options.has_value_model() {
             let values = values.clone();
             statistics.extend(&[Statistic { name: "policy/entropy_avg", values, reduce: Reduce::Mean }]);
@@ -541,13 +557,14 @@ fn value_learning_rate(options: &PolicyOptions, learning_rate: f64) -> f64 {
 }
 
 /// Where the log-probabilities of the weights before the updates come from.
+#[derive(Clone, Copy)]
 enum Old {
     /// From sampling.
     Sampler,
     /// From the forward of the only update.
     FirstPass,
-    /// From a forward before the first of several updates: one for each loss token.
-    Computed(Vec<f32>),
+    /// From a forward before the first of several updates.
+    Computed,
 }
 
 /// One update's gradients were gathered.

@@ -25,6 +25,9 @@ pub struct PolicyOptions {
     /// Optimiser updates of one pass: the step's groups are cut into this many minibatches.
     #[schemars(range(min = 1))]
     pub num_minibatches: usize,
+    /// Put the groups in another random order before every pass but the first, whose order is random already, so that minibatches
+    /// differ from pass to pass (as in PPO).
+    pub shuffle_minibatches: bool,
     /// Leave completions that ran out of tokens out of the loss.
     pub mask_truncated_completions: bool,
     /// What is taken from the reward of a completion that ran out of tokens; nothing when absent.
@@ -141,6 +144,7 @@ impl Default for PolicyOptions {
             num_generations: 8,
             num_iterations: 1,
             num_minibatches: 1,
+            shuffle_minibatches: false,
             mask_truncated_completions: false,
             missing_eos_penalty: None,
             overlong_margin: 0,
@@ -174,7 +178,7 @@ impl PolicyOptions {
     pub(super) fn carries_state(&self) -> bool {
         let remembers = self.staleness > 0 || self.replay.steps > 0;
         let critic = self.has_value_model() && !self.shares_value_model();
-        remembers || critic || self.objective.kl_target.is_some()
+        remembers || critic || self.objective.kl_target.is_some() || self.objective.entropy_target.is_some()
     }
 
     /// Refuses values that mean nothing.

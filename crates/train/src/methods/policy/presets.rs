@@ -305,6 +305,7 @@ kl = "k2"
         formula: "L = - 1/T Σ_t min(r_t A_t, clip(r_t) A_t),  A_t = whiten(GAE),  reward_t = - β (log π - log ρ) + score at the end",
         settings: r#"num_generations = 1
 num_iterations = 4
+shuffle_minibatches = true
 
 [objective]
 baseline = "value"
@@ -322,6 +323,7 @@ kl_in = "reward"
         formula: "as ppo; the value model learns alone first, and from returns with λ = 1",
         settings: r#"num_generations = 1
 num_iterations = 4
+shuffle_minibatches = true
 
 [value]
 warmup_steps = 10
