@@ -18,11 +18,12 @@ use crate::failure::Failure;
 const SAMPLES: usize = 8;
 
 /// The order of the curves on the page.
-const CURVES: [&str; 16] = [
+const CURVES: [&str; 17] = [
     "reward",
     "accuracy",
     "eval_accuracy",
     "loss",
+    "divergence",
     "margin",
     "mean_reward",
     "rewards/accuracies",

@@ -67,6 +67,7 @@ pub fn caption(metric: &str) -> Option<&'static str> {
         "margin" => "score of the better answer less that of the other",
         "mean_reward" => "mean score",
         "kl" => "divergence from the reference model",
+        "divergence" => "distance to the teacher's next-token distributions",
         "rewards/accuracies" => "share of pairs whose better answer is preferred",
         "rewards/margins" => "implicit reward of the better answer less that of the other",
         "entropy" => "uncertainty about the next token, nats",
@@ -204,12 +205,20 @@ impl Report {
             svg.replacen("<svg ", &format!(r#"<svg x="{x}" y="{y}" width="{width}" height="{height}" "#), 1)
         };
         let curves: Vec<&Curve> = self.stages.iter().flat_map(|stage| &stage.curves).collect();
-        let shown: Vec<&&Curve> =
-            ["reward", "completions/mean_length", "rewards/accuracies", "rewards/margins", "kl", "entropy", "loss"]
-                .iter()
-                .filter_map(|name| curves.iter().find(|curve| curve.name == *name))
-                .take(2)
-                .collect();
+        let shown: Vec<&&Curve> = [
+            "reward",
+            "divergence",
+            "completions/mean_length",
+            "rewards/accuracies",
+            "rewards/margins",
+            "kl",
+            "entropy",
+            "loss",
+        ]
+        .iter()
+        .filter_map(|name| curves.iter().find(|curve| curve.name == *name))
+        .take(2)
+        .collect();
         let top = 40.0 + 34.0 + 44.0 * self.evaluations.len() as f64;
         let height = if shown.is_empty() { top } else { top + 250.0 };
         let mut svg = format!(
