@@ -3,6 +3,7 @@
 //! The metrics are pure functions of numbers; only [`evaluate`](evaluate()), [`answer_at_test_time`] and [`mod@play`] run a
 //! model. This crate must not know training: it says how good a model is, not how to make it better.
 
+pub mod calibration;
 pub mod evaluate;
 pub mod interval;
 pub mod metrics;

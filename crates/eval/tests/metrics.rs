@@ -1,7 +1,7 @@
 //! Metrics against closed forms and values computed elsewhere; `tests/reference/metrics.py` prints the constants.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-use posttrain_eval::interval::{Interval, bootstrap_mean, quantile, wilson};
+use posttrain_eval::interval::{Interval, bootstrap_mean, quantile, student, wilson};
 use posttrain_eval::metrics::{
     best_of_n, best_of_n_divergence, majority, mean, pass_at_k, standard_deviation, weighted_vote,
 };
@@ -207,4 +207,21 @@ fn weighted_votes() {
     assert_eq!(weighted_vote(&answers, &[0.5, 0.2, 0.0, 0.4, 0.1]), Some(3), "the best of the class that wins");
     assert_eq!(weighted_vote(&answers, &[0.5, 0.5, 0.0, 0.0, 0.5]), Some(0), "ties: first seen");
     assert_eq!(weighted_vote::<u8>(&[None, None], &[1.0, 1.0]), None);
+}
+
+#[test]
+fn students_interval_of_a_few_values() {
+    // Mean 3, deviation sqrt(2.5), and 2.776445 for four degrees of freedom.
+    let found = student(&[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+    let half = 2.776_445 * (2.5f64 / 5.0).sqrt();
+    assert!((found.low - (3.0 - half)).abs() < 1e-6 && (found.high - (3.0 + half)).abs() < 1e-6);
+    assert_eq!((student(&[]), student(&[1.0])), (None, None));
+    assert_eq!(student(&[2.0; 3]), Some(Interval { low: 2.0, high: 2.0 }));
+    // Where the table ends the expansion goes on: 2.0796 for 21 degrees, 1.9840 for 100.
+    for (degrees, quantile) in [(21usize, 2.079_614), (100, 1.983_972)] {
+        let values: Vec<f64> = (0..=degrees).map(|i| i as f64).collect();
+        let half = student(&values).map(|interval| (interval.high - interval.low) / 2.0).unwrap();
+        let expected = quantile * standard_deviation(&values) / (values.len() as f64).sqrt();
+        assert!((half / expected - 1.0).abs() < 1e-4, "{degrees}: {half} {expected}");
+    }
 }

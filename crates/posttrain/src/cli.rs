@@ -65,6 +65,10 @@ pub enum Command {
     Methods,
     /// Say what a training method is: formula, paper, settings, every default, metrics
     Explain(Explain),
+    /// List the published systems that can be reproduced, their claims, and whether these hold
+    Systems(Systems),
+    /// Train a published system, its baselines and ablations over seeds, and say claim by claim whether it holds
+    Reproduce(Reproduce),
     /// Look at data before anything is trained on it
     Data {
         /// What to do.
@@ -237,7 +241,11 @@ pub struct Chat {
 
 /// `posttrain eval`
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Eval {
+    /// A measurement that needs no recipe.
+    #[command(subcommand)]
+    pub command: Option<EvalCommand>,
     /// The recipe whose held-out problems, rewards and sampling to use.
     #[command(flatten)]
     pub recipe: Recipe,
@@ -253,6 +261,39 @@ pub struct Eval {
     /// Write every answer with its score to this JSON-lines file
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
+}
+
+/// `posttrain eval`, without a recipe
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Ask questions with a confidence from 0 to 10, and say whether the confidences are true
+    Calibration(Calibration),
+}
+
+/// `posttrain eval calibration`
+#[derive(Debug, Args)]
+pub struct Calibration {
+    /// JSON lines with `question` and `answer`: a text, a number, or a list of all that are right
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The model.
+    #[command(flatten)]
+    pub model: Model,
+    /// The request for answer and confidence, in place of the usual one
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Answers to each question
+    #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub n: u32,
+    /// Write the reliability diagram to this HTML file
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: Sampling,
 }
 
 /// `posttrain play`
@@ -339,6 +380,46 @@ pub struct Bench {
     pub json: Option<PathBuf>,
 }
 
+/// `posttrain systems`
+#[derive(Debug, Args)]
+pub struct Systems {
+    /// Folder with the files of evidence
+    #[arg(long, value_name = "DIR", default_value = "evidence")]
+    pub evidence: PathBuf,
+    /// Print docs/systems.md
+    #[arg(long)]
+    pub markdown: bool,
+}
+
+/// `posttrain reproduce`
+#[derive(Debug, Args)]
+pub struct Reproduce {
+    /// A system; `posttrain systems` lists them
+    #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
+    pub name: Option<String>,
+    /// Every system, and one page over all
+    #[arg(long)]
+    pub all: bool,
+    /// Seeds, from 0 on [default: 5; with --quick, 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub seeds: Option<u64>,
+    /// A short run that shows that everything works, and decides nothing
+    #[arg(long)]
+    pub quick: bool,
+    /// Run these arms only; claims that need others are left open
+    #[arg(long, value_name = "ARM", value_delimiter = ',', conflicts_with = "all")]
+    pub arms: Vec<String>,
+    /// Where finished trials are kept and the report is written; the same folder goes on from there
+    #[arg(long, short, value_name = "DIR", default_value = "runs/systems")]
+    pub output: PathBuf,
+    /// Folder for the file of evidence; neither a quick run nor one with other settings or without some arms writes there
+    #[arg(long, value_name = "DIR", default_value = "evidence")]
+    pub evidence: PathBuf,
+    /// Override one setting of the system, for example `--set ppo.objective.beta=0.1`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "all")]
+    pub set: Vec<String>,
+}
+
 /// `posttrain pull`
 #[derive(Debug, Args)]
 pub struct Pull {
@@ -406,6 +487,22 @@ pub struct Validate {
 pub enum RewardCommand {
     /// Pay answers that deserve nothing, and find those that are paid like the right one; exits with 1 if there are any
     Lint(Lint),
+    /// Write the rows to train on with the rewards of answers of the model before training, for a reward's `shaping`
+    References(References),
+}
+
+/// `posttrain reward references`
+#[derive(Debug, Args)]
+pub struct References {
+    /// The recipe whose model to sample, whose rewards to ask, and whose rows to answer.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Answers to each prompt
+    #[arg(long, short, value_name = "M", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub n: u32,
+    /// Where to write the rows, as JSON lines
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// `posttrain reward lint`

@@ -219,7 +219,7 @@ impl Corpus {
 
 impl<'a> Language<'a> {
     /// For prompts that `table` answers with up to `max_new_tokens` tokens: what is left of the context for them.
-    fn with_room(self, table: &str, max_new_tokens: usize) -> Result<Self, Failure> {
+    pub fn with_room(self, table: &str, max_new_tokens: usize) -> Result<Self, Failure> {
         match self.context.checked_sub(max_new_tokens) {
             None | Some(0) => {
                 let failure = Failure::new(format!(

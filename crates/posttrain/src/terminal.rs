@@ -98,11 +98,16 @@ const BETWEEN_LINES: Duration = Duration::from_secs(10);
 impl Progress {
     /// Units that an earlier process did.
     pub fn starting_at(mut self, done: u64) -> Self {
+        self.resume_at(done);
+        self
+    }
+
+    /// The same, where it comes out only after the work has begun.
+    pub fn resume_at(&mut self, done: u64) {
         self.first = done;
         if let Shown::Bar(bar) = &self.shown {
             bar.set_position(done);
         }
-        self
     }
 
     /// `done` units are done; `numbers` are the few that matter now.

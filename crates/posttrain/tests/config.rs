@@ -70,8 +70,9 @@ fn every_option_is_documented() {
 
 #[test]
 fn recipes_read_back_from_what_they_resolve_to() {
-    for entry in std::fs::read_dir(root().join("recipes")).unwrap() {
-        let path = entry.unwrap().path();
+    let files = |folder: &str| std::fs::read_dir(root().join(folder)).unwrap().map(|entry| entry.unwrap().path());
+    let papers = files("crates/systems/src").map(|folder| folder.join("paper.toml")).filter(|path| path.exists());
+    for path in files("recipes").chain(papers) {
         if path.extension().is_some_and(|extension| extension == "toml") {
             let config = read(&std::fs::read_to_string(&path).unwrap()).unwrap();
             let resolved = config.to_toml().map_err(|failure| failure.to_string()).unwrap();

@@ -17,6 +17,7 @@ pub mod density_ratio;
 pub mod directory;
 pub mod error;
 pub mod evaluation;
+pub mod fit;
 pub mod judges;
 pub mod log;
 pub mod method;
@@ -44,6 +45,7 @@ pub mod verdicts;
 
 pub use error::{Error, Result};
 pub use evaluation::{Evaluation, EvaluationError, Evaluator, Measure};
+pub use fit::{Fit, fit};
 pub use method::Method;
 pub use observer::{Event, Observer};
 pub use referee::{Alarm, RefereeOptions};

@@ -13,8 +13,9 @@ use kernels::Precision;
 use model::config::Family;
 use model::decoder::WeightFormat;
 use posttrain_train as train;
+use train::methods::policy::Policy;
 use train::options::{GradientCheckpointing, OptimizerState};
-use train::{Error, Event, Observer, Outcome};
+use train::{Error, Event, Fit, Observer, Outcome};
 
 /// The cuts that must not matter: pieces of a batch, sequences decoded at once, threads.
 fn check_cuts(setup: &Setup) {
@@ -50,6 +51,30 @@ fn cuts_and_threads_do_not_matter_in_bf16() {
 #[test]
 fn cuts_and_threads_do_not_matter_with_an_adapter() {
     check_cuts(&Setup { precision: Precision::Bf16, lora: true, ..Setup::short() });
+}
+
+#[test]
+fn a_stage_in_memory_is_the_stage_of_a_run() {
+    let setup = Setup { sft: None, ..Setup::short() };
+    let folder = tempfile::tempdir().unwrap();
+    let (on_disk, in_memory) = (folder.path().join("run"), folder.path().join("memory"));
+    setup.finish(&on_disk);
+    let (mut decoder, tokenizer) = (setup.decoder(), common::tokenizer());
+    let mut method = Policy::new(setup.grpo.clone().unwrap(), common::prompts(), (setup.reward)()).unwrap();
+    let fit =
+        Fit { decoder: &mut decoder, tokenizer: &tokenizer, seed: setup.seed, stage: 0, precision: setup.precision };
+    let mut losses = Vec::new();
+    train::fit(&mut method, fit, |_, _, metrics| {
+        losses.extend(metrics.get("loss"));
+        Ok::<(), Error>(())
+    })
+    .unwrap();
+    let logged: Vec<f64> = metrics(&on_disk).iter().filter_map(|line| line.get("loss")?.as_f64()).collect();
+    assert_eq!((losses.len(), &losses), (3, &logged));
+    std::fs::create_dir_all(&in_memory).unwrap();
+    train::artefact::write(&in_memory, &decoder, &tokenizer, None, "tiny").unwrap();
+    let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+    assert!(weights(&in_memory) == weights(&on_disk.join("final")));
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Rewards: judges of answers, by name and in weighted combination.
 
+pub mod confidence;
 pub mod judge;
 pub mod length;
 pub mod model;
 pub mod process;
+pub mod shaping;
 mod weighted;
 
 use schemars::JsonSchema;
@@ -11,10 +13,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::score::{Answer, Score, Status};
 use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
+pub use confidence::ConfidenceOptions;
 pub use judge::JudgeOptions;
 pub use length::LengthOptions;
 pub use model::ModelRewardOptions;
 pub use process::ProcessOptions;
+pub use shaping::{Shaped, Shaping};
 pub use weighted::Weighted;
 
 /// A judge of answers.
@@ -144,6 +148,9 @@ pub struct RewardConfig {
     /// Factor of its value in the total reward.
     #[serde(default = "one")]
     pub weight: f64,
+    /// How the reward is shaped before it is paid; absent, it is paid as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shaping: Option<Shaping>,
     /// The reward and its options, chosen by `type`.
     #[serde(flatten)]
     pub kind: RewardKind,
@@ -156,7 +163,7 @@ fn one() -> f64 {
 impl RewardConfig {
     /// A reward of weight 1 under its type's name.
     pub fn new(kind: RewardKind) -> Self {
-        Self { name: None, weight: 1.0, kind }
+        Self { name: None, weight: 1.0, shaping: None, kind }
     }
 
     /// The name under which the reward is logged.
@@ -169,6 +176,13 @@ impl RewardConfig {
     /// # Errors
     /// An option with an impossible value.
     pub fn validate(&self) -> Result<(), RewardError> {
+        if let Some(shaping) = self.shaping.as_ref().filter(|shaping| shaping.is_running()) {
+            let reason = format!(
+                "shaping is {shaping:?}, which depends on all rewards of the run so far, and no checkpoint holds these; expected one \
+                 that depends on the answer and its references alone"
+            );
+            return Err(RewardError::Options { reward: self.name().into(), reason });
+        }
         match &self.kind {
             RewardKind::Model(options) => options.validate(self.name()),
             _ => self.build().map(drop),
@@ -192,19 +206,24 @@ impl RewardConfig {
     /// An option with an impossible value; a model that cannot be used. An external command is only started by the first score.
     pub fn build_with(&self, models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, RewardError> {
         let name = self.name().to_owned();
-        Ok(match &self.kind {
+        let reward: Box<dyn Reward> = match &self.kind {
             RewardKind::Number(options) => Box::new(crate::verify::number::NumberReward::new(name, options.clone())?),
             RewardKind::Expression(options) => {
                 Box::new(crate::verify::expression::ExpressionReward::new(name, options.clone())?)
             }
             RewardKind::Format(options) => Box::new(crate::verify::format::FormatReward::new(name, options.clone())?),
             RewardKind::Length(options) => Box::new(length::LengthReward::new(name, options.clone())?),
+            RewardKind::Confidence(options) => Box::new(confidence::ConfidenceReward::new(name, options.clone())?),
             RewardKind::Judge(options) => Box::new(judge::JudgeReward::new(name, options.clone())?),
             RewardKind::Process(options) => Box::new(process::ProcessReward::new(name, options.clone())?),
             RewardKind::Model(options) => {
                 options.validate(&name)?;
                 models(&name, options)?
             }
+        };
+        Ok(match &self.shaping {
+            Some(shaping) => Box::new(Shaped::new(reward, shaping.clone())),
+            None => reward,
         })
     }
 }
@@ -221,6 +240,8 @@ pub enum RewardKind {
     Format(FormatOptions),
     /// A penalty on long answers.
     Length(LengthOptions),
+    /// A bet on one's own answer, by the confidence stated with it.
+    Confidence(ConfidenceOptions),
     /// An external command that scores answers over JSON lines.
     Process(ProcessOptions),
     /// Another model that says how good an answer is.
@@ -238,6 +259,7 @@ impl RewardKind {
         match self {
             Self::Number(options) => Some(&options.column),
             Self::Expression(options) => Some(&options.column),
+            Self::Confidence(options) => Some(&options.column),
             Self::Format(_) | Self::Length(_) | Self::Process(_) | Self::Judge(_) | Self::Model(_) => None,
         }
     }
@@ -250,6 +272,7 @@ impl RewardKind {
             Self::Format(_) => "format",
             Self::Length(_) => "length",
             Self::Process(_) => "process",
+            Self::Confidence(_) => "confidence",
             Self::Judge(_) => "judge",
             Self::Model(_) => "model",
         }

@@ -14,9 +14,9 @@ use crate::opened::{Opened, Opener};
 use crate::terminal::{Terminal, print};
 
 /// Sequences decoded at once; results do not depend on it.
-const BATCH: usize = 32;
+pub(super) const BATCH: usize = 32;
 
-fn options(flags: &cli::Sampling) -> Result<SamplingOptions, Failure> {
+pub(super) fn options(flags: &cli::Sampling) -> Result<SamplingOptions, Failure> {
     let defaults = SamplingOptions::default();
     let options = SamplingOptions {
         temperature: flags.temperature,
@@ -31,12 +31,12 @@ fn options(flags: &cli::Sampling) -> Result<SamplingOptions, Failure> {
     Ok(options)
 }
 
-fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure> {
+pub(super) fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure> {
     opener.open_to_generate(flags.device, &flags.model, 0, flags.precision.into(), flags.weights.into())
 }
 
 /// The tokens of a conversation, ready for the assistant.
-fn encode(model: &Opened, messages: &[Message]) -> Result<Arc<[u32]>, Failure> {
+pub(super) fn encode(model: &Opened, messages: &[Message]) -> Result<Arc<[u32]>, Failure> {
     let Some(template) = &model.template else {
         let failure = Failure::new(format!("{} has no chat template", model.name));
         return Err(failure.hint("it is a base model: give plain text with `generate --raw`"));

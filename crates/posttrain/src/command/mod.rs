@@ -1,6 +1,7 @@
 //! One file a verb.
 
 pub mod bench;
+pub mod calibration;
 pub mod config;
 pub mod data;
 pub mod doctor;
@@ -10,10 +11,13 @@ pub mod merge;
 pub mod methods;
 pub mod models;
 pub mod play;
+pub mod references;
+pub mod reproduce;
 pub mod reward;
+pub mod systems;
 pub mod train;
 
-use crate::cli::{Cli, Command, DataCommand, RewardCommand};
+use crate::cli::{Cli, Command, DataCommand, EvalCommand, RewardCommand};
 use crate::failure::Failure;
 use crate::opened::Opener;
 use crate::terminal::Terminal;
@@ -31,7 +35,10 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Generate(arguments) => generate::generate(arguments, opener),
         Command::Chat(arguments) => generate::chat(arguments, opener),
         Command::Play(arguments) => play::run(arguments, terminal),
-        Command::Eval(arguments) => eval::run(arguments, opener),
+        Command::Eval(arguments) => match &arguments.command {
+            Some(EvalCommand::Calibration(arguments)) => calibration::run(arguments, opener),
+            None => eval::run(arguments, opener),
+        },
         Command::Pull(arguments) => models::pull(arguments, terminal),
         Command::Models => models::list(),
         Command::Merge(arguments) => merge::run(arguments, opener),
@@ -39,7 +46,10 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Explain(arguments) => methods::explain(&arguments.name, arguments.markdown),
         Command::Data { command: DataCommand::Validate(arguments) } => data::validate(arguments, opener),
         Command::Reward { command: RewardCommand::Lint(arguments) } => reward::lint(arguments, opener),
+        Command::Reward { command: RewardCommand::References(arguments) } => references::run(arguments, opener),
         Command::Config { command } => config::run(command),
+        Command::Systems(arguments) => systems::list(arguments),
+        Command::Reproduce(arguments) => reproduce::run(arguments, terminal),
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(arguments, opener),
     }

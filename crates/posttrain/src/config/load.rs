@@ -12,7 +12,11 @@ use crate::failure::Failure;
 
 /// The JSON schema of `T`, with every table closed: a key that is not listed is an error.
 pub fn schema<T: JsonSchema>() -> Value {
-    let mut schema = schemars::schema_for!(T).to_value();
+    closed(schemars::schema_for!(T).to_value())
+}
+
+/// A JSON schema with every table closed.
+pub fn closed(mut schema: Value) -> Value {
     let definitions = schema["$defs"].clone();
     inline(&mut schema, &definitions);
     schema

@@ -196,17 +196,26 @@ fn describe(entry: &Entry<'_>, level: usize, text: &mut String) {
     }
     let (sections, plain): (Vec<_>, Vec<_>) = entry.children().into_iter().partition(Entry::is_section);
     *text += &table(&plain);
-    for (tag, name, variant) in entry.variants() {
+    let variants: Vec<_> = entry.variants();
+    let of = |variant| children(variant, &entry.key);
+    // A section that every alternative has is described once, after all of them.
+    let everywhere = |section: &Entry<'_>| {
+        let has = |variant| of(variant).iter().any(|other| other.key == section.key);
+        variants.len() > 1 && variants.iter().all(|(_, _, variant)| has(*variant))
+    };
+    let mut shared = Vec::new();
+    for (index, (tag, name, variant)) in variants.iter().enumerate() {
         let description = variant.value()["description"].as_str().unwrap_or_default().replace('\n', " ");
         *text += &format!("\n{heading}# `{tag} = \"{name}\"`\n\n{description}\n");
-        let (sections, plain): (Vec<_>, Vec<_>) =
-            children(variant, &entry.key).into_iter().partition(Entry::is_section);
+        let (sections, plain): (Vec<_>, Vec<_>) = of(*variant).into_iter().partition(Entry::is_section);
         *text += &table(&plain);
-        for section in sections {
-            describe(&section, level + 2, text);
+        let (common, own): (Vec<_>, Vec<_>) = sections.into_iter().partition(everywhere);
+        own.iter().for_each(|section| describe(section, level + 2, text));
+        if index == 0 {
+            shared = common;
         }
     }
-    for section in sections {
+    for section in shared.into_iter().chain(sections) {
         describe(&section, level + 1, text);
     }
 }

@@ -105,7 +105,8 @@ impl Frame {
         (LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM))
     }
 
-    fn axes(&self) -> String {
+    /// Grid and labels; `whole` leaves only whole numbers on the horizontal axis, as steps are.
+    fn axes(&self, whole: bool) -> String {
         let mut svg = String::new();
         for tick in ticks(self.y.0, self.y.1, 4) {
             let (_, y) = self.at((self.x.0, tick));
@@ -118,7 +119,7 @@ impl Frame {
                 short(tick)
             );
         }
-        for tick in ticks(self.x.0, self.x.1, 5).into_iter().filter(|tick| tick.fract() == 0.0) {
+        for tick in ticks(self.x.0, self.x.1, 5).into_iter().filter(|tick| !whole || tick.fract() == 0.0) {
             let (x, _) = self.at((tick, self.y.0));
             let _ = write!(
                 svg,
@@ -165,7 +166,7 @@ impl Curve {
             r#"<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{} over steps">"#,
             escape(&self.name)
         );
-        svg += &frame.axes();
+        svg += &frame.axes(true);
         if self.is_noisy() {
             svg += &frame.line("raw", &self.points);
         }
@@ -183,6 +184,94 @@ impl Curve {
             );
         }
         svg + "</svg>"
+    }
+}
+
+/// A curve: points in order.
+pub type Points = Vec<(f64, f64)>;
+
+/// Curves of several competitors in one plot, with a legend.
+pub struct Lines {
+    /// What it shows.
+    pub title: String,
+    /// Names of the axes, the horizontal one first.
+    pub axes: (String, String),
+    /// Name of a competitor, and its curve in every repetition; the strong line is their mean, where they have as many points.
+    pub competitors: Vec<(String, Vec<Points>)>,
+    /// Draw the diagonal.
+    pub diagonal: bool,
+}
+
+/// Colours of lines: distinct in light and dark, and for those who see few colours in pairs of hue and lightness.
+const LINES: [&str; 8] = ["#0f6fde", "#d9541e", "#12924e", "#8458c4", "#c98a12", "#0d9db0", "#c23b77", "#7a838c"];
+
+impl Lines {
+    /// The mean over the repetitions, point by point; the first one where they differ in length.
+    fn mean(repetitions: &[Points]) -> Points {
+        let Some(first) = repetitions.first() else { return Vec::new() };
+        if repetitions.iter().any(|other| other.len() != first.len()) {
+            return first.clone();
+        }
+        let count = repetitions.len() as f64;
+        let at = |i: usize| {
+            let sum = repetitions.iter().fold((0.0, 0.0), |sum, points| (sum.0 + points[i].0, sum.1 + points[i].1));
+            (sum.0 / count, sum.1 / count)
+        };
+        (0..first.len()).map(at).collect()
+    }
+
+    /// The plot as an `<svg>` element: every repetition faint, their mean strong.
+    pub fn svg(&self) -> String {
+        let mut all: Vec<(f64, f64)> =
+            self.competitors.iter().flat_map(|(_, curves)| curves.iter().flatten().copied()).collect();
+        if self.diagonal {
+            all.extend([(0.0, 0.0), (1.0, 1.0)]);
+        }
+        if all.is_empty() {
+            return String::new();
+        }
+        let frame = Frame::of(&all);
+        let mut svg = format!(
+            r#"<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{}">"#,
+            escape(&self.title)
+        );
+        svg += &frame.axes(false);
+        if self.diagonal {
+            svg += &frame.line("grid", &[(0.0, 0.0), (1.0, 1.0)]);
+        }
+        for (i, (name, curves)) in self.competitors.iter().enumerate() {
+            let color = LINES[i % LINES.len()];
+            let _ = write!(svg, r#"<g style="fill:none;stroke:{color}"><title>{}</title>"#, escape(name));
+            if curves.len() > 1 {
+                let _ = write!(svg, r#"<g stroke-width="1" opacity="0.25">"#);
+                svg.extend(curves.iter().map(|points| frame.line("", points)));
+                svg += "</g>";
+            }
+            svg += r#"<g stroke-width="2" stroke-linejoin="round">"#;
+            svg += &frame.line("", &Self::mean(curves));
+            svg += "</g></g>";
+        }
+        svg + "</svg>"
+    }
+
+    /// The plot with its title, axes and legend.
+    pub fn html(&self) -> String {
+        let legend: String = (self.competitors.iter().enumerate())
+            .map(|(i, (name, _))| {
+                format!(
+                    r#"<li><span class="swatch" style="background:{}"></span>{}</li>"#,
+                    LINES[i % LINES.len()],
+                    escape(name)
+                )
+            })
+            .collect();
+        format!(
+            "<figure><figcaption><span>{}</span></figcaption><p class=\"note\">{} over {}</p>{}<ul class=\"legend\">{legend}</ul></figure>\n",
+            escape(&self.title),
+            escape(&self.axes.1),
+            escape(&self.axes.0),
+            self.svg()
+        )
     }
 }
 
@@ -270,6 +359,16 @@ mod tests {
         for points in [vec![(0.0, 0.0)], vec![(1.0, 5.0), (2.0, 5.0)], vec![(1.0, -1e9), (2.0, 1e9)]] {
             let svg = Curve { name: "a<b".into(), caption: "", points }.svg();
             assert!(!svg.contains("NaN") && !svg.contains("inf") && svg.contains("a&lt;b"), "{svg}");
+        }
+        let lines = |curves| Lines {
+            title: "a<b".into(),
+            axes: ("x".into(), "y".into()),
+            competitors: vec![("one".into(), curves)],
+            diagonal: true,
+        };
+        for curves in [vec![], vec![vec![]], vec![vec![(0.0, 0.0)], vec![]], vec![vec![(0.0, 1.0), (2.0, 1.0)]; 3]] {
+            let html = lines(curves).html();
+            assert!(!html.contains("NaN") && !html.contains("inf") && html.contains("a&lt;b"), "{html}");
         }
         let all = Estimate { label: "x".into(), value: 1.0, low: 1.0, high: 1.0 };
         assert!(!intervals(&[all]).contains("NaN"));

@@ -4,6 +4,7 @@
 
 pub mod assemble;
 pub mod chart;
+pub mod systems;
 
 use std::fmt::Write as _;
 

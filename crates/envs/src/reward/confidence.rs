@@ -1,0 +1,294 @@
+//! A bet on one's own answer: the reward of calibrated confidence.
+//!
+//! "Rewarding Doubt: A Reinforcement Learning Approach to Confidence Calibration of Large Language Models", 2025, arXiv 2503.02623. The answer
+//! states an integer confidence `c` from 0 to 10. With `p = min(0.999, max(0.001, c / 10))`
+//!
+//! ```text
+//! s = ln p where the answer is right, else ln (1 - p)
+//! n = (s - m) / (M - m),   M = ln 0.999,   m = ln(0.001) / 2
+//! R = scale · (n + bonus where the answer is right);     -3 · scale where no confidence can be read
+//! ```
+//!
+//! The logarithmic score is strictly proper: with probability `p*` of being right, `E[s]` is largest at `p = p*` alone, and another `p` loses
+//! `KL(Bern(p*) ‖ Bern(p))`. So whoever maximises the reward states what is true. `n` is 1 for the best bet and -1.0003 for the worst. The
+//! bonus is the same for every `c` and moves no optimum; it makes "right and sure" worth more than "wrong and sure of that".
+//!
+//! Other scores in its place: Brier's, `n = 1 - 2 (p - j)²`, which is proper too, and the linear one, `n = 2 (j p + (1 - j) (1 - p)) - 1`, which is
+//! not: it is largest at 0 or 1.
+//!
+//! An answer is read as `Answer: <answer>, Confidence: <number>`, at the first place where it stands so; what follows the digits is ignored. It is
+//! right if it equals one of the expected answers in lower case, without punctuation and the articles a, an, the.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Reward, RewardError};
+use crate::score::{Answer, Score, Status};
+
+/// How a bet is paid.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scoring {
+    /// The logarithmic score.
+    #[default]
+    Log,
+    /// Brier's score.
+    Brier,
+    /// The linear score, which rewards overconfidence.
+    Linear,
+}
+
+/// The largest confidence.
+pub const LEVELS: u8 = 10;
+
+impl Scoring {
+    /// What a bet of `level` (0 to 10) is paid, without scale and bonus; between 1 and about -1.
+    pub fn value(self, level: u8, right: bool) -> f64 {
+        let stated = f64::from(level.min(LEVELS)) / f64::from(LEVELS);
+        let outcome = f64::from(u8::from(right));
+        match self {
+            Self::Log => {
+                let p = stated.clamp(0.001, 0.999);
+                let score = if right { p.ln() } else { (1.0 - p).ln() };
+                let (best, worst) = (0.999f64.ln(), 0.001f64.ln() / 2.0);
+                (score - worst) / (best - worst)
+            }
+            Self::Brier => 1.0 - 2.0 * (stated - outcome).powi(2),
+            Self::Linear => 2.0 * (outcome * stated + (1.0 - outcome) * (1.0 - stated)) - 1.0,
+        }
+    }
+}
+
+/// Options of the `confidence` reward.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConfidenceOptions {
+    /// The column with the expected answer, or a list of answers each of which is right.
+    pub column: String,
+    /// How a bet is paid.
+    pub scoring: Scoring,
+    /// Factor of the whole reward.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub scale: f64,
+    /// Added for a right answer, before the factor.
+    pub bonus: f64,
+    /// Taken for an answer whose confidence cannot be read, before the factor.
+    #[schemars(range(min = 0))]
+    pub malformed_penalty: f64,
+}
+
+impl Default for ConfidenceOptions {
+    fn default() -> Self {
+        Self { column: "answer".into(), scoring: Scoring::Log, scale: 10.0, bonus: 0.25, malformed_penalty: 3.0 }
+    }
+}
+
+impl ConfidenceOptions {
+    /// What a bet is paid; `None` is one that cannot be read.
+    pub fn pay(&self, level: Option<u8>, right: bool) -> f64 {
+        let value = match level {
+            Some(level) => self.scoring.value(level, right) + if right { self.bonus } else { 0.0 },
+            None => -self.malformed_penalty,
+        };
+        self.scale * value
+    }
+}
+
+/// An answer and the confidence stated with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stated<'a> {
+    /// The answer.
+    pub answer: &'a str,
+    /// The confidence, if it is one of 0 to 10.
+    pub level: Option<u8>,
+}
+
+/// Reads the first `Answer: <answer>, Confidence: <number>` of a line.
+pub fn parse(text: &str) -> Option<Stated<'_>> {
+    let mut rest = text;
+    while let Some(at) = rest.find("Answer:") {
+        rest = &rest[at + "Answer:".len()..];
+        let line = rest.trim_start();
+        let line = line.lines().next().unwrap_or_default();
+        for (comma, _) in line.match_indices(',') {
+            let Some(number) = line[comma + 1..].trim_start().strip_prefix("Confidence:") else { continue };
+            let number = number.trim_start();
+            let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
+            if digits > 0 {
+                let level = number[..digits].parse().ok().filter(|level| *level <= LEVELS);
+                return Some(Stated { answer: line[..comma].trim_end(), level });
+            }
+        }
+    }
+    None
+}
+
+/// Text as answers are compared: lower case, punctuation and underscores as spaces, no articles, single spaces.
+pub fn normalised(text: &str) -> String {
+    let spaced: String = text.to_lowercase().chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
+    let words = spaced.split_whitespace().filter(|word| !matches!(*word, "a" | "an" | "the"));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Whether an answer equals one of the accepted ones.
+pub fn is_right<'a>(answer: &str, accepted: impl IntoIterator<Item = &'a str>) -> bool {
+    let answer = normalised(answer);
+    accepted.into_iter().any(|accepted| normalised(accepted) == answer)
+}
+
+/// The accepted answers in a column: a text, a number, or a list of these.
+pub fn accepted(value: &Value) -> Option<Vec<String>> {
+    let one = |value: &Value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    };
+    match value {
+        Value::Array(list) if !list.is_empty() => list.iter().map(one).collect(),
+        value => Some(vec![one(value)?]),
+    }
+}
+
+/// See [`ConfidenceOptions`].
+pub struct ConfidenceReward {
+    name: String,
+    options: ConfidenceOptions,
+}
+
+impl ConfidenceReward {
+    /// The reward under a name.
+    ///
+    /// # Errors
+    /// A scale that is not above 0, or a bonus or penalty that is not a number.
+    pub fn new(name: String, options: ConfidenceOptions) -> Result<Self, RewardError> {
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(RewardError::Options { reward: name.clone(), reason: format!("{key} is {value}, expected {expected}") })
+        };
+        if !(options.scale.is_finite() && options.scale > 0.0) {
+            return refuse("scale", options.scale, "a number above 0");
+        }
+        if !options.bonus.is_finite() {
+            return refuse("bonus", options.bonus, "a number");
+        }
+        if !(options.malformed_penalty.is_finite() && options.malformed_penalty >= 0.0) {
+            return refuse("malformed_penalty", options.malformed_penalty, "a number of at least 0");
+        }
+        Ok(Self { name, options })
+    }
+}
+
+impl Reward for ConfidenceReward {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError> {
+        let score = |(row, answer): (usize, &Answer<'_>)| {
+            let (reward, column) = (self.name.clone(), self.options.column.clone());
+            let Some(value) = answer.columns.get(&self.options.column) else {
+                return Err(RewardError::MissingColumn { reward, row, column });
+            };
+            let Some(gold) = accepted(value) else {
+                let (found, expected) = (super::shorten(&value.to_string()), "a text, a number or a list of these");
+                return Err(RewardError::BadColumn { reward, row, column, found, expected });
+            };
+            let stated = parse(answer.completion);
+            let right = stated.is_some_and(|stated| is_right(stated.answer, gold.iter().map(String::as_str)));
+            let level = stated.and_then(|stated| stated.level);
+            let status = match (level, right) {
+                (None, _) => Status::Malformed,
+                (Some(_), true) => Status::Ok,
+                (Some(_), false) => Status::Wrong,
+            };
+            let mut score = Score::new(self.options.pay(level, right), status);
+            score.parts.push(("right".into(), f64::from(u8::from(right))));
+            score.parts.extend(level.map(|level| ("confidence".into(), f64::from(level) / f64::from(LEVELS))));
+            Ok(Some(score))
+        };
+        answers.iter().enumerate().map(score).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+
+    /// The level with the largest expected score; the lower of equals.
+    fn best(scoring: Scoring, p: f64, bonus: f64) -> u8 {
+        let expected = |level| p * (scoring.value(level, true) + bonus) + (1.0 - p) * scoring.value(level, false);
+        (0..=LEVELS).reduce(|best, level| if expected(level) > expected(best) { level } else { best }).unwrap()
+    }
+
+    #[test]
+    fn bets_are_paid_by_the_table() {
+        let right = [-0.7503, 0.5834, 0.7842, 0.9016, 0.9849, 1.0495, 1.1023, 1.1470, 1.1857, 1.2198, 1.2500];
+        let wrong = [1.0000, 0.9698, 0.9357, 0.8970, 0.8523, 0.7995, 0.7349, 0.6516, 0.5342, 0.3334, -1.0003];
+        let options = ConfidenceOptions { scale: 1.0, ..Default::default() };
+        for level in 0..=LEVELS {
+            assert!((options.pay(Some(level), true) - right[usize::from(level)]).abs() < 1e-4, "right, {level}");
+            assert!((options.pay(Some(level), false) - wrong[usize::from(level)]).abs() < 1e-4, "wrong, {level}");
+        }
+        assert!((options.pay(Some(10), true) - options.pay(Some(0), false) - 0.25).abs() < 1e-12);
+        assert_eq!(ConfidenceOptions::default().pay(None, true), -30.0);
+    }
+
+    #[test]
+    fn the_logarithmic_bet_is_best_at_the_true_probability() {
+        // Where level k gives way to k + 1: L0 / (L0 + L1), L1 = ln(p_{k+1} / p_k), L0 = ln((1 - p_k) / (1 - p_{k+1})).
+        let stated = |level: u8| (f64::from(level) / 10.0).clamp(0.001, 0.999);
+        let threshold = |level: u8| {
+            let (low, high) = (stated(level), stated(level + 1));
+            let (l1, l0) = ((high / low).ln(), ((1.0 - low) / (1.0 - high)).ln());
+            l0 / (l0 + l1)
+        };
+        let table = [0.0222, 0.1452, 0.2477, 0.3489, 0.4497, 0.5503, 0.6511, 0.7523, 0.8548, 0.9778];
+        for (level, expected) in (0..LEVELS).zip(table) {
+            assert!((threshold(level) - expected).abs() < 5e-5, "{level}");
+            assert!((threshold(level) + threshold(9 - level) - 1.0).abs() < 1e-12);
+        }
+        for step in 0..=1000 {
+            let p = f64::from(step) / 1000.0;
+            let level = (0..LEVELS).filter(|level| threshold(*level) < p).count() as u8;
+            assert_eq!(best(Scoring::Log, p, 0.0), level, "{p}");
+            assert_eq!(best(Scoring::Log, p, 0.25), level, "the bonus moves no optimum: {p}");
+            // Half a level and a little; more beside the ends, where the clipped 0 and 1 are bets that nobody should make.
+            let allowed = if matches!(level, 1 | 9) { 0.078 } else { 0.0551 };
+            assert!((f64::from(level) / 10.0 - p).abs() < allowed, "{p}");
+        }
+    }
+
+    #[test]
+    fn the_linear_bet_is_all_or_nothing_and_briers_is_not() {
+        // At one half every linear bet is worth the same.
+        for step in (0..=100).filter(|step| *step != 50) {
+            let p = f64::from(step) / 100.0;
+            assert_eq!(best(Scoring::Linear, p, 0.0), if p > 0.5 { 10 } else { 0 }, "{p}");
+            assert!((f64::from(best(Scoring::Brier, p, 0.0)) / 10.0 - p).abs() <= 0.0501, "{p}");
+        }
+    }
+
+    #[test]
+    fn answers_are_read_as_the_paper_reads_them() {
+        let read = |text| parse(text).map(|stated| (stated.answer, stated.level));
+        assert_eq!(read("Answer: Rome, Confidence: 7"), Some(("Rome", Some(7))));
+        assert_eq!(read("So. Answer:  Rome, Italy,  Confidence:10."), Some(("Rome, Italy", Some(10))));
+        assert_eq!(read("Answer: Rome, Confidence: 7/10"), Some(("Rome", Some(7))));
+        assert_eq!(read("Answer: Rome, Confidence: 8.5"), Some(("Rome", Some(8))), "a fraction is lost");
+        assert_eq!(read("Answer: Rome, Confidence: 85"), Some(("Rome", None)), "out of range");
+        assert_eq!(read("Answer: Rome, Confidence: 99999999999999999999"), Some(("Rome", None)));
+        assert_eq!(read("Answer: Rome, Confidence: high"), None);
+        assert_eq!(read("Answer: Rome\n, Confidence: 7"), None, "on one line");
+        assert_eq!(read("Answer: I do not know. Answer: Rome, Confidence: 2").map(|read| read.1), Some(Some(2)));
+        assert_eq!(read("Confidence: 7"), None);
+    }
+
+    #[test]
+    fn right_answers_may_differ_in_form() {
+        assert!(is_right("The  Beatles!", ["beatles"]) && is_right("new_york", ["x", "New York"]));
+        assert!(!is_right("beat", ["beatles"]));
+        assert_eq!(accepted(&serde_json::json!(["a", 3])), Some(vec!["a".into(), "3".into()]));
+        assert_eq!((accepted(&serde_json::json!([])), accepted(&Value::Null)), (None, None));
+    }
+}

@@ -1,0 +1,110 @@
+//! `posttrain systems`: the published systems that can be reproduced, and what is known of their claims.
+
+use std::path::Path;
+
+use base::files;
+use systems::{Evidence, Role, SYSTEMS, System};
+
+use crate::cli::Systems;
+use crate::failure::Failure;
+use crate::report::duration;
+use crate::report::systems::{measured, tally};
+use crate::terminal::print;
+
+/// Runs the command.
+pub fn list(arguments: &Systems) -> Result<(), Failure> {
+    if arguments.markdown {
+        return print(markdown(&arguments.evidence)?);
+    }
+    let width = SYSTEMS.iter().map(|system| system.name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for system in SYSTEMS {
+        let known = match evidence(&arguments.evidence, system)? {
+            Some(evidence) => format!("{}, over {} seeds", tally(&evidence), evidence.seeds.len()),
+            None => "no evidence here".into(),
+        };
+        text += &format!("{:width$}  {}\n", system.name, system.summary);
+        text += &format!("{:width$}  {}\n{:width$}  {} claims: {known}\n\n", "", system.paper, "", system.claims.len());
+    }
+    print(text.trim_end().to_owned() + "\n")
+}
+
+/// The file of evidence of a system, if it is there.
+fn evidence(folder: &Path, system: &System) -> Result<Option<Evidence>, Failure> {
+    let path = folder.join(format!("{}.json", system.name));
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = files::read_to_string(&path)?;
+    let read = serde_json::from_str(&text);
+    read.map(Some).map_err(|error| {
+        Failure::new(format!("{} is no file of evidence: {error}", path.display()))
+            .hint(format!("`posttrain reproduce {}` writes it again", system.name))
+    })
+}
+
+/// The page docs/systems.md.
+fn markdown(folder: &Path) -> Result<String, Failure> {
+    let mut text = String::from(
+        "# Systems\n\nWritten by `posttrain systems --markdown`; do not edit.\n\n\
+         Published systems, reproduced in miniature: `posttrain reproduce NAME` trains the method, its baselines and its ablations over seeds, \
+         and judges every claim by Student's 95 % interval of its mean over the seeds. A claim *holds* where the whole interval keeps \
+         the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run.\n\n\
+         | system | what is claimed | evidence |\n| --- | --- | --- |\n",
+    );
+    let mut sections = String::new();
+    for system in SYSTEMS {
+        let found = evidence(folder, system)?;
+        let known = found.as_ref().map_or_else(|| "none yet".to_owned(), tally);
+        text += &format!("| [{0}](#{0}) | {1} | {known} |\n", system.name, system.summary);
+        sections += &section(system, found.as_ref());
+    }
+    Ok(text + &sections)
+}
+
+fn section(system: &System, evidence: Option<&Evidence>) -> String {
+    let mut text = format!(
+        "\n## {0}\n\n{1}. {2}. [What was found](../crates/systems/src/{3}/README.md).\n\n| arm | role | what |\n| --- | --- | --- |\n",
+        system.name,
+        system.title,
+        system.paper,
+        system.name.replace('-', "_")
+    );
+    for arm in system.arms {
+        let role = match arm.role {
+            Role::Baseline => "baseline",
+            Role::Method => "method",
+            Role::Ablation => "ablation",
+        };
+        text += &format!("| {} | {role} | {} |\n", arm.name, arm.about);
+    }
+    match evidence {
+        Some(evidence) => {
+            text += "\n| | claim | measured | bound | verdict |\n| --- | --- | --- | --- | --- |\n";
+            for claim in &evidence.claims {
+                text += &format!(
+                    "| {} | {} | {} | {} | {} |\n",
+                    claim.id,
+                    claim.statement,
+                    measured(claim),
+                    claim.bound,
+                    claim.verdict.name()
+                );
+            }
+            text += &format!(
+                "\n{} seeds, {} of one core; [evidence/{}.json](../evidence/{}.json).\n",
+                evidence.seeds.len(),
+                duration(evidence.seconds),
+                system.name,
+                system.name
+            );
+        }
+        None => {
+            text += "\n| | claim | bound |\n| --- | --- | --- |\n";
+            for claim in system.claims {
+                text += &format!("| {} | {} | {} |\n", claim.id, claim.statement, claim.bound);
+            }
+        }
+    }
+    text
+}

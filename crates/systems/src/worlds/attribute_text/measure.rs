@@ -1,0 +1,115 @@
+//! What a model's answers are like: sampled answers, exact divergence, win rate.
+
+use base::{Purpose, Random};
+use data::Prompt;
+use kernels::{Precision, log_softmax_row};
+use model::decoder::{Decoder, PackedTokens, Target, Workspace};
+use model::tokenizer::Tokenizer;
+use rollout::{Episode, Generator, Request, SamplingOptions};
+
+use super::{LONGEST, Question, Utility};
+use crate::error::Result;
+
+/// Draws of measurements are named by steps from here on, apart from those of training.
+const MEASUREMENTS: u32 = 1 << 31;
+
+/// The answers of a model to some questions: the first `size` to the first question, and so on.
+pub struct Sampled {
+    /// The questions.
+    pub questions: Vec<Question>,
+    /// Answers to each.
+    pub size: usize,
+    /// The answers.
+    pub episodes: Vec<Episode>,
+}
+
+impl Sampled {
+    /// Every answer with its question.
+    pub fn answers(&self) -> impl Iterator<Item = (Question, &[u32])> {
+        let question = move |index: usize| self.questions[index / self.size];
+        self.episodes.iter().enumerate().map(move |(index, episode)| (question(index), &episode.completion[..]))
+    }
+
+    /// The mean over all answers of some number.
+    pub fn mean(&self, of: impl Fn(Question, &[u32]) -> f64) -> f64 {
+        let values: Vec<f64> = self.answers().map(|(question, answer)| of(question, answer)).collect();
+        eval::metrics::mean(&values)
+    }
+}
+
+/// Samples `size` answers to each question at temperature 1. `round` tells samples of one seed apart.
+///
+/// # Errors
+/// Those of generation.
+pub fn sample(
+    decoder: &mut Decoder,
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    size: usize,
+    (seed, round): (u64, u32),
+) -> Result<Sampled> {
+    decoder.prepare(Precision::F32);
+    let prompts: Vec<Prompt> = questions.iter().map(|question| question.prompt(tokenizer)).collect();
+    let requests: Vec<Request> =
+        prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, size as u32)).collect();
+    let options = SamplingOptions { max_new_tokens: LONGEST, ..SamplingOptions::default() };
+    let random = Random::new(seed, Purpose::Sampling).step(MEASUREMENTS + round);
+    let episodes = Generator::new(&options, 64, random).generate(decoder, tokenizer, &requests, |_| {})?;
+    Ok(Sampled { questions: questions.to_vec(), size, episodes })
+}
+
+/// The divergence `KL(π || π_ref)` of the answers' tokens, over the whole vocabulary, summed over an answer; mean over the answers,
+/// in nats.
+///
+/// # Errors
+/// A model that refuses the answers.
+pub fn divergence(decoder: &mut Decoder, reference: &Decoder, sampled: &Sampled) -> Result<f64> {
+    decoder.prepare(Precision::F32);
+    let mut total = 0.0;
+    let mut workspace = Workspace::new();
+    for episodes in sampled.episodes.chunks(128) {
+        let (mut tokens, mut targets) = (PackedTokens::new(), Vec::new());
+        for episode in episodes {
+            let ids: Vec<u32> = episode.prompt.iter().chain(&episode.completion).copied().collect();
+            let segment = tokens.push(&ids, None)?;
+            let first = tokens.segments()[segment].start + episode.prompt.len() - 1;
+            targets.extend((first..).zip(&episode.completion).map(|(row, &token)| Target { row, token }));
+        }
+        let [policy, reference] =
+            [&*decoder, reference].map(|model| log_probs(model, &tokens, &targets, &mut workspace));
+        let rows = policy?.into_iter().zip(reference?);
+        total += rows.map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
+    }
+    Ok(total / sampled.episodes.len() as f64)
+}
+
+/// The log-probability of every token at every target, row by row.
+fn log_probs(
+    decoder: &Decoder,
+    tokens: &PackedTokens,
+    targets: &[Target],
+    workspace: &mut Workspace,
+) -> Result<Vec<f32>> {
+    decoder.forward(tokens, workspace, false)?;
+    let mut all = Vec::new();
+    decoder.visit_logits(workspace, targets, |rows| {
+        for row in rows {
+            let start = all.len();
+            all.extend_from_slice(row.logits);
+            let normaliser = log_softmax_row(row.logits, 1.0, 0).log_sum_exp;
+            all[start..].iter_mut().for_each(|logit| *logit -= normaliser);
+        }
+        Ok::<(), model::Error>(())
+    })??;
+    Ok(all)
+}
+
+/// The share of answers that are worth more than the other model's answer to the same question, sample by sample; ties count half.
+pub fn win_rate(ours: &Sampled, theirs: &Sampled, utility: Utility) -> f64 {
+    let wins = ours.answers().zip(theirs.answers()).map(|((question, ours), (_, theirs))| {
+        let (ours, theirs) = (utility.of(question, ours), utility.of(question, theirs));
+        // Equal up to rounding: the same qualities from sums in the same order are the same bits.
+        if ours == theirs { 0.5 } else { f64::from(u8::from(ours > theirs)) }
+    });
+    eval::metrics::mean(&wins.collect::<Vec<_>>())
+}
