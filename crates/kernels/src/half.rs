@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::isa::{Isa, multiversion};
 use crate::parallel::{SharedMut, each};
+use crate::simd;
 
 /// The bits of `x` as bfloat16, rounded to nearest, ties to even; a NaN stays one.
 #[inline(always)]
@@ -20,12 +21,21 @@ fn widened(half: u16) -> f32 {
     f32::from_bits(u32::from(half) << 16)
 }
 
+/// Numbers of bfloat16 in a cache line.
+const LINE: usize = 32;
+
 multiversion! {
-    /// `to = from`.
-    pub(crate) fn widen(from: &[u16], to: &mut [f32]) {
-        for (to, &from) in to.iter_mut().zip(from) {
-            *to = widened(from);
+    /// `to = from`. For each line that is read, a line of `ahead` is asked for: all at once, they would keep the processor from
+    /// what it reads.
+    pub(crate) fn widen(from: &[u16], to: &mut [f32], ahead: &[u16]) {
+        let mut ahead = ahead.chunks(LINE);
+        for (to, from) in to.chunks_mut(LINE).zip(from.chunks(LINE)) {
+            ahead.next().into_iter().for_each(simd::prefetch);
+            for (to, &from) in to.iter_mut().zip(from) {
+                *to = widened(from);
+            }
         }
+        ahead.for_each(simd::prefetch);
     }
 }
 
@@ -94,7 +104,7 @@ mod tests {
         round_to_bf16(&mut rows, 10, 0..10);
         let (mut halves, mut back) = (vec![0; 100], vec![0.0; 100]);
         narrow(Isa::current(), &rows, &mut halves);
-        widen(Isa::current(), &halves, &mut back);
+        widen(Isa::current(), &halves, &mut back, &halves);
         assert_eq!(rows, back);
     }
 }

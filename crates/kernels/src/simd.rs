@@ -30,6 +30,7 @@ pub(crate) trait Simd {
 }
 
 /// Asks for `data` to come into the second-level cache.
+#[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T]) {
     const LINE: usize = 64;
     #[cfg(target_arch = "x86_64")]

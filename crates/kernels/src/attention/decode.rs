@@ -1,5 +1,7 @@
 //! Attention of new tokens over cached keys and values.
 
+use std::ops::Range;
+
 use super::AttentionShape;
 use super::operands::Run;
 use super::softmax::{normalise, softmax};
@@ -40,6 +42,23 @@ enum Cells {
     Bf16(Vec<u16>),
 }
 
+/// Numbers that will be wanted soon.
+#[derive(Clone, Copy)]
+enum Ahead<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [u16]),
+}
+
+impl Ahead<'_> {
+    /// Asks for all of them to come into the second-level cache.
+    fn ask(self) {
+        match self {
+            Self::F32(cells) => simd::prefetch(cells),
+            Self::Bf16(cells) => simd::prefetch(cells),
+        }
+    }
+}
+
 impl Cells {
     fn new(precision: Precision) -> Self {
         match precision {
@@ -78,22 +97,39 @@ impl Cells {
         }
     }
 
-    /// Asks for some numbers to come into the second-level cache.
-    fn prefetch(&self, range: std::ops::Range<usize>) {
-        match self {
-            Self::F32(cells) => simd::prefetch(&cells.as_slice()[range]),
-            Self::Bf16(cells) => simd::prefetch(&cells[range]),
+    /// `len` numbers from `start` on: where they are, or widened in `scratch`. Meanwhile it asks for `ahead` to come into the
+    /// second-level cache.
+    fn read<'a>(
+        &'a self,
+        isa: Isa,
+        start: usize,
+        len: usize,
+        ahead: Option<Ahead<'_>>,
+        scratch: &'a mut [f32],
+    ) -> &'a [f32] {
+        let ahead = ahead.unwrap_or(Ahead::Bf16(&[]));
+        match (self, ahead) {
+            (Self::Bf16(cells), Ahead::Bf16(ahead)) => {
+                widen(isa, &cells[start..][..len], &mut scratch[..len], ahead);
+                &scratch[..len]
+            }
+            (Self::Bf16(cells), ahead) => {
+                ahead.ask();
+                widen(isa, &cells[start..][..len], &mut scratch[..len], &[]);
+                &scratch[..len]
+            }
+            (Self::F32(cells), ahead) => {
+                ahead.ask();
+                &cells.as_slice()[start..][..len]
+            }
         }
     }
 
-    /// `len` numbers from `start` on: where they are, or widened in `scratch`.
-    fn read<'a>(&'a self, isa: Isa, start: usize, len: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+    /// Some numbers that will be wanted.
+    fn ahead(&self, range: Range<usize>) -> Ahead<'_> {
         match self {
-            Self::F32(cells) => &cells.as_slice()[start..][..len],
-            Self::Bf16(cells) => {
-                widen(isa, &cells[start..][..len], &mut scratch[..len]);
-                &scratch[..len]
-            }
+            Self::F32(cells) => Ahead::F32(&cells.as_slice()[range]),
+            Self::Bf16(cells) => Ahead::Bf16(&cells[range]),
         }
     }
 }
@@ -221,11 +257,9 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
     let run_task = |task: usize| {
         let (index, kv_head, rows) = tasks[task].clone();
         let DecodeQuery { qkv, context, .. } = &queries[index];
-        if let Some(&(next, kv_head, _)) = tasks.get(task + 1) {
-            queries[next].prefetch(kv_head);
-        }
+        let next = tasks.get(task + 1).map(|&(next, kv_head, _)| (&queries[next], kv_head));
         let before = context_len(context) - qkv.len() / width;
-        let lanes = Lanes { isa, shape, qkv, context, kv_head, out: outs[index] };
+        let lanes = Lanes { isa, shape, qkv, context, kv_head, next, out: outs[index] };
         let heads = kv_head * shape.group()..(kv_head + 1) * shape.group();
         if rows.len() == 1 {
             lanes.run(rows.start, heads.start, heads.len(), shape.head_dim, shape.head_dim, before + rows.start + 1, 0);
@@ -243,14 +277,20 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
 }
 
 impl DecodeQuery<'_> {
-    /// Asks for the keys and values of one head: for the newest tokens of each block, of which there is always need.
-    fn prefetch(&self, kv_head: usize) {
-        for (block, len) in self.context {
-            let (head_dim, padded, first) = (block.shape.head_dim, block.padded_head(), len.saturating_sub(WIDENED));
-            let HeadCache { keys, values } = &block.heads[kv_head];
-            keys.prefetch(first / PANEL * PANEL * head_dim..len.next_multiple_of(PANEL) * head_dim);
-            values.prefetch(first * padded..len * padded);
-        }
+    /// The keys of one head, of the newest tokens of each block: of these there is always need.
+    fn newest_keys(&self, kv_head: usize) -> impl Iterator<Item = Ahead<'_>> {
+        self.context.iter().map(move |(block, len)| {
+            let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(WIDENED) / PANEL * PANEL);
+            block.heads[kv_head].keys.ahead(first * head_dim..len.next_multiple_of(PANEL) * head_dim)
+        })
+    }
+
+    /// The values of the same tokens.
+    fn newest_values(&self, kv_head: usize) -> impl Iterator<Item = Ahead<'_>> {
+        self.context.iter().map(move |(block, len)| {
+            let padded = block.padded_head();
+            block.heads[kv_head].values.ahead(len.saturating_sub(WIDENED) * padded..len * padded)
+        })
     }
 }
 
@@ -259,16 +299,18 @@ fn context_len(context: &[(&KvBlock, usize)]) -> usize {
 }
 
 /// Queries over the keys of one key head: all of its heads for one token, or one head for several tokens.
-struct Lanes<'a> {
+struct Lanes<'a, 'q> {
     isa: Isa,
     shape: AttentionShape,
     qkv: &'a [f32],
     context: &'a [(&'a KvBlock, usize)],
     kv_head: usize,
+    /// Whose keys and values come next: they are asked for while these are read.
+    next: Option<(&'a DecodeQuery<'q>, usize)>,
     out: SharedMut<f32>,
 }
 
-impl Lanes<'_> {
+impl Lanes<'_, '_> {
     /// The attention of `count` lanes, of which the first is `head` of row `row`; the others follow `stride` apart in the
     /// rows and `out_stride` apart in the result. The first sees `visible` tokens, each other `advance` more.
     #[allow(clippy::too_many_arguments, reason = "two ways through the same rows")]
@@ -302,6 +344,7 @@ impl Lanes<'_> {
         });
         let widened = WIDENED * head_dim.next_multiple_of(PANEL);
         with_scratch([count * end, widened], |[scores, widened]| {
+            let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_keys(kv_head));
             for (block, skipped, needed, place) in parts.clone() {
                 let (start, len) = (skipped * head_dim, needed.next_multiple_of(PANEL) * head_dim);
                 let product = Product {
@@ -311,7 +354,7 @@ impl Lanes<'_> {
                     pairs: false,
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
-                    b: block.heads[kv_head].keys.read(isa, start, len, widened).as_ptr(),
+                    b: block.heads[kv_head].keys.read(isa, start, len, ahead.next(), widened).as_ptr(),
                     panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
@@ -321,6 +364,7 @@ impl Lanes<'_> {
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
                 unsafe { multiply(isa, product) };
             }
+            ahead.for_each(Ahead::ask);
             let mut inverse_totals = vec![0.0; count];
             for (lane, (inverse_total, scores)) in
                 inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
@@ -332,6 +376,7 @@ impl Lanes<'_> {
                 scores[..first].fill(0.0);
                 scores[visible..].fill(0.0);
             }
+            let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_values(kv_head));
             let mut accumulate = false;
             for (block, skipped, needed, place) in parts.clone() {
                 let padded = block.padded_head();
@@ -342,7 +387,10 @@ impl Lanes<'_> {
                     pairs: false,
                     a: scores[place..].as_ptr(),
                     left: Left::Rows { stride: end },
-                    b: block.heads[kv_head].values.read(isa, skipped * padded, needed * padded, widened).as_ptr(),
+                    b: block.heads[kv_head]
+                        .values
+                        .read(isa, skipped * padded, needed * padded, ahead.next(), widened)
+                        .as_ptr(),
                     panel_stride: PANEL,
                     step_stride: padded,
                     // SAFETY: the row lies inside the result.
@@ -355,6 +403,7 @@ impl Lanes<'_> {
                 unsafe { multiply(isa, product) };
                 accumulate = true;
             }
+            ahead.for_each(Ahead::ask);
             for (lane, &inverse_total) in inverse_totals.iter().enumerate() {
                 // SAFETY: as above.
                 normalise(isa, unsafe { self.out.slice(out_start + lane * out_stride, head_dim) }, inverse_total);
