@@ -96,7 +96,7 @@ impl Floats {
 #[cfg(target_os = "linux")]
 impl Storage {
     /// Below this many bytes an allocator is as good.
-    const WORTH_MAPPING: usize = 2 << 20;
+    const WORTH_MAPPING: usize = 32 << 20;
 
     /// A mapping of zeros, where it is worth one and the system gives one.
     fn map(len: usize) -> Option<Self> {
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn floats_are_zero_until_written_whether_they_are_mapped_or_not() {
-        for len in [0, 1, 1000, (1 << 19) - 1, 1 << 19, (3 << 19) + 7] {
+        for len in [0, 1, 1000, (8 << 20) - 1, 8 << 20, (8 << 20) + 7] {
             let mut floats = Floats::zeros(len);
             assert!(floats.len() == len && floats.iter().all(|x| *x == 0.0), "{len} zeros");
             floats.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);

@@ -148,12 +148,13 @@ impl Opener {
     }
 
     fn open_adapter(&self, folder: &str, config: &Path, seed: u64, build: &Build) -> Result<Opened, Failure> {
+        let base = self.base_of(config)?;
         let text = files::read_to_string(config)?;
         let tensors = safetensors::read(&adapter_weights(folder))?;
         let head = lora::saved_head(&text, &tensors)?;
         // A head that is added moves the weights to a new place.
         let build: &Build = if head.is_some() { &Decoder::new } else { build };
-        let mut opened = self.open_with(&self.base_of(config)?, seed, build)?;
+        let mut opened = self.open_with(&base, seed, build)?;
         if let (None, Some(head)) = (opened.decoder.config().score, head) {
             // Its values come with the adapter.
             opened.decoder.add_score(head, 0.0, 0)?;

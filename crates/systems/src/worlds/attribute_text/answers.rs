@@ -90,6 +90,7 @@ impl Preference {
         PreferencePair {
             chosen: example(&self.chosen),
             rejected: example(&self.rejected),
+            others: Vec::new(),
             margin: 0.0,
             reference: None,
         }
