@@ -8,7 +8,7 @@
 //!
 //! in place of the reward `r` itself ([`mod@envs::reward::shaping`]), by PPO with a value model.
 //!
-//! **World.** [`attribute_text`]: answers with six qualities. The judge is the world's own utility `U`; the reward that is optimised is a
+//! **World.** [`attribute_text`](mod@crate::worlds::attribute_text): answers with six qualities. The judge is the world's own utility `U`; the reward that is optimised is a
 //! proxy that agrees with it on ordinary answers and pays for a worthless token besides,
 //!
 //! ```text

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The logarithmic score `n` is largest, in expectation, where `c / 10` is the probability of being right; and since answers carry no
-//! loss, they stay what they were. [`Doubt`] is the method: sample answers, then PPO with the answered questions as prompts.
+//! loss, they stay what they were. `Doubt` is the method: sample answers, then PPO with the answered questions as prompts.
 //!
 //! **Worlds** ([`world`]). *Memory*: a model is told facts, often, seldom, in contradiction or never, and states a confidence that has
 //! nothing to do with them, mostly 9. Confidence is trained on two relations of half of the entities and measured on the other half, and on a third relation that no
