@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::isa::{Isa, multiversion};
 use crate::parallel::{SharedMut, each};
-use crate::simd;
+use crate::simd::Lines;
 
 /// The bits of `x` as bfloat16, rounded to nearest, ties to even; a NaN stays one.
 #[inline(always)]
@@ -27,15 +27,15 @@ const LINE: usize = 32;
 multiversion! {
     /// `to = from`. For each line that is read, a line of `ahead` is asked for: all at once, they would keep the processor from
     /// what it reads.
-    pub(crate) fn widen(from: &[u16], to: &mut [f32], ahead: &[u16]) {
-        let mut ahead = ahead.chunks(LINE);
+    pub(crate) fn widen(from: &[u16], to: &mut [f32], ahead: Lines) {
+        let mut ahead = ahead;
         for (to, from) in to.chunks_mut(LINE).zip(from.chunks(LINE)) {
-            ahead.next().into_iter().for_each(simd::prefetch);
+            ahead.ask_for_one();
             for (to, &from) in to.iter_mut().zip(from) {
                 *to = widened(from);
             }
         }
-        ahead.for_each(simd::prefetch);
+        ahead.ask_for_all();
     }
 }
 
@@ -104,7 +104,7 @@ mod tests {
         round_to_bf16(&mut rows, 10, 0..10);
         let (mut halves, mut back) = (vec![0; 100], vec![0.0; 100]);
         narrow(Isa::current(), &rows, &mut halves);
-        widen(Isa::current(), &halves, &mut back, &halves);
+        widen(Isa::current(), &halves, &mut back, Lines::of(&halves));
         assert_eq!(rows, back);
     }
 }

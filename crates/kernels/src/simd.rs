@@ -24,23 +24,56 @@ pub(crate) trait Simd {
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Each element of `a` and `b` is a pair of bfloat16 (the first in the low half): `c` plus both products.
     unsafe fn multiply_add_pairs(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
-    /// Asks for the cache line at `from` to come into the second-level cache; any address will do.
-    #[inline(always)]
-    fn prefetch(_from: *const f32) {}
 }
 
-/// Asks for `data` to come into the second-level cache.
+/// Asks for the cache line at `from` to come into the second-level cache; any address will do.
 #[inline(always)]
-pub(crate) fn prefetch<T>(data: &[T]) {
-    const LINE: usize = 64;
+pub(crate) fn prefetch(from: *const f32) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(data)).step_by(LINE) {
-        let from = data.as_ptr().cast::<i8>().wrapping_add(line);
-        // SAFETY: a hint reads nothing that the program sees, and every x86-64 processor has it.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(from) };
+    // SAFETY: a hint reads nothing that the program sees, and every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(from.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (data, LINE);
+    let _ = from;
+}
+
+/// Cache lines that will be wanted soon, to be asked for one by one.
+#[derive(Clone, Copy)]
+pub(crate) struct Lines {
+    next: *const f32,
+    left: usize,
+}
+
+impl Lines {
+    /// f32 in a line.
+    const LINE: usize = 16;
+
+    /// No lines.
+    pub(crate) const NONE: Self = Self { next: std::ptr::null(), left: 0 };
+
+    /// As many lines as `data` takes.
+    pub(crate) fn of<T>(data: &[T]) -> Self {
+        Self { next: data.as_ptr().cast(), left: size_of_val(data).div_ceil(Self::LINE * size_of::<f32>()) }
+    }
+
+    /// Asks for the next line, if there is one.
+    #[inline(always)]
+    pub(crate) fn ask_for_one(&mut self) {
+        if self.left > 0 {
+            prefetch(self.next);
+            self.next = self.next.wrapping_add(Self::LINE);
+            self.left -= 1;
+        }
+    }
+
+    /// Asks for all that are left.
+    #[inline(always)]
+    pub(crate) fn ask_for_all(mut self) {
+        while self.left > 0 {
+            self.ask_for_one();
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -84,11 +117,6 @@ mod x86 {
             unsafe fn splat(from: *const f32) -> __m512 {
                 // SAFETY: as above.
                 unsafe { _mm512_set1_ps(*from) }
-            }
-            #[inline(always)]
-            fn prefetch(from: *const f32) {
-                // SAFETY: a hint reads nothing that the program sees, and every processor with AVX2 has it.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
             }
             #[inline(always)]
             unsafe fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -149,11 +177,6 @@ mod x86 {
         unsafe fn splat(from: *const f32) -> __m256 {
             // SAFETY: as above.
             unsafe { _mm256_set1_ps(*from) }
-        }
-        #[inline(always)]
-        fn prefetch(from: *const f32) {
-            // SAFETY: a hint reads nothing that the program sees, and every processor with AVX2 has it.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 {

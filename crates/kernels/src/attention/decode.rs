@@ -12,7 +12,7 @@ use crate::matrix::Precision;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply};
 use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
-use crate::simd;
+use crate::simd::Lines;
 
 /// The keys and values of one run of tokens in one layer, laid out for decoding, which reads one head after the other: keys as
 /// panels of 32 tokens, so that a score's fold over the head runs for 32 tokens at once; values token by token.
@@ -40,23 +40,6 @@ struct HeadCache {
 enum Cells {
     F32(Buffer),
     Bf16(Vec<u16>),
-}
-
-/// Numbers that will be wanted soon.
-#[derive(Clone, Copy)]
-enum Ahead<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [u16]),
-}
-
-impl Ahead<'_> {
-    /// Asks for all of them to come into the second-level cache.
-    fn ask(self) {
-        match self {
-            Self::F32(cells) => simd::prefetch(cells),
-            Self::Bf16(cells) => simd::prefetch(cells),
-        }
-    }
 }
 
 impl Cells {
@@ -97,39 +80,25 @@ impl Cells {
         }
     }
 
-    /// `len` numbers from `start` on: where they are, or widened in `scratch`. Meanwhile it asks for `ahead` to come into the
-    /// second-level cache.
-    fn read<'a>(
-        &'a self,
-        isa: Isa,
-        start: usize,
-        len: usize,
-        ahead: Option<Ahead<'_>>,
-        scratch: &'a mut [f32],
-    ) -> &'a [f32] {
-        let ahead = ahead.unwrap_or(Ahead::Bf16(&[]));
-        match (self, ahead) {
-            (Self::Bf16(cells), Ahead::Bf16(ahead)) => {
+    /// `len` numbers from `start` on: where they are, or widened in `scratch`. Meanwhile it asks for the lines `ahead`.
+    fn read<'a>(&'a self, isa: Isa, start: usize, len: usize, ahead: Lines, scratch: &'a mut [f32]) -> &'a [f32] {
+        match self {
+            Self::F32(cells) => {
+                ahead.ask_for_all();
+                &cells.as_slice()[start..][..len]
+            }
+            Self::Bf16(cells) => {
                 widen(isa, &cells[start..][..len], &mut scratch[..len], ahead);
                 &scratch[..len]
-            }
-            (Self::Bf16(cells), ahead) => {
-                ahead.ask();
-                widen(isa, &cells[start..][..len], &mut scratch[..len], &[]);
-                &scratch[..len]
-            }
-            (Self::F32(cells), ahead) => {
-                ahead.ask();
-                &cells.as_slice()[start..][..len]
             }
         }
     }
 
-    /// Some numbers that will be wanted.
-    fn ahead(&self, range: Range<usize>) -> Ahead<'_> {
+    /// The lines that some numbers lie in.
+    fn lines(&self, range: Range<usize>) -> Lines {
         match self {
-            Self::F32(cells) => Ahead::F32(&cells.as_slice()[range]),
-            Self::Bf16(cells) => Ahead::Bf16(&cells[range]),
+            Self::F32(cells) => Lines::of(&cells.as_slice()[range]),
+            Self::Bf16(cells) => Lines::of(&cells[range]),
         }
     }
 }
@@ -257,7 +226,9 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
     let run_task = |task: usize| {
         let (index, kv_head, rows) = tasks[task].clone();
         let DecodeQuery { qkv, context, .. } = &queries[index];
-        let next = tasks.get(task + 1).map(|&(next, kv_head, _)| (&queries[next], kv_head));
+        // Several rows go through the same keys again and again: what they would ask for would be asked for as often.
+        let next = tasks.get(task + 1).filter(|_| rows.len() == 1);
+        let next = next.map(|&(next, kv_head, _)| (&queries[next], kv_head));
         let before = context_len(context) - qkv.len() / width;
         let lanes = Lanes { isa, shape, qkv, context, kv_head, next, out: outs[index] };
         let heads = kv_head * shape.group()..(kv_head + 1) * shape.group();
@@ -278,18 +249,18 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
 
 impl DecodeQuery<'_> {
     /// The keys of one head, of the newest tokens of each block: of these there is always need.
-    fn newest_keys(&self, kv_head: usize) -> impl Iterator<Item = Ahead<'_>> {
+    fn newest_keys(&self, kv_head: usize) -> impl Iterator<Item = Lines> {
         self.context.iter().map(move |(block, len)| {
             let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(WIDENED) / PANEL * PANEL);
-            block.heads[kv_head].keys.ahead(first * head_dim..len.next_multiple_of(PANEL) * head_dim)
+            block.heads[kv_head].keys.lines(first * head_dim..len.next_multiple_of(PANEL) * head_dim)
         })
     }
 
     /// The values of the same tokens.
-    fn newest_values(&self, kv_head: usize) -> impl Iterator<Item = Ahead<'_>> {
+    fn newest_values(&self, kv_head: usize) -> impl Iterator<Item = Lines> {
         self.context.iter().map(move |(block, len)| {
             let padded = block.padded_head();
-            block.heads[kv_head].values.ahead(len.saturating_sub(WIDENED) * padded..len * padded)
+            block.heads[kv_head].values.lines(len.saturating_sub(WIDENED) * padded..len * padded)
         })
     }
 }
@@ -354,7 +325,10 @@ impl Lanes<'_, '_> {
                     pairs: false,
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
-                    b: block.heads[kv_head].keys.read(isa, start, len, ahead.next(), widened).as_ptr(),
+                    b: block.heads[kv_head]
+                        .keys
+                        .read(isa, start, len, ahead.next().unwrap_or(Lines::NONE), widened)
+                        .as_ptr(),
                     panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
@@ -364,7 +338,7 @@ impl Lanes<'_, '_> {
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
                 unsafe { multiply(isa, product) };
             }
-            ahead.for_each(Ahead::ask);
+            ahead.for_each(Lines::ask_for_all);
             let mut inverse_totals = vec![0.0; count];
             for (lane, (inverse_total, scores)) in
                 inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
@@ -389,7 +363,7 @@ impl Lanes<'_, '_> {
                     left: Left::Rows { stride: end },
                     b: block.heads[kv_head]
                         .values
-                        .read(isa, skipped * padded, needed * padded, ahead.next(), widened)
+                        .read(isa, skipped * padded, needed * padded, ahead.next().unwrap_or(Lines::NONE), widened)
                         .as_ptr(),
                     panel_stride: PANEL,
                     step_stride: padded,
@@ -403,7 +377,7 @@ impl Lanes<'_, '_> {
                 unsafe { multiply(isa, product) };
                 accumulate = true;
             }
-            ahead.for_each(Ahead::ask);
+            ahead.for_each(Lines::ask_for_all);
             for (lane, &inverse_total) in inverse_totals.iter().enumerate() {
                 // SAFETY: as above.
                 normalise(isa, unsafe { self.out.slice(out_start + lane * out_stride, head_dim) }, inverse_total);

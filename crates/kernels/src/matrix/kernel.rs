@@ -4,7 +4,7 @@
 //! over the reduced index, so that a product cut anywhere along that index is the same product.
 
 use crate::isa::Isa;
-use crate::simd::{Portable, Simd};
+use crate::simd::{Portable, Simd, prefetch};
 
 /// Columns of a panel: the right operand is stored as panels of this many columns, one step of the reduced index after
 /// the other.
@@ -276,7 +276,7 @@ unsafe fn tile<S: Simd, const ROWS: usize, const PAIRS: bool, const BY_ROWS: boo
         for step in 0..steps {
             let right = [S::load(b.add(step * b_stride)), S::load(b.add(step * b_stride + S::LANES))];
             for line in 0..ahead.lines {
-                S::prefetch(ahead.from.wrapping_add((step * ahead.lines + line) * LINE));
+                prefetch(ahead.from.wrapping_add((step * ahead.lines + line) * LINE));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let left = S::splat(if BY_ROWS { a.add(i * a_stride + step) } else { a.add(step * a_stride + i) });

@@ -133,14 +133,6 @@ multiversion! {
     }
 }
 
-/// Rounds rows of neighbouring elements where they are, for [`Left::Rows`](crate::matrix::kernel::Left::Rows).
-pub(crate) fn pair_rows(isa: crate::Isa, a: Matrix<'_>, out: &mut [f32]) {
-    let steps = steps(Precision::Bf16, a.cols);
-    for (row, out) in out.chunks_exact_mut(steps).enumerate().take(a.rows) {
-        pair_row(isa, &a.data[row * a.row_stride..][..a.cols], out);
-    }
-}
-
 /// Packs the columns of `b` (at most [`PANEL`] of them) as one panel.
 pub(crate) fn pack_panel(isa: crate::Isa, precision: Precision, b: Matrix<'_>, out: &mut [f32]) {
     let vectors = Vectors { data: b.data, count: b.cols, k: b.rows, stride: b.col_stride, step_stride: b.row_stride };
@@ -221,6 +213,8 @@ pub(crate) fn pack_tiles(isa: crate::Isa, precision: Precision, a: Matrix<'_>, h
         let out = &mut out[row * steps..][..count * steps];
         match precision {
             Precision::F32 => interleave_f32(isa, tile, count, out),
+            // Of one row there is nothing to interleave.
+            Precision::Bf16 if count == 1 && a.col_stride == 1 => pair_row(isa, &tile.data[..a.cols], out),
             Precision::Bf16 => interleave_bf16(isa, tile, count, out),
         }
     }

@@ -3,7 +3,7 @@
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, multiply, tile_height};
-use crate::matrix::pack::{pack_panel, pack_tiles, pair_rows, steps};
+use crate::matrix::pack::{pack_panel, pack_tiles, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
 use crate::parallel::{SharedMut, each, each_run};
 use crate::profile::{Call, Kind};
@@ -161,11 +161,8 @@ impl Task<'_> {
             let (left, data): (Left, &[f32]) = if in_place {
                 (Left::Rows { stride: a.row_stride }, a.data)
             } else {
-                match self.precision {
-                    Precision::Bf16 if a.col_stride == 1 => pair_rows(isa, a, scratch),
-                    // A tile of one row is that row.
-                    precision => pack_tiles(isa, precision, a, 1, scratch),
-                }
+                // A tile of one row is that row.
+                pack_tiles(isa, self.precision, a, 1, scratch);
                 (Left::Rows { stride: self.steps }, scratch)
             };
             let panels = columns.div_ceil(PANEL);
