@@ -20,7 +20,7 @@ trainer = DPOTrainer(
         bf16=True,
         model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=arguments.device == "cpu",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

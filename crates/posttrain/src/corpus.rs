@@ -80,41 +80,29 @@ impl Corpus {
             for rows in stage.rows() {
                 match rows {
                     Rows::Examples => {
-                        let rendered = renderer.examples(&samples)?;
-                        note_drops(&rendered.drops, "training examples", terminal);
-                        corpus.examples = rendered.items;
+                        corpus.examples = kept(renderer.examples(&samples)?, "training examples", terminal);
                     }
                     Rows::Pairs => {
-                        let rendered = renderer.preferences(&samples)?;
-                        note_drops(&rendered.drops, "pairs", terminal);
-                        corpus.pairs = rendered.items;
+                        corpus.pairs = kept(renderer.preferences(&samples)?, "pairs", terminal);
                     }
                     Rows::Rankings => {
-                        let rendered = renderer.rankings(&samples)?;
-                        note_drops(&rendered.drops, "rankings", terminal);
-                        corpus.pairs = rendered.items;
+                        corpus.pairs = kept(renderer.rankings(&samples)?, "rankings", terminal);
                     }
                     Rows::Hints(hint) => {
-                        let rendered = renderer.prompts_with_hint(&samples, hint)?;
-                        note_drops(&rendered.drops, "prompts with a hint", terminal);
-                        corpus.hints = rendered.items;
+                        corpus.hints =
+                            kept(renderer.prompts_with_hint(&samples, hint)?, "prompts with a hint", terminal);
                     }
                     Rows::Judgements => {
-                        let rendered = renderer.labelled(&samples)?;
-                        note_drops(&rendered.drops, "judged completions", terminal);
-                        corpus.judged = rendered.items;
+                        corpus.judged = kept(renderer.labelled(&samples)?, "judged completions", terminal);
                     }
                     Rows::Prompts => {
-                        let rendered = renderer.prompts(&samples)?;
-                        note_drops(&rendered.drops, "prompts", terminal);
-                        corpus.prompts = rendered.items;
+                        corpus.prompts = kept(renderer.prompts(&samples)?, "prompts", terminal);
                     }
                     Rows::Forgotten => {
                         let read = data::read(&config.data.forget, &config.data.columns)?;
                         corpus.sources.push(source_of("forget", &config.data.forget.join(", "), &read));
-                        let rendered = renderer.examples(&data::sample::parse(read)?)?;
-                        note_drops(&rendered.drops, "rows to forget", terminal);
-                        corpus.forget = rendered.items;
+                        corpus.forget =
+                            kept(renderer.examples(&data::sample::parse(read)?)?, "rows to forget", terminal);
                     }
                     Rows::Rewarded(loss) => {
                         corpus.rewarded = rewarded(loss, &renderer, &samples, "training rows", terminal)?;
@@ -203,15 +191,12 @@ impl Corpus {
                 let longest = test_time.sampling.max_new_tokens + test_time.max_step_tokens;
                 language = language.with_room("test_time.sampling", longest)?;
             }
-            let rendered = language.renderer(&config.rendering).prompts(&samples)?;
-            note_drops(&rendered.drops, "held-out problems", terminal);
-            corpus.test = rendered.items;
+            corpus.test = kept(language.renderer(&config.rendering).prompts(&samples)?, "held-out problems", terminal);
         }
         // Held-out problems need not be pairs, as long as there is a reward to judge answers by.
         if config.preference.is_some() && (config.rewards.is_empty() || samples.iter().any(Sample::is_pair)) {
-            let rendered = language.renderer(&config.rendering).preferences(&samples)?;
-            note_drops(&rendered.drops, "held-out pairs", terminal);
-            corpus.test_pairs = rendered.items;
+            corpus.test_pairs =
+                kept(language.renderer(&config.rendering).preferences(&samples)?, "held-out pairs", terminal);
         }
         Ok(corpus)
     }
@@ -246,16 +231,8 @@ fn rewarded(
     terminal: Terminal,
 ) -> Result<RewardRows, Failure> {
     match loss {
-        RewardLoss::BradleyTerry => {
-            let rendered = renderer.preferences(samples)?;
-            note_drops(&rendered.drops, what, terminal);
-            Ok(RewardRows::Pairs(rendered.items))
-        }
-        RewardLoss::Bce | RewardLoss::Mse => {
-            let rendered = renderer.scored(samples)?;
-            note_drops(&rendered.drops, what, terminal);
-            Ok(RewardRows::Scored(rendered.items))
-        }
+        RewardLoss::BradleyTerry => Ok(RewardRows::Pairs(kept(renderer.preferences(samples)?, what, terminal))),
+        RewardLoss::Bce | RewardLoss::Mse => Ok(RewardRows::Scored(kept(renderer.scored(samples)?, what, terminal))),
     }
 }
 
@@ -267,15 +244,15 @@ fn steps(
     what: &str,
     terminal: Terminal,
 ) -> Result<Vec<StepwiseExample>, Failure> {
-    let rendered = renderer.stepwise(samples, separator)?;
-    note_drops(&rendered.drops, what, terminal);
-    Ok(rendered.items)
+    Ok(kept(renderer.stepwise(samples, separator)?, what, terminal))
 }
 
-fn note_drops(drops: &data::Drops, what: &str, terminal: Terminal) {
-    if !drops.is_empty() {
-        terminal.note(format!("left out {} {what}: {drops}", drops.count()));
+/// What was rendered; says how many rows were left out, and why.
+fn kept<T>(rendered: data::Rendered<T>, what: &str, terminal: Terminal) -> Vec<T> {
+    if !rendered.drops.is_empty() {
+        terminal.note(format!("left out {} {what}: {}", rendered.drops.count(), rendered.drops));
     }
+    rendered.items
 }
 
 /// Everything a recipe trains on and holds out, with an error for each row that cannot be read.
@@ -296,9 +273,7 @@ pub fn rows_to_audit(config: &Config) -> Result<data::audit::Rows, Failure> {
 /// Rows to train on, as prompts with the columns their rewards read.
 pub fn prompts(config: &Config, language: Language<'_>, terminal: Terminal) -> Result<Vec<Prompt>, Failure> {
     let samples = data::sample::parse(train_rows(config, &mut Vec::new())?)?;
-    let rendered = language.renderer(&config.rendering).prompts(&samples)?;
-    note_drops(&rendered.drops, "prompts", terminal);
-    Ok(rendered.items)
+    Ok(kept(language.renderer(&config.rendering).prompts(&samples)?, "prompts", terminal))
 }
 
 /// The training problems of a task.

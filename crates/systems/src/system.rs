@@ -97,6 +97,13 @@ pub struct Figure {
     pub diagonal: bool,
 }
 
+impl Arm {
+    /// An arm of this name.
+    pub const fn new(name: &'static str, role: Role, about: &'static str) -> Self {
+        Self { name, role, about }
+    }
+}
+
 impl System {
     /// The arm of this name.
     pub fn arm(&self, name: &str) -> Option<&'static Arm> {

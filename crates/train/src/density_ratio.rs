@@ -117,8 +117,7 @@ fn embeddings(
 ) -> model::Result<Vec<Vec<f64>>> {
     let prompt = |row: &usize| {
         let example = &all[*row].example;
-        let given = example.loss_mask.iter().take_while(|&&learnt| !learnt).count();
-        &example.ids[..given]
+        &example.ids[..example.given()]
     };
     let prompts: Vec<&[u32]> = rows.iter().map(prompt).collect();
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len()).collect();

@@ -82,6 +82,13 @@ pub struct Example {
     pub source: Source,
 }
 
+impl Example {
+    /// The number of tokens before the first that is learnt: the prompt's, where there is one.
+    pub fn given(&self) -> usize {
+        self.loss_mask.iter().take_while(|&&learnt| !learnt).count()
+    }
+}
+
 /// A prompt to complete.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prompt {
@@ -122,9 +129,8 @@ impl PreferencePair {
 
     /// Tokens that all completions begin with, before anything is learnt: the prompt, which needs to be computed only once.
     pub fn shared_tokens(&self) -> usize {
-        let given = |example: &Example| example.loss_mask.iter().take_while(|&&learnt| !learnt).count();
         let common = |other: &Example| self.chosen.ids.iter().zip(&other.ids).take_while(|(a, b)| a == b).count();
-        self.completions().map(|example| given(example).min(common(example))).min().unwrap_or(0)
+        self.completions().map(|example| example.given().min(common(example))).min().unwrap_or(0)
     }
 }
 

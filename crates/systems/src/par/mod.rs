@@ -62,26 +62,22 @@ pub const SYSTEM: System = System {
     open: |settings| open::<Par>("par", settings),
 };
 
-const fn arm(name: &'static str, role: Role, about: &'static str) -> Arm {
-    Arm { name, role, about }
-}
-
 const ARMS: &[Arm] = &[
-    arm("vanilla", Role::Baseline, "the reward as it is"),
-    arm("vanilla-beta-0.1", Role::Baseline, "the reward as it is, β = 0.1"),
-    arm("vanilla-beta-0.5", Role::Baseline, "the reward as it is, β = 0.5"),
-    arm("mean-std", Role::Baseline, "standardised by all rewards so far"),
-    arm("clip", Role::Baseline, "clipped to a standard deviation around the mean of all rewards so far"),
-    arm("min-max", Role::Baseline, "scaled to [0, 1] by the extremes of all rewards so far"),
-    arm("ceiling", Role::Baseline, "no more than 4"),
-    arm("log-sigmoid", Role::Baseline, "LSC: log σ of the distance to the references' 85th percentile"),
-    arm("par", Role::Method, "10 references"),
-    arm("par-beta-0.1", Role::Method, "10 references, β = 0.1"),
-    arm("par-beta-0.5", Role::Method, "10 references, β = 0.5"),
-    arm("par-1", Role::Ablation, "1 reference"),
-    arm("centered", Role::Ablation, "difference to the references without σ"),
-    arm("sigmoid", Role::Ablation, "σ of the reward without references"),
-    arm("slow-growth", Role::Ablation, "SgFc: σ where it grows slowly at first and saturates fast"),
+    Arm::new("vanilla", Role::Baseline, "the reward as it is"),
+    Arm::new("vanilla-beta-0.1", Role::Baseline, "the reward as it is, β = 0.1"),
+    Arm::new("vanilla-beta-0.5", Role::Baseline, "the reward as it is, β = 0.5"),
+    Arm::new("mean-std", Role::Baseline, "standardised by all rewards so far"),
+    Arm::new("clip", Role::Baseline, "clipped to a standard deviation around the mean of all rewards so far"),
+    Arm::new("min-max", Role::Baseline, "scaled to [0, 1] by the extremes of all rewards so far"),
+    Arm::new("ceiling", Role::Baseline, "no more than 4"),
+    Arm::new("log-sigmoid", Role::Baseline, "LSC: log σ of the distance to the references' 85th percentile"),
+    Arm::new("par", Role::Method, "10 references"),
+    Arm::new("par-beta-0.1", Role::Method, "10 references, β = 0.1"),
+    Arm::new("par-beta-0.5", Role::Method, "10 references, β = 0.5"),
+    Arm::new("par-1", Role::Ablation, "1 reference"),
+    Arm::new("centered", Role::Ablation, "difference to the references without σ"),
+    Arm::new("sigmoid", Role::Ablation, "σ of the reward without references"),
+    Arm::new("slow-growth", Role::Ablation, "SgFc: σ where it grows slowly at first and saturates fast"),
 ];
 
 /// What an arm pays, and the weight of the divergence where it is not the common one.

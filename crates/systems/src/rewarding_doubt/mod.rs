@@ -72,25 +72,21 @@ pub const SYSTEM: System = System {
     open: |settings| open::<RewardingDoubt>("rewarding-doubt", settings),
 };
 
-const fn arm(name: &'static str, role: Role, about: &'static str) -> Arm {
-    Arm { name, role, about }
-}
-
 const ARMS: &[Arm] = &[
-    arm("verbalise", Role::Baseline, "the confidence that the first model states"),
-    arm("probability", Role::Baseline, "its probability of the answer"),
-    arm(
+    Arm::new("verbalise", Role::Baseline, "the confidence that the first model states"),
+    Arm::new("probability", Role::Baseline, "its probability of the answer"),
+    Arm::new(
         "scaled-probability",
         Role::Baseline,
         "the same, at the temperature with the best Brier score on the training facts",
     ),
-    arm("self-consistency", Role::Baseline, "the share of further answers that agree"),
-    arm("rewarding-doubt", Role::Method, "PPO on the confidence, paid by the logarithmic score"),
-    arm("brier", Role::Ablation, "paid by Brier's score"),
-    arm("linear", Role::Ablation, "paid by the linear score, which is not proper"),
-    arm("joint", Role::Ablation, "answers are trained too"),
-    arm("odds", Role::Method, "known odds, paid by the logarithmic score"),
-    arm("odds-linear", Role::Ablation, "known odds, paid by the linear score"),
+    Arm::new("self-consistency", Role::Baseline, "the share of further answers that agree"),
+    Arm::new("rewarding-doubt", Role::Method, "PPO on the confidence, paid by the logarithmic score"),
+    Arm::new("brier", Role::Ablation, "paid by Brier's score"),
+    Arm::new("linear", Role::Ablation, "paid by the linear score, which is not proper"),
+    Arm::new("joint", Role::Ablation, "answers are trained too"),
+    Arm::new("odds", Role::Method, "known odds, paid by the logarithmic score"),
+    Arm::new("odds-linear", Role::Ablation, "known odds, paid by the linear score"),
 ];
 
 const CLAIMS: &[Claim] = &[

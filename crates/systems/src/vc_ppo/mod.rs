@@ -49,19 +49,15 @@ pub const SYSTEM: System = System {
     open: |settings| open::<VcPpo>("vc-ppo", settings),
 };
 
-const fn arm(name: &'static str, role: Role, about: &'static str) -> Arm {
-    Arm { name, role, about }
-}
-
 const ARMS: &[Arm] = &[
-    arm("vanilla", Role::Baseline, "λ = 0.95 for both, κ = 1"),
-    arm("decoupled", Role::Ablation, "decoupled GAE alone, κ = 1"),
-    arm("pretrained", Role::Ablation, "value pretraining alone, κ = 1"),
-    arm("vc-ppo", Role::Method, "both, κ = 1"),
-    arm("vanilla-far", Role::Baseline, "λ = 0.95 for both, κ = 3"),
-    arm("decoupled-far", Role::Ablation, "decoupled GAE alone, κ = 3"),
-    arm("pretrained-far", Role::Ablation, "value pretraining alone, κ = 3"),
-    arm("vc-ppo-far", Role::Method, "both, κ = 3"),
+    Arm::new("vanilla", Role::Baseline, "λ = 0.95 for both, κ = 1"),
+    Arm::new("decoupled", Role::Ablation, "decoupled GAE alone, κ = 1"),
+    Arm::new("pretrained", Role::Ablation, "value pretraining alone, κ = 1"),
+    Arm::new("vc-ppo", Role::Method, "both, κ = 1"),
+    Arm::new("vanilla-far", Role::Baseline, "λ = 0.95 for both, κ = 3"),
+    Arm::new("decoupled-far", Role::Ablation, "decoupled GAE alone, κ = 3"),
+    Arm::new("pretrained-far", Role::Ablation, "value pretraining alone, κ = 3"),
+    Arm::new("vc-ppo-far", Role::Method, "both, κ = 3"),
 ];
 
 /// What an arm changes.

@@ -350,8 +350,7 @@ impl Preference {
         let mut seen = HashMap::new();
         let prompt = |row: usize| {
             let chosen = &self.pairs[row].chosen;
-            let given = chosen.loss_mask.iter().take_while(|&&learnt| !learnt).count();
-            &chosen.ids[..given]
+            &chosen.ids[..chosen.given()]
         };
         (0..).zip(rows).map(|(place, &row)| *seen.entry(prompt(row)).or_insert(place)).collect()
     }

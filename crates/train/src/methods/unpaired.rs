@@ -171,12 +171,11 @@ fn completions(rows: &[LabelledExample], row: usize, mismatched: bool) -> Vec<&E
 
 /// What is given of one example, followed by what is learnt of others.
 fn unit<'a>(prompt: &'a Example, completions: &[&'a Example]) -> Unit<'a> {
-    let given = |example: &Example| example.loss_mask.iter().take_while(|&&learnt| !learnt).count();
     let learnt = completions.iter().map(|example| {
-        let given = given(example);
+        let given = example.given();
         Sequence { ids: &example.ids[given..], mask: &example.loss_mask[given..] }
     });
-    Unit { prompt: &prompt.ids[..given(prompt)], sequences: learnt.collect() }
+    Unit { prompt: &prompt.ids[..prompt.given()], sequences: learnt.collect() }
 }
 
 /// The values of the loss tokens of first sequences, and those of the second ones if there are two `kinds`.
