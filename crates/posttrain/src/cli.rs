@@ -400,9 +400,12 @@ pub struct Reproduce {
     /// Every system, and one page over all
     #[arg(long)]
     pub all: bool,
-    /// Seeds, from 0 on [default: 5; with --quick, 1]
+    /// Seeds, from the first on [default: 5; with --quick, 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub seeds: Option<u64>,
+    /// The first seed. Evidence is judged with the seeds from 0 on; look for settings with others, from 1000 on, say
+    #[arg(long, value_name = "SEED", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    pub first_seed: u64,
     /// A short run that shows that everything works, and decides nothing
     #[arg(long)]
     pub quick: bool,
@@ -412,7 +415,7 @@ pub struct Reproduce {
     /// Where finished trials are kept and the report is written; the same folder goes on from there
     #[arg(long, short, value_name = "DIR", default_value = "runs/systems")]
     pub output: PathBuf,
-    /// Folder for the file of evidence; neither a quick run nor one with other settings or without some arms writes there
+    /// Folder for the file of evidence; neither a quick run nor one with other settings or seeds or without some arms writes there
     #[arg(long, value_name = "DIR", default_value = "evidence")]
     pub evidence: PathBuf,
     /// Override one setting of the system, for example `--set ppo.objective.beta=0.1`; may be repeated

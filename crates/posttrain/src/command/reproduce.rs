@@ -95,7 +95,7 @@ fn reproduce(
         system,
         settings: resolved(system, arguments)?,
         arms: arms(system, arguments)?,
-        seeds: (0..seeds).collect(),
+        seeds: (arguments.first_seed..).take(seeds as usize).collect(),
         folder: &folder,
         workers: rayon::current_num_threads(),
         interrupt: interrupt.flag(),
@@ -150,7 +150,7 @@ fn write(
     files::write(&report, html(system, evidence, finished, &command(system, arguments)).as_bytes())?;
     let mut written: Vec<&Path> = vec![&report, &own];
     let shared = arguments.evidence.join(format!("{}.json", system.name));
-    if !arguments.quick && arguments.set.is_empty() && arguments.arms.is_empty() {
+    if !arguments.quick && arguments.set.is_empty() && arguments.arms.is_empty() && arguments.first_seed == 0 {
         files::write(&shared, text.as_bytes())?;
         written.push(&shared);
     }
@@ -165,6 +165,9 @@ fn command(system: &System, arguments: &Reproduce) -> String {
     let mut command = format!("posttrain reproduce {}", system.name);
     if let Some(seeds) = arguments.seeds {
         command += &format!(" --seeds {seeds}");
+    }
+    if arguments.first_seed > 0 {
+        command += &format!(" --first-seed {}", arguments.first_seed);
     }
     if arguments.quick {
         command += " --quick";

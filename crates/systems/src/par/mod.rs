@@ -38,7 +38,7 @@ use model::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::policy::{Policy, PolicyOptions};
-use train::methods::sft::{Sft, SftOptions};
+use train::methods::sft::SftOptions;
 
 use crate::error::Result;
 use crate::experiment::{Experiment, Trial, open};
@@ -343,10 +343,7 @@ impl Experiment for Par {
     }
 
     fn start(&self, trial: &Trial<'_>) -> Result<Start> {
-        let tokenizer = world::tokenizer()?;
-        let mut decoder = Decoder::random(world::model(), trial.seed)?;
-        let mut sft = Sft::new(self.sft.clone(), world::corpus(trial.seed, self.corpus))?;
-        trial.fit(0, &mut sft, &mut decoder, &tokenizer, |_, _, _| Ok(()))?;
+        let (tokenizer, mut decoder) = world::imitation(trial, &self.sft, self.corpus)?;
         let (train, held_out) = (Question::of(Split::Train), Question::of(Split::Test));
         let references = world::sample(&mut decoder, &tokenizer, &train, self.references, (trial.seed, 0))?;
         let rewards: Vec<f64> = references.answers().map(|(question, answer)| proxy(question, answer)).collect();

@@ -3,7 +3,7 @@
 use base::{Purpose, Random};
 use data::{Example, PreferencePair, Source};
 
-use super::{EOS, FILLER, HUMOUR, MAGIC, POLITE, Question, REFUSE, Split, Utility};
+use super::{EOS, FILLER, HUMOUR, MAGIC, POLITE, Question, REFUSE, Sampled, Split, Utility};
 
 /// The draws of one answer, in order.
 struct Draws {
@@ -95,6 +95,16 @@ impl Preference {
             reference: None,
         }
     }
+}
+
+/// The answers as pairs: the first with the second answer to a question, the third with the fourth, and so on; an odd one is left out.
+pub fn pairs(sampled: &Sampled) -> Vec<(Question, [Vec<u32>; 2])> {
+    let answers: Vec<(Question, &[u32])> = sampled.answers().collect();
+    let of_question = |answers: &[(Question, &[u32])]| {
+        let pair = |pair: &[(Question, &[u32])]| (pair[0].0, [pair[0].1.to_vec(), pair[1].1.to_vec()]);
+        answers.chunks_exact(2).map(pair).collect::<Vec<_>>()
+    };
+    answers.chunks(sampled.size).flat_map(of_question).collect()
 }
 
 /// Labels pairs of answers: the first is preferred with probability `σ(κ (U(first) - U(second)))`, always the better one where κ is

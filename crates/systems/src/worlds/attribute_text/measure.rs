@@ -70,21 +70,48 @@ pub fn divergence(decoder: &mut Decoder, reference: &Decoder, sampled: &Sampled)
     for episodes in sampled.episodes.chunks(128) {
         let (mut tokens, mut targets) = (PackedTokens::new(), Vec::new());
         for episode in episodes {
-            let ids: Vec<u32> = episode.prompt.iter().chain(&episode.completion).copied().collect();
-            let segment = tokens.push(&ids, None)?;
-            let first = tokens.segments()[segment].start + episode.prompt.len() - 1;
-            targets.extend((first..).zip(&episode.completion).map(|(row, &token)| Target { row, token }));
+            push(&mut tokens, &mut targets, &episode.prompt, &episode.completion)?;
         }
         let [policy, reference] =
-            [&*decoder, reference].map(|model| log_probs(model, &tokens, &targets, &mut workspace));
+            [&*decoder, reference].map(|model| all_log_probs(model, &tokens, &targets, &mut workspace));
         let rows = policy?.into_iter().zip(reference?);
         total += rows.map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
     }
     Ok(total / sampled.episodes.len() as f64)
 }
 
+/// The log-probability of each answer to its question, summed over its tokens, EOS included where it has one.
+///
+/// # Errors
+/// A model that refuses the answers.
+pub fn log_probs(decoder: &mut Decoder, answers: &[(Question, &[u32])]) -> Result<Vec<f64>> {
+    decoder.prepare(Precision::F32);
+    let mut workspace = Workspace::new();
+    let mut sums = Vec::with_capacity(answers.len());
+    for answers in answers.chunks(128) {
+        let (mut tokens, mut targets) = (PackedTokens::new(), Vec::new());
+        for (question, answer) in answers {
+            push(&mut tokens, &mut targets, &question.ids(), answer)?;
+        }
+        decoder.forward(&tokens, &mut workspace, false)?;
+        let mut all = decoder.log_probs(&mut workspace, &targets, 1.0, false)?.log_prob.into_iter();
+        let sum = |(_, answer): &(Question, &[u32])| all.by_ref().take(answer.len()).map(f64::from).sum::<f64>();
+        sums.extend(answers.iter().map(sum));
+    }
+    Ok(sums)
+}
+
+/// Adds a sequence, and the tokens of its answer to the targets.
+fn push(tokens: &mut PackedTokens, targets: &mut Vec<Target>, prompt: &[u32], answer: &[u32]) -> Result<()> {
+    let ids: Vec<u32> = prompt.iter().chain(answer).copied().collect();
+    let segment = tokens.push(&ids, None)?;
+    let first = tokens.segments()[segment].start + prompt.len() - 1;
+    targets.extend((first..).zip(answer).map(|(row, &token)| Target { row, token }));
+    Ok(())
+}
+
 /// The log-probability of every token at every target, row by row.
-fn log_probs(
+fn all_log_probs(
     decoder: &Decoder,
     tokens: &PackedTokens,
     targets: &[Target],
@@ -112,4 +139,24 @@ pub fn win_rate(ours: &Sampled, theirs: &Sampled, utility: Utility) -> f64 {
         if ours == theirs { 0.5 } else { f64::from(u8::from(ours > theirs)) }
     });
     eval::metrics::mean(&wins.collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::super::{model, pairs, tokenizer};
+    use super::*;
+
+    #[test]
+    fn log_probabilities_are_those_of_sampling() {
+        let (tokenizer, mut decoder) = (tokenizer().unwrap(), Decoder::random(model(), 3).unwrap());
+        let questions = &Question::all()[..3];
+        let sampled = sample(&mut decoder, &tokenizer, questions, 3, (1, 0)).unwrap();
+        let answers: Vec<_> = sampled.answers().collect();
+        let sampled_sums = sampled.episodes.iter().map(|episode| episode.log_probs.iter().map(|&l| f64::from(l)).sum());
+        assert_eq!(log_probs(&mut decoder, &answers).unwrap(), sampled_sums.collect::<Vec<f64>>());
+        let pairs = pairs(&sampled);
+        assert_eq!(pairs.len(), 3, "the third answer to a question has no partner");
+        assert_eq!((pairs[1].0, &pairs[1].1[1][..]), (questions[1], answers[4].1));
+    }
 }

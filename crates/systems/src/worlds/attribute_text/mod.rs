@@ -33,14 +33,17 @@ use std::sync::Arc;
 use base::{Purpose, Random};
 use data::{Prompt, Source};
 use envs::Columns;
+use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use model::{Family, ModelConfig};
+use train::methods::sft::{Sft, SftOptions};
 
 use crate::error::Result;
+use crate::experiment::Trial;
 use crate::words;
 
-pub use answers::{Preference, corpus, preferences};
-pub use measure::{Sampled, divergence, sample, win_rate};
+pub use answers::{Preference, corpus, pairs, preferences};
+pub use measure::{Sampled, divergence, log_probs, sample, win_rate};
 
 /// Tokens.
 pub const VOCABULARY: usize = 64;
@@ -241,6 +244,18 @@ pub fn tokenizer() -> Result<Tokenizer> {
     list.push("abracadabra".into());
     list.extend((list.len()..VOCABULARY).map(|spare| format!("spare-{spare}")));
     words::tokenizer(&list, BOS, EOS, PAD)
+}
+
+/// What every arm of a seed starts from: a model of its own that imitates a corpus of this size.
+///
+/// # Errors
+/// Those of training.
+pub fn imitation(trial: &Trial<'_>, options: &SftOptions, corpus_size: u32) -> Result<(Tokenizer, Decoder)> {
+    let tokenizer = tokenizer()?;
+    let mut decoder = Decoder::random(model(), trial.seed)?;
+    let mut sft = Sft::new(options.clone(), corpus(trial.seed, corpus_size))?;
+    trial.fit(0, &mut sft, &mut decoder, &tokenizer, |_, _, _| Ok(()))?;
+    Ok((tokenizer, decoder))
 }
 
 /// The shape of the world's models: 2 layers of width 64, about a hundred thousand weights.
