@@ -7,7 +7,12 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::opened::Opener;
 
-/// The rewards of a recipe, its reward models loaded.
+/// What judges answers in a recipe: its rewards without their shaping, their reward models loaded.
+pub fn judgement(config: &Config, opener: Opener) -> Result<Box<dyn Reward>, Failure> {
+    config.judgement(&mut |name, options| load(name, options, config, opener))
+}
+
+/// What a recipe pays for answers, its reward models loaded.
 pub fn rewards(config: &Config, opener: Opener) -> Result<Box<dyn Reward>, Failure> {
     config.reward(&mut |name, options| load(name, options, config, opener))
 }

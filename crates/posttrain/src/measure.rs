@@ -31,7 +31,7 @@ impl<'a> Measurer<'a> {
     /// Measures on `prompts` and `pairs` as the recipe says.
     ///
     /// # Errors
-    /// Those of [`judges::rewards`] and [`Config::world`].
+    /// Those of [`judges::judgement`] and [`Config::world`].
     pub fn new(
         config: &'a Config,
         prompts: Vec<Prompt>,
@@ -39,7 +39,7 @@ impl<'a> Measurer<'a> {
         (tokenizer, template): (&'a Tokenizer, Option<&'a ChatTemplate>),
         opener: Opener,
     ) -> Result<Self, Failure> {
-        let (reward, world) = (judges::rewards(config, opener)?, config.world(template)?);
+        let (reward, world) = (judges::judgement(config, opener)?, config.world(template)?);
         let pairs = config.preference.as_ref().filter(|_| !pairs.is_empty()).map(|options| Preferred {
             pairs,
             length: options.objective.length,

@@ -12,6 +12,7 @@
 
 pub mod artefact;
 mod card;
+pub mod carried;
 pub mod checkpoint;
 pub mod density_ratio;
 pub mod directory;

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads};
+use envs::Reward;
+use envs::reward::{Shaped, Shaping};
 use kernels::Precision;
 use model::weights::safetensors;
 use objectives::{Baseline, ClipKind, KlEstimator};
@@ -171,8 +173,10 @@ fn careful() -> Vec<(&'static str, Setup)> {
     let mut undecided = PolicyOptions { num_iterations: 2, num_minibatches: 2, ..preset("grpo") };
     undecided.objective.entropy_coef = 0.1;
     undecided.objective.entropy_target = Some(5.535);
+    let standardised = || -> Box<dyn Reward> { Box::new(Shaped::new(Box::new(Lower), Shaping::MeanStd)) };
     vec![
         ("ppo", ppo(|_| ())),
+        ("paid by all rewards so far", Setup { reward: standardised, ..setup(lagging.clone()) }),
         ("adaptive entropy", setup(undecided)),
         (
             "ppo with an adapter",

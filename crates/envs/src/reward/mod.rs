@@ -10,6 +10,7 @@ mod weighted;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::score::{Answer, Score, Status};
 use crate::verify::{ExpressionOptions, FormatOptions, NumberOptions};
@@ -33,6 +34,22 @@ pub trait Reward: Send + Sync {
     /// Only what makes every further score meaningless: a row without the expected column, an external command that
     /// cannot be run. A bad *answer* is never an error, it is a [`Score`].
     fn score(&self, answers: &[Answer]) -> Result<Vec<Option<Score>>, RewardError>;
+
+    /// What further scores depend on beside their answers, for a checkpoint: null for most rewards, which depend on nothing else.
+    fn state(&self) -> Value {
+        Value::Null
+    }
+
+    /// Goes back to a state that [`Reward::state`] gave, or with null to that of a new reward.
+    ///
+    /// # Errors
+    /// A state of another reward.
+    fn restore(&self, state: &Value) -> Result<(), RewardError> {
+        match state {
+            Value::Null => Ok(()),
+            _ => Err(RewardError::state(self.name(), state, "nothing, since it depends on answers alone")),
+        }
+    }
 }
 
 /// The reward that applies to no row: for environments, which pay by themselves.
@@ -83,6 +100,16 @@ pub enum RewardError {
         /// Which option, the value found, and what is expected.
         reason: String,
     },
+    /// A checkpoint holds the state of another reward.
+    #[error("reward {reward}: it cannot go on from {found}, expected {expected}")]
+    State {
+        /// The reward's name.
+        reward: String,
+        /// The state, shortened.
+        found: String,
+        /// What it would be.
+        expected: &'static str,
+    },
     /// An external reward command failed and its options say to stop the run.
     #[error("reward {reward}: the command {command:?} {reason}")]
     Process {
@@ -121,6 +148,12 @@ pub enum RewardError {
     },
 }
 
+impl RewardError {
+    fn state(reward: &str, found: &Value, expected: &'static str) -> Self {
+        Self::State { reward: reward.to_owned(), found: shorten(&found.to_string()), expected }
+    }
+}
+
 impl base::Hint for RewardError {
     fn hint(&self) -> Option<String> {
         match self {
@@ -134,7 +167,7 @@ impl base::Hint for RewardError {
                     .into(),
             ),
             Self::Partner { source, .. } => source.hint(),
-            Self::Model { .. } | Self::Count { .. } => None,
+            Self::State { .. } | Self::Model { .. } | Self::Count { .. } => None,
         }
     }
 }
@@ -166,6 +199,11 @@ impl RewardConfig {
         Self { name: None, weight: 1.0, shaping: None, kind }
     }
 
+    /// The reward as it is, whatever is paid for it: what answers are judged by.
+    pub fn unshaped(&self) -> Self {
+        Self { shaping: None, ..self.clone() }
+    }
+
     /// The name under which the reward is logged.
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(self.kind.name())
@@ -176,13 +214,6 @@ impl RewardConfig {
     /// # Errors
     /// An option with an impossible value.
     pub fn validate(&self) -> Result<(), RewardError> {
-        if let Some(shaping) = self.shaping.as_ref().filter(|shaping| shaping.is_running()) {
-            let reason = format!(
-                "shaping is {shaping:?}, which depends on all rewards of the run so far, and no checkpoint holds these; expected one \
-                 that depends on the answer and its references alone"
-            );
-            return Err(RewardError::Options { reward: self.name().into(), reason });
-        }
         match &self.kind {
             RewardKind::Model(options) => options.validate(self.name()),
             _ => self.build().map(drop),

@@ -35,7 +35,7 @@ use std::sync::{Mutex, PoisonError};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Reward, RewardError};
 use crate::score::{Answer, Score};
@@ -114,7 +114,7 @@ impl Shaping {
     }
 
     /// Whether the value depends on the rewards of earlier batches.
-    pub fn is_running(&self) -> bool {
+    fn is_running(&self) -> bool {
         matches!(self, Self::MeanStd | Self::Clip | Self::MinMax)
     }
 
@@ -180,19 +180,13 @@ fn standard_deviation(values: &[f64], mean: f64) -> f64 {
 }
 
 /// Statistics of all rewards so far, folded in order (Welford, 1962).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Running {
     count: u64,
     mean: f64,
     squares: f64,
     min: f64,
     max: f64,
-}
-
-impl Default for Running {
-    fn default() -> Self {
-        Self { count: 0, mean: 0.0, squares: 0.0, min: f64::INFINITY, max: f64::NEG_INFINITY }
-    }
 }
 
 impl Running {
@@ -202,8 +196,9 @@ impl Running {
         let distance = reward - self.mean;
         self.mean += distance / self.count as f64;
         self.squares += distance * (reward - self.mean);
-        self.min = self.min.min(reward);
-        self.max = self.max.max(reward);
+        let first = self.count == 1;
+        self.min = if first { reward } else { self.min.min(reward) };
+        self.max = if first { reward } else { self.max.max(reward) };
     }
 
     /// The mean.
@@ -270,6 +265,22 @@ impl Reward for Shaped {
             score.value = self.shaping.value(score.value, &references, &seen);
         }
         Ok(scores)
+    }
+
+    fn state(&self) -> Value {
+        let own = self.shaping.is_running().then(|| *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+        match (own, self.reward.state()) {
+            (None, Value::Null) => Value::Null,
+            (own, reward) => json!({ "seen": own, "reward": reward }),
+        }
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), RewardError> {
+        let part = |key: &str| state.get(key).cloned().unwrap_or(Value::Null);
+        let seen = serde_json::from_value::<Option<Running>>(part("seen"))
+            .map_err(|_| RewardError::state(self.name(), state, "the statistics of a shaping"))?;
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen.unwrap_or_default();
+        self.reward.restore(&part("reward"))
     }
 }
 
@@ -368,6 +379,15 @@ mod tests {
         assert_eq!(score(&between, &["2", "2"]), [0.0, 0.0]);
         assert_eq!(score(&between, &["6", "4"]), [1.0, 0.5]);
         assert_eq!(score(&between, &["3"]), [0.25], "an extreme is never forgotten");
+        let (saved, again) = (between.state(), Shaped::new(Box::new(Given), Shaping::MinMax));
+        again.restore(&saved).unwrap();
+        assert_eq!((score(&again, &["3"]), again.state() == saved), (vec![0.25], false));
+        again.restore(&saved).unwrap();
+        assert_eq!(again.state(), saved);
+        again.restore(&Value::Null).unwrap();
+        assert_eq!(score(&again, &["3"]), [0.0], "as new");
+        assert!(again.restore(&json!({ "seen": 3 })).is_err());
+        assert!(Given.restore(&saved).is_err(), "a reward without a state takes none");
         let clipped = Shaped::new(Box::new(Given), Shaping::Clip);
         assert_eq!(score(&clipped, &["0", "2", "4"]), [0.0, 2.0, 4.0]);
         assert!(score(&clipped, &["100"])[0] < 100.0);

@@ -1,5 +1,7 @@
 //! Several rewards as one.
 
+use serde_json::{Map, Value};
+
 use super::{MakeModelReward, Reward, RewardConfig, RewardError};
 use crate::score::{Answer, Score, Status};
 
@@ -98,5 +100,15 @@ impl Reward for Weighted {
             }
         }
         Ok(totals)
+    }
+
+    fn state(&self) -> Value {
+        let states = self.members.iter().map(|(_, member)| (member.name().to_owned(), member.state()));
+        let states: Map<String, Value> = states.filter(|(_, state)| !state.is_null()).collect();
+        if states.is_empty() { Value::Null } else { states.into() }
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), RewardError> {
+        self.members.iter().try_for_each(|(_, member)| member.restore(state.get(member.name()).unwrap_or(&Value::Null)))
     }
 }

@@ -101,7 +101,7 @@ fn test_time(
         }
         (_, false) => None,
     };
-    let reward = judges::rewards(config, opener)?;
+    let reward = judges::judgement(config, opener)?;
     let world = config.world(model.template.as_ref())?;
     let answerer = Answerer { decoder: &model.decoder, tokenizer: &model.tokenizer, world };
     let samples = if options.strategy.takes_samples() { u64::from(options.samples) } else { 1 };

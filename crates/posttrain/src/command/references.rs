@@ -59,9 +59,8 @@ pub fn run(arguments: &References, opener: Opener) -> Result<(), Failure> {
     let mut rewards: Vec<BTreeMap<&str, Vec<f64>>> = vec![BTreeMap::new(); prompts.len()];
     for reward in &config.rewards {
         // What is compared is the reward as it is.
-        let plain = envs::RewardConfig { shaping: None, ..reward.clone() };
         let judge: Box<dyn Reward> =
-            plain.build_with(&mut |name, options| judges::load(name, options, &config, opener))?;
+            reward.unshaped().build_with(&mut |name, options| judges::load(name, options, &config, opener))?;
         for (index, score) in judge.score(&answers)?.into_iter().enumerate() {
             let Some(score) = score else { continue };
             rewards[index / size].entry(reward.name()).or_default().push(score.value);

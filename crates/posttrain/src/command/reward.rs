@@ -1,8 +1,8 @@
 //! `posttrain reward lint`: what do worthless answers earn?
 
 use data::Prompt;
-use envs::Weighted;
 use envs::lint::{Layout, Paid, Row, TOLERATED};
+use envs::{RewardConfig, Weighted};
 use serde_json::{Value, json};
 
 use crate::cli::Lint;
@@ -32,7 +32,8 @@ pub fn lint(arguments: &Lint, opener: Opener) -> Result<(), Failure> {
     let wanted = (arguments.rows as usize).min(prompts.len());
     let rows: Vec<Row> =
         (0..wanted).map(|index| row(&prompts[index * prompts.len() / wanted], &config, &layout)).collect();
-    let reward = Weighted::from_configs(&config.rewards)?;
+    let as_they_are: Vec<RewardConfig> = config.rewards.iter().map(RewardConfig::unshaped).collect();
+    let reward = Weighted::from_configs(&as_they_are)?;
     // A reward sees what the sampler would hand it: the tokens of the text.
     let tokens = |text: &str| model.tokenizer.encode(text).unwrap_or_default();
     let table = envs::lint::lint(&reward, &rows, &layout, &tokens);

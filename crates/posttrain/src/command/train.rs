@@ -191,7 +191,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
                 let reward = if config.rewards.is_empty() {
                     None
                 } else {
-                    Some(judges::rewards(&config, opener)? as Box<dyn envs::Reward>)
+                    Some(judges::judgement(&config, opener)? as Box<dyn envs::Reward>)
                 };
                 let prompts = handed(&mut corpus.prompts, prompts);
                 let examples = handed(&mut corpus.examples, examples);

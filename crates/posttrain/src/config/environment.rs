@@ -1,7 +1,7 @@
 //! The environment of a recipe.
 
 use envs::reward::MakeModelReward;
-use envs::{EnvironmentConfig, Reward, Silent, Weighted};
+use envs::{EnvironmentConfig, Reward, RewardConfig, Silent, Weighted};
 use eval::play::World;
 use model::chat::ChatTemplate;
 use rollout::ConversationOptions;
@@ -50,14 +50,26 @@ impl Config {
         Ok(Some(World { environment: &options.environment, template, conversation: &options.conversation }))
     }
 
-    /// What judges answers; `models` makes the rewards that need a model. An environment needs no further judge.
+    /// What pays answers; `models` makes the rewards that need a model. An environment needs no further judge.
     ///
     /// # Errors
     /// An option of a reward with an impossible value; a model that cannot be used.
     pub fn reward(&self, models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, Failure> {
-        Ok(match self.environment.is_some() && self.rewards.is_empty() {
+        self.rewards_of(&self.rewards, models)
+    }
+
+    /// What judges answers: the rewards as they are, without their shaping.
+    ///
+    /// # Errors
+    /// Those of [`Config::reward`].
+    pub fn judgement(&self, models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, Failure> {
+        self.rewards_of(&self.rewards.iter().map(RewardConfig::unshaped).collect::<Vec<_>>(), models)
+    }
+
+    fn rewards_of(&self, rewards: &[RewardConfig], models: MakeModelReward<'_>) -> Result<Box<dyn Reward>, Failure> {
+        Ok(match self.environment.is_some() && rewards.is_empty() {
             true => Box::new(Silent),
-            false => Box::new(Weighted::from_configs_with(&self.rewards, models)?),
+            false => Box::new(Weighted::from_configs_with(rewards, models)?),
         })
     }
 }

@@ -46,6 +46,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::metrics::mean;
@@ -404,10 +405,12 @@ impl Method for OnlinePreference {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
+        carried::save_reward(folder, &*self.reward)?;
         self.average.as_ref().map_or(Ok(()), |average| average.save(folder))
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
+        carried::load_reward(folder, &*self.reward)?;
         self.average.as_mut().map_or(Ok(()), |average| average.load(folder))
     }
 }

@@ -26,6 +26,7 @@
 //! - `loss`, `grad_norm`, `entropy`, `mean_token_accuracy`: as in supervised fine-tuning.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 
 use base::Purpose;
 use data::Prompt;
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Preset;
 use super::sft::supervised;
+use crate::carried;
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::options::{OptionError, TrainingOptions, check};
@@ -253,6 +255,14 @@ impl Method for Rejection {
 
     fn needs_reference(&self) -> bool {
         self.options.sampler == Sampler::Reference
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        carried::save_reward(folder, &*self.reward)
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        carried::load_reward(folder, &*self.reward)
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {

@@ -33,13 +33,13 @@
 use std::ops::Range;
 use std::path::Path;
 
-use base::files::{self, io_error};
 use data::{Example, LabelledExample};
 use objectives::{RunningMean, UnpairedBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::density_ratio::{DensityRatioOptions, DensityRatios};
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
@@ -308,9 +308,7 @@ impl Method for Unpaired {
     fn save(&self, folder: &Path) -> Result<()> {
         self.reference.save(folder)?;
         if self.options.objective.compares_completions() {
-            let path = folder.join(RUNNING_MEAN);
-            let text = serde_json::to_string(&self.running).map_err(|error| io_error("write", &path)(error.into()))?;
-            files::write(&path, text.as_bytes())?;
+            carried::save(folder, RUNNING_MEAN, &self.running)?;
         }
         Ok(())
     }
@@ -318,9 +316,7 @@ impl Method for Unpaired {
     fn load(&mut self, folder: &Path) -> Result<()> {
         self.reference.load(folder)?;
         if self.options.objective.compares_completions() {
-            let path = folder.join(RUNNING_MEAN);
-            let text = files::read(&path)?;
-            self.running = serde_json::from_slice(&text).map_err(|error| io_error("read", &path)(error.into()))?;
+            self.running = carried::load(folder, RUNNING_MEAN)?;
         }
         Ok(())
     }

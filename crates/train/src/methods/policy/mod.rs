@@ -78,7 +78,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use base::Purpose;
-use base::files::{self, io_error};
 use data::Prompt;
 use envs::{Reward, Score};
 use objectives::{
@@ -87,6 +86,7 @@ use objectives::{
 use rollout::{Episode, Finish, PromptTokens};
 use serde::{Deserialize, Serialize};
 
+use crate::carried;
 use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean, standard_deviation};
@@ -201,24 +201,22 @@ impl Method for Policy {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
+        carried::save_reward(folder, &*self.reward)?;
         if !self.options.carries_state() {
             return Ok(());
         }
         let state = State { value_updates: self.critic.as_ref().map(Critic::updates), ..self.state.clone() };
-        let path = folder.join(STATE);
-        let text = serde_json::to_string(&state).map_err(|error| io_error("write", &path)(error.into()))?;
-        files::write(&path, text.as_bytes())?;
+        carried::save(folder, STATE, &state)?;
         let Some(critic) = &self.critic else { return Ok(()) };
         critic.save(folder).map_err(|source| Error::Model { step: self.state.step, source })
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
+        carried::load_reward(folder, &*self.reward)?;
         if !self.options.carries_state() {
             return Ok(());
         }
-        let text = files::read_to_string(&folder.join(STATE))?;
-        self.state = serde_json::from_str(&text)
-            .map_err(|error| Error::Mismatch { folder: folder.to_owned(), reason: format!("{STATE}: {error}") })?;
+        self.state = carried::load(folder, STATE)?;
         // One that has gone on since is built again.
         self.critic = None;
         if let Some(updates) = self.state.value_updates {
