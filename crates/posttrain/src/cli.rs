@@ -99,7 +99,7 @@ pub struct Recipe {
     /// Recipe files; a later one overrides single keys of an earlier one
     #[arg(required = true, value_name = "RECIPE")]
     pub recipes: Vec<PathBuf>,
-    /// Override one option, for example `--set grpo.training.learning_rate=1e-6`; may be repeated
+    /// Override one option, for example `--set grpo.training.learning_rate=1e-6` or `--set rewards.0.weight=0.5`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }

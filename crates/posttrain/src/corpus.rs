@@ -373,7 +373,7 @@ fn test_episodes(options: &EnvironmentOptions) -> Result<Vec<Row>, Failure> {
 fn row(options: &TaskOptions, mut columns: envs::Columns, task: &str, number: u64, wrong: Option<Random>) -> Row {
     let answer = columns.get("answer").and_then(Value::as_str).unwrap_or_default().to_owned();
     let said = |text: String| json!([{"role": "assistant", "content": text}]);
-    let completion = said(options.completion.replace("{answer}", &answer));
+    let completion = said(options.completion.of(number).replace("{answer}", &answer));
     match wrong {
         None => {
             columns.insert("completion".into(), completion);

@@ -328,6 +328,18 @@ mod tests {
     }
 
     #[test]
+    fn an_element_of_a_list_is_changed_by_its_number() {
+        let mut tree =
+            Node::from_text("recipe", "rewards = [{ type = 'number' }, { type = 'format' }]".into()).unwrap();
+        tree.merge(Node::from_assignment("rewards.1.weight=0.5").unwrap());
+        assert_eq!(tree.to_json()["rewards"][1], serde_json::json!({ "type": "format", "weight": 0.5 }));
+        assert_eq!(tree.to_json()["rewards"][0], serde_json::json!({ "type": "number" }));
+        // There is no third to change.
+        tree.merge(Node::from_assignment("rewards.2.weight=1").unwrap());
+        assert!(tree.to_json()["rewards"].is_object(), "left for the check to refuse");
+    }
+
+    #[test]
     fn written_toml_reads_back() {
         let options = parse(&["seed = 5\nstop = ['a']\n[grpo]\nmax_steps = 2\n[[rewards]]\ntype='number'"]).unwrap();
         assert_eq!(parse(&[&to_toml(&options).unwrap()]).unwrap(), options);

@@ -153,6 +153,32 @@ impl From<Precision> for kernels::Precision {
     }
 }
 
+/// One text, or several that rows take in turn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline, transform = Templates::text_or_texts)]
+pub enum Templates {
+    /// The text of every row.
+    One(String),
+    /// Those of the first row, the second, and so on, and again from the first on.
+    Several(Vec<String>),
+}
+
+impl Templates {
+    /// The schema as the checks and the reference of options read it: one type or another, not alternatives of tables.
+    fn text_or_texts(schema: &mut schemars::Schema) {
+        *schema = schemars::json_schema!({ "type": ["string", "array"], "items": { "type": "string" } });
+    }
+
+    /// The text of a row, by its number.
+    pub fn of(&self, number: u64) -> &str {
+        match self {
+            Self::One(text) => text,
+            Self::Several(texts) => texts.get((number % texts.len().max(1) as u64) as usize).map_or("", |text| text),
+        }
+    }
+}
+
 /// A source of generated problems.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TaskOptions {
@@ -162,9 +188,10 @@ pub struct TaskOptions {
     /// Held-out problems to measure with. No problem of one split occurs in the other, in whatever words.
     #[serde(default = "default_test_problems")]
     pub test_problems: u32,
-    /// The assistant's message in supervised examples, and the better one in pairs; `{answer}` stands for the answer.
+    /// The assistant's message in supervised examples, and the better one in pairs; `{answer}` stands for the answer. Of several, the
+    /// problems take one after the other.
     #[serde(default = "default_completion")]
-    pub completion: String,
+    pub completion: Templates,
     /// The worse answer of preference pairs; `{wrong}` stands for a wrong answer near the right one, `{answer}` for the right one.
     #[serde(default = "default_rejected")]
     pub rejected: String,
@@ -181,8 +208,8 @@ fn default_test_problems() -> u32 {
     200
 }
 
-fn default_completion() -> String {
-    "{answer}".into()
+fn default_completion() -> Templates {
+    Templates::One("{answer}".into())
 }
 
 fn default_rejected() -> String {
@@ -263,6 +290,10 @@ impl Config {
         }
         for (i, task) in self.tasks.iter().enumerate() {
             task.task.build().map_err(|error| blame(error.into(), tree, &format!("tasks.{i}")))?;
+            if task.completion == Templates::Several(Vec::new()) {
+                let failure = Failure::new("`completion` is an empty list, expected a text or a list of at least one");
+                return Err(blame(failure, tree, &format!("tasks.{i}.completion")));
+            }
         }
         if let Some(environment) = &self.environment {
             environment.environment.build().map_err(|error| blame(error.into(), tree, "environment"))?;

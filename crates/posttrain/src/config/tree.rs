@@ -84,9 +84,16 @@ impl Node {
             })
     }
 
-    /// Lays `over` on top of this tree.
+    /// Lays `over` on top of this tree. Keys that number elements of a list, from 0, change these and leave the others.
     pub fn merge(&mut self, over: Self) {
         match (&mut self.kind, over.kind) {
+            (Kind::Array(under), Kind::Table(over)) if over.keys().all(|key| element(key, under.len()).is_some()) => {
+                for (key, node) in over {
+                    if let Some(index) = element(&key, under.len()) {
+                        under[index].merge(node);
+                    }
+                }
+            }
             (Kind::Table(under), Kind::Table(over)) => {
                 for (key, node) in over {
                     match under.get_mut(&key) {
@@ -119,6 +126,11 @@ impl Node {
             Kind::Leaf(_) => "an integer",
         }
     }
+}
+
+/// The element of a list of this length that a key numbers.
+fn element(key: &str, len: usize) -> Option<usize> {
+    key.parse().ok().filter(|index| *index < len)
 }
 
 fn table_node(table: DeTable<'_>, source: &Source, place: Option<Place>) -> Result<Node, Failure> {
