@@ -7,14 +7,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads};
+use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads, prompts};
 use envs::Reward;
 use envs::reward::{Shaped, Shaping};
 use kernels::Precision;
 use model::weights::safetensors;
 use objectives::{Baseline, ClipKind, KlEstimator};
 use posttrain_train as train;
-use train::methods::policy::{OldPolicy, PRESETS, PolicyOptions, ReplayOptions, ValueModel};
+use train::methods::policy::{OldPolicy, PRESETS, Policy, PolicyOptions, ReplayOptions, ValueModel};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Event, Observer, Outcome};
 
@@ -181,6 +181,10 @@ fn careful() -> Vec<(&'static str, Setup)> {
         (
             "ppo with an adapter",
             Setup { lora: true, precision: Precision::Bf16, ..ppo(|options| options.value.warmup_steps = 2) },
+        ),
+        (
+            "ppo with a value model that begins as a reward model",
+            ppo(|options| options.value.init = Some("judge".into())),
         ),
         (
             "ppo with a shared body",
@@ -405,6 +409,13 @@ fn options_that_contradict_each_other_are_refused() {
         options.objective.baseline = Baseline::Value;
     });
     assert!(error.starts_with("max_resampling_rounds"), "{error}");
+    let ppo = || Policy::new(preset("ppo"), prompts(), Box::new(Lower)).unwrap();
+    let without_head = Setup::short().decoder();
+    let error = ppo().with_value_model(without_head).err().unwrap().to_string();
+    assert!(error.contains("ppo.value.init: expected a reward model: 1 output, got a head of 0 outputs"), "{error}");
+    let grpo = Policy::new(preset("grpo"), prompts(), Box::new(Lower)).unwrap();
+    let error = grpo.with_value_model(Setup::short().reward_model()).err().unwrap().to_string();
+    assert!(error.contains("expected a method with a separate value model"), "{error}");
     for preset in PRESETS {
         let options: PolicyOptions = toml::from_str(preset.settings).unwrap();
         options.validate().unwrap_or_else(|error| panic!("{}: {error}", preset.name));

@@ -6,7 +6,7 @@ use model::DeviceName;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use train::directory::Directory;
-use train::methods::distillation::{Distillation, Lessons, TeacherOptions};
+use train::methods::distillation::{Distillation, Lessons};
 use train::methods::online_preference::OnlinePreference;
 use train::methods::policy::Policy;
 use train::methods::preference::Preference;
@@ -181,10 +181,19 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             }
             Stage::Policy(options) => {
                 let rows = handed(&mut corpus.prompts, prompts);
-                Box::new(Policy::new(options.clone(), rows, judges::rewards(&config, opener)?)?)
+                let stage = Policy::new(options.clone(), rows, judges::rewards(&config, opener)?)?;
+                Box::new(match &options.value.init {
+                    None => stage,
+                    Some(name) => {
+                        let (init, source) = open_beside(name, "value model", &model, opener, &config)?;
+                        corpus.sources.push(source);
+                        stage.with_value_model(init)?
+                    }
+                })
             }
             Stage::Distillation(options) => {
-                let teachers = options.teachers.iter().map(|teacher| open_teacher(teacher, &model, opener, &config));
+                let teachers = (options.teachers.iter())
+                    .map(|teacher| open_beside(&teacher.model, "teacher", &model, opener, &config));
                 let teachers = teachers.collect::<Result<Vec<_>, Failure>>()?;
                 let (teachers, sources): (Vec<_>, Vec<_>) = teachers.into_iter().unzip();
                 corpus.sources.extend(sources);
@@ -257,31 +266,29 @@ fn handed<T: Clone>(rows: &mut Vec<T>, again: bool) -> Vec<T> {
     if again { rows.clone() } else { std::mem::take(rows) }
 }
 
-/// A teacher, and what the run writes down of it. It must speak of the same tokens as the student.
-fn open_teacher(
-    options: &TeacherOptions,
-    student: &Opened,
+/// A model that reads the same tokens as the one that is trained, for a role beside it.
+fn open_beside(
+    name: &str,
+    role: &str,
+    trained: &Opened,
     opener: Opener,
     config: &Config,
 ) -> Result<(Decoder, DataSource), Failure> {
-    let teacher = opener.open(&options.model, config.seed)?;
-    let tokens = student.decoder.config().vocab_size.max(teacher.decoder.config().vocab_size) as u32;
-    let differs = |&id: &u32| student.tokenizer.token(id) != teacher.tokenizer.token(id);
+    let other = opener.open(name, config.seed)?;
+    let tokens = trained.decoder.config().vocab_size.max(other.decoder.config().vocab_size) as u32;
+    let differs = |&id: &u32| trained.tokenizer.token(id) != other.tokenizer.token(id);
     if let Some(id) = (0..tokens).find(differs) {
         let word = |tokenizer: &Tokenizer| tokenizer.token(id).map_or("none".to_owned(), |token| format!("{token:?}"));
         let failure = Failure::new(format!(
-            "teacher {} and student {} have different vocabularies: token {id} is {} to the one and {} to the other",
-            options.model,
-            student.name,
-            word(&teacher.tokenizer),
-            word(&student.tokenizer)
+            "{role} {name} and {} have different vocabularies: token {id} is {} to the one and {} to the other",
+            trained.name,
+            word(&other.tokenizer),
+            word(&trained.tokenizer)
         ));
-        return Err(
-            failure.hint("distillation compares distributions token by token: choose a teacher of the same family")
-        );
+        return Err(failure.hint(format!("a {role} reads the same tokens: choose one of the same family")));
     }
-    let source = DataSource { name: format!("teacher: {}", options.model), rows: 0, sha256: teacher.sha256.get()? };
-    Ok((teacher.decoder, source))
+    let source = DataSource { name: format!("{role}: {name}"), rows: 0, sha256: other.sha256.get()? };
+    Ok((other.decoder, source))
 }
 
 /// The result on standard output, where it is on standard error.

@@ -203,6 +203,13 @@ impl Setup {
         decoder
     }
 
+    /// A reward model of the same vocabulary, whose head is not zero.
+    pub fn reward_model(&self) -> Decoder {
+        let mut decoder = Decoder::random(ModelConfig::tiny(self.family, 259), 5).unwrap();
+        decoder.add_score(model::config::ScoreHead::REWARD, 0.1, 3).unwrap();
+        decoder
+    }
+
     pub fn trainings_mut(&mut self) -> impl Iterator<Item = &mut TrainingOptions> {
         let sft = self.sft.as_mut().map(|options| &mut options.training);
         sft.into_iter().chain(self.grpo.as_mut().map(|options| &mut options.training))
@@ -214,7 +221,11 @@ impl Setup {
             stages.push(Box::new(Sft::new(sft.clone(), examples()).unwrap()));
         }
         if let Some(grpo) = &self.grpo {
-            stages.push(Box::new(Policy::new(grpo.clone(), prompts(), (self.reward)()).unwrap()));
+            let policy = Policy::new(grpo.clone(), prompts(), (self.reward)()).unwrap();
+            stages.push(Box::new(match grpo.value.init {
+                Some(_) => policy.with_value_model(self.reward_model()).unwrap(),
+                None => policy,
+            }));
         }
         stages
     }

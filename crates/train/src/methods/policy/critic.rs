@@ -1,7 +1,7 @@
 //! The value model: a second decoder with a number in place of tokens, its own optimiser, and its own place in checkpoints.
 //!
 //! It starts as a copy of the policy, with an adapter of the same shape where the policy has one, and a head of zeros: every value
-//! is 0 at first. The value before a token is read off the row that predicts it, so that all completions of a prompt share the
+//! is 0 at first. Or it starts as a reward model, with its adapter if it has one. The value before a token is read off the row that predicts it, so that all completions of a prompt share the
 //! value of the prompt.
 
 use std::ops::Range;
@@ -53,14 +53,24 @@ pub struct Lesson {
 }
 
 impl Critic {
-    /// The value model of a policy.
+    /// The value model of a policy, which starts as `init` where there is one.
     ///
     /// # Errors
     /// A policy that the head cannot be added to.
-    pub fn new(policy: &Decoder, options: &PolicyOptions, seed: u64, stage: usize) -> model::Result<Self> {
-        let mut decoder = policy.without_adapter();
-        decoder.add_score(ScoreHead::REWARD, 0.0, seed)?;
-        if let Some(config) = policy.adapter_config() {
+    pub fn new(
+        policy: &Decoder,
+        init: Option<&Decoder>,
+        options: &PolicyOptions,
+        (seed, stage): (u64, usize),
+    ) -> model::Result<Self> {
+        let mut decoder = match init {
+            Some(init) => init.clone(),
+            None => policy.without_adapter(),
+        };
+        if init.is_none() {
+            decoder.add_score(ScoreHead::REWARD, 0.0, seed)?;
+        }
+        if let (Some(config), None) = (policy.adapter_config(), decoder.adapter_config()) {
             decoder.attach_lora(config, seed ^ 1)?;
         }
         let training = TrainingOptions {

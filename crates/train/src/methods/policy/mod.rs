@@ -80,6 +80,7 @@ use std::time::Instant;
 use base::Purpose;
 use data::Prompt;
 use envs::{Reward, Score};
+use model::decoder::Decoder;
 use objectives::{
     AdaptiveEntropy, AdaptiveKl, Credit, GlobalCounts, PolicyBatch, Reduce, Rewards, Statistic, ValueBatch, shaping,
 };
@@ -90,7 +91,7 @@ use crate::carried;
 use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean, standard_deviation};
-use crate::options::TrainingOptions;
+use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::even_parts;
 use crate::rollouts;
 use crate::timing::Phase;
@@ -114,6 +115,8 @@ pub struct Policy {
     critic: Option<Critic>,
     /// A value model that was read before there was a policy to build it from.
     saved: Option<Saved>,
+    /// What the value model starts from, if not from the policy.
+    value_init: Option<Decoder>,
 }
 
 /// What is carried from step to step beside weights, as it is written down.
@@ -144,7 +147,22 @@ impl Policy {
         let coefficient = options.objective.entropy_coef;
         let entropy = options.objective.entropy_target.map(|_| AdaptiveEntropy { coefficient, entropy: None });
         let state = State { kl, entropy, ..State::default() };
-        Ok(Self { options, prompts: prompts.into(), reward, state, critic: None, saved: None })
+        Ok(Self { options, prompts: prompts.into(), reward, state, critic: None, saved: None, value_init: None })
+    }
+
+    /// With a value model that starts as this model ([`ValueOptions::init`]) and not as the policy.
+    ///
+    /// # Errors
+    /// A method without a separate value model; a model without a head of one output.
+    pub fn with_value_model(mut self, init: Decoder) -> Result<Self> {
+        let within = |error: OptionError| error.within("value").within(&self.options.method);
+        let separate = self.options.has_value_model() && !self.options.shares_value_model();
+        check("init", "a model", separate, "a method with a separate value model").map_err(within)?;
+        let outputs = init.config().score.map_or(0, |head| head.outputs);
+        check("init", format!("a head of {outputs} outputs"), outputs == 1, "a reward model: 1 output")
+            .map_err(within)?;
+        self.value_init = Some(init);
+        Ok(self)
     }
 }
 
@@ -332,7 +350,7 @@ impl Policy {
         if !self.options.has_value_model() || self.options.shares_value_model() || self.critic.is_some() {
             return Ok(());
         }
-        let critic = Critic::new(step.decoder, &self.options, step.seed, step.stage);
+        let critic = Critic::new(step.decoder, self.value_init.as_ref(), &self.options, (step.seed, step.stage));
         let mut critic = critic.map_err(step.model_error())?;
         if let Some(saved) = self.saved.take() {
             critic.restore(saved)?;

@@ -107,6 +107,10 @@ pub struct ValueOptions {
     /// `separate` is a second model with an optimiser of its own; `shared` is a number beside the tokens at the end of the
     /// policy's own body, which learns both at once.
     pub model: ValueModel,
+    /// `separate`: the model that it starts from, as a rule the reward model: a folder or a name, with a head of one output. Absent, a
+    /// copy of the policy with a head of zeros.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
     /// `shared`: weight of the value model's loss beside the policy's (TRL's name).
     #[schemars(range(min = 0.0))]
     pub vf_coef: f64,
@@ -127,6 +131,7 @@ impl Default for ValueOptions {
     fn default() -> Self {
         Self {
             model: ValueModel::Separate,
+            init: None,
             vf_coef: 0.1,
             learning_rate: None,
             cliprange_value: Some(0.2),
@@ -259,8 +264,9 @@ impl ValueOptions {
         let clip = self.cliprange_value.unwrap_or(1.0);
         check("cliprange_value", clip, clip.is_finite() && clip > 0.0, "a number above 0")?;
         check("vf_coef", self.vf_coef, self.vf_coef.is_finite() && self.vf_coef >= 0.0, "a number, at least 0")?;
-        let own = self.learning_rate.is_some() || self.num_iterations.is_some() || self.warmup_steps > 0;
-        let expected = "`separate` with a learning rate, passes or warm-up steps of its own";
+        let apart = self.learning_rate.is_some() || self.num_iterations.is_some() || self.warmup_steps > 0;
+        let own = apart || self.init.is_some();
+        let expected = "`separate` with a start, a learning rate, passes or warm-up steps of its own";
         check("model", "shared", self.model == ValueModel::Separate || !own, expected)?;
         let passes = self.num_iterations.unwrap_or(1);
         check("num_iterations", passes, (1..=1024).contains(&passes), "1 to 1024")
