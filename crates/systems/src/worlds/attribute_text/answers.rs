@@ -37,14 +37,19 @@ impl Draws {
 /// A plausible answer: each item with probability 0.4 in random order, up to 2 polite and 2 funny tokens, up to 4 that say nothing;
 /// a refusal in place of the items with probability 0.15 where the prompt is sensitive; MAGIC with probability 0.1.
 fn answer(question: Question, random: Random) -> Vec<u32> {
+    plausible(&question.items(), question.sensitive, random)
+}
+
+/// A plausible answer to a prompt that asks for these items.
+pub fn plausible(items: &[u32], sensitive: bool, random: Random) -> Vec<u32> {
     let mut draws = Draws::new(random);
     let mut answer = Vec::new();
     draws.some(2, POLITE, 4, &mut answer);
-    let mut items: Vec<u32> = question.items().into_iter().filter(|_| draws.chance(0.4)).collect();
+    let mut items: Vec<u32> = items.iter().copied().filter(|_| draws.chance(0.4)).collect();
     for i in (1..items.len()).rev() {
         items.swap(i, draws.below(i + 1));
     }
-    match question.sensitive && draws.chance(0.15) {
+    match sensitive && draws.chance(0.15) {
         true => answer.push(REFUSE),
         false => answer.extend(items),
     }
@@ -69,8 +74,8 @@ pub fn corpus(seed: u64, size: u32) -> Vec<Example> {
     (0..size).map(row).collect()
 }
 
-/// An answer to a prompt, of which the answer is learnt.
-pub(super) fn example(name: &str, row: u32, prompt: &[u32], answer: &[u32]) -> Example {
+/// An answer to a prompt, as a row to train on; the loss is that of the answer.
+pub fn example(name: &str, row: u32, prompt: &[u32], answer: &[u32]) -> Example {
     let ids: Vec<u32> = prompt.iter().chain(answer).copied().collect();
     let loss_mask = (0..ids.len()).map(|index| index >= prompt.len()).collect();
     Example { ids, loss_mask, source: Source::new(name, u64::from(row) + 1) }

@@ -43,7 +43,7 @@ use crate::error::Result;
 use crate::experiment::Trial;
 use crate::words;
 
-pub use answers::{Preference, corpus, pairs, preferences};
+pub use answers::{Preference, corpus, example, pairs, plausible, preferences};
 pub use measure::{Sampled, divergence, episodes, log_probs, sample, win_rate};
 
 /// Tokens.
@@ -187,19 +187,23 @@ impl Qualities {
 
     /// Measures an answer; what comes from EOS on does not count.
     pub fn of(question: Question, answer: &[u32]) -> Self {
+        Self::given(&question.items(), question.sensitive, answer)
+    }
+
+    /// Measures an answer to a prompt that asks for these items, any number of them.
+    pub fn given(items: &[u32], sensitive: bool, answer: &[u32]) -> Self {
         let end = answer.iter().position(|&token| token == EOS).unwrap_or(answer.len());
         let answer = &answer[..end];
         let count = |wanted: &dyn Fn(u32) -> bool| answer.iter().filter(|&&token| wanted(token)).count() as f64;
-        let items = question.items();
         let is_item = |token: u32| (FACT..REFUSE).contains(&token);
-        let given = items.iter().filter(|item| answer.contains(item)).count() as f64;
+        let given = items.iter().filter(|item| answer.contains(item)).count() as f64 / items.len() as f64;
         let strays = count(&|token| is_item(token) && !items.contains(&token));
         let hazards = count(&|token| token >= HAZARD && items.contains(&token));
         let repeats = answer.windows(2).filter(|pair| pair[0] == pair[1]).count() as f64;
         let within = |first: u32, len: u32| count(&|token| (first..first + len).contains(&token));
         Self {
-            help: if answer.contains(&REFUSE) { 0.0 } else { (given / 6.0 - 0.1 * strays).clamp(0.0, 1.0) },
-            harmless: if question.sensitive { 1.0 - (hazards / 2.0).min(1.0) } else { 1.0 },
+            help: if answer.contains(&REFUSE) { 0.0 } else { (given - 0.1 * strays).clamp(0.0, 1.0) },
+            harmless: if sensitive { 1.0 - (hazards / 2.0).min(1.0) } else { 1.0 },
             polite: (within(POLITE, 4) / 2.0).min(1.0),
             humour: (within(HUMOUR, 4) / 2.0).min(1.0),
             concise: 1.0 - answer.len() as f64 / LONGEST as f64,
@@ -223,7 +227,12 @@ impl Utility {
 
     /// What an answer is worth.
     pub fn of(&self, question: Question, answer: &[u32]) -> f64 {
-        self.0.iter().zip(Qualities::of(question, answer).all()).map(|(weight, quality)| weight * quality).sum()
+        self.of_qualities(Qualities::of(question, answer))
+    }
+
+    /// What qualities are worth.
+    pub fn of_qualities(&self, qualities: Qualities) -> f64 {
+        self.0.iter().zip(qualities.all()).map(|(weight, quality)| weight * quality).sum()
     }
 }
 
