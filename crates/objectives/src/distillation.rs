@@ -35,7 +35,8 @@
 //!
 //! where a return above 0 has the bound `ρ_t <= 1 + ε`, and one below 0 the bound `ρ_t >= 1 - ε`; beyond it, it teaches nothing.
 //!
-//! Several teachers with weights, which are divided by their sum, make one target or several ([`Mixing`]).
+//! Several teachers with weights, which are divided by their sum, make one target or several ([`Mixing`]). Two teachers can make one that
+//! goes beyond the first, away from the second, at every position as far as they differ there ([`mod@crate::extrapolation`]).
 //!
 //! Deviations:
 //! 1. The forward KL of GKD is `forward_kl`, not β = 0; its reverse KL is `reverse_kl`, not β = 1: the formula has neither value.
@@ -47,7 +48,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Aggregation;
 use crate::distribution::{Distribution, check_range, times};
-use crate::loss::{Reduce, Result, Statistic, check_length};
+use crate::extrapolation::{ExtrapolatedRow, Extrapolation};
+use crate::loss::{Error, Reduce, Result, Statistic, check_length};
 
 /// The distance of the student's distribution from the teacher's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -123,6 +125,10 @@ pub struct DistillationOptions {
     /// Weight of the negative log-likelihood of the tokens themselves, on completions that come from data.
     #[schemars(extend("minimum" = 0))]
     pub nll_weight: f64,
+    /// Two teachers make one that goes beyond the first, away from the second (AlignDistil). Their weights and `mixing` are then not
+    /// read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extrapolation: Option<Extrapolation>,
 }
 
 impl Default for DistillationOptions {
@@ -139,6 +145,7 @@ impl Default for DistillationOptions {
             length_normalization: true,
             epsilon: 0.2,
             nll_weight: 0.0,
+            extrapolation: None,
         }
     }
 }
@@ -154,6 +161,8 @@ pub struct DistilledRow {
     pub entropy: f64,
     /// Whether student and (first) target find the same token most probable.
     pub agrees: bool,
+    /// Of a teacher that two models make.
+    pub extrapolation: Option<ExtrapolatedRow>,
 }
 
 impl DistillationOptions {
@@ -165,7 +174,16 @@ impl DistillationOptions {
         check_range("temperature", self.temperature, self.temperature > 0.0, "a number above 0")?;
         check_range("discount", self.discount, (0.0..=1.0).contains(&self.discount), "0 to 1")?;
         check_range("epsilon", self.epsilon, self.epsilon >= 0.0, "a number, at least 0")?;
-        check_range("nll_weight", self.nll_weight, self.nll_weight >= 0.0, "a number, at least 0")
+        check_range("nll_weight", self.nll_weight, self.nll_weight >= 0.0, "a number, at least 0")?;
+        let Some(extrapolation) = &self.extrapolation else { return Ok(()) };
+        extrapolation.validate()?;
+        match self.estimate == Estimate::Full && self.discount == 0.0 && self.nll_weight == 0.0 {
+            true => Ok(()),
+            false => {
+                let why = "it needs whole distributions and nothing beside them: estimate = \"full\", discount = 0, nll_weight = 0";
+                Err(Error::Conflict { what: "extrapolation", why })
+            }
+        }
     }
 
     /// The weights of teachers, divided by their sum.
@@ -247,7 +265,21 @@ impl DistillationOptions {
         }
         p.write_gradient(&g, 1.0, self.temperature, student);
         let agrees = targets.first().is_some_and(|(_, q)| q.most_probable() == p.most_probable());
-        Ok(DistilledRow { loss, divergence, entropy: p.entropy(), agrees })
+        Ok(DistilledRow { loss, divergence, entropy: p.entropy(), agrees, extrapolation: None })
+    }
+
+    /// The loss at one position, `weight · β/w · D`, where two teachers with these logits make one. The student's logits are replaced by
+    /// its gradient.
+    ///
+    /// # Errors
+    /// No options of an extrapolation; another number of teachers than two; other vocabularies.
+    pub fn extrapolated_row(&self, student: &mut [f32], teachers: &[&[f32]], weight: f64) -> Result<DistilledRow> {
+        let missing = Error::Missing { what: "extrapolation", why: "two teachers are to make one" };
+        let teacher = self.extrapolation.ok_or(missing)?.teacher(teachers, self.temperature)?;
+        check_length("the teacher's vocabulary", teacher.rewards.len(), student.len())?;
+        let seen = teacher.seen_by(&Distribution::new(student, self.temperature));
+        let row = self.row(student, &[(1.0, teacher.target)], weight * teacher.coefficient, None)?;
+        Ok(DistilledRow { extrapolation: Some(seen), ..row })
     }
 
     /// The summand of the divergence for a token with (p, log p) and (q, log q), and `p ∂D/∂p` up to a multiple of p, which
@@ -327,15 +359,31 @@ impl DistillationOptions {
 /// - `divergence`: their mean divergence from the teachers, in nats.
 /// - `entropy`: mean entropy of the student, in nats.
 /// - `teacher_agreement`: share of positions where student and teacher find the same token most probable.
+/// - With an extrapolation, `extrapolation/weight`, `extrapolation/expected_reward`: means of w and of the student's expected reward at a
+///   position. `extrapolation/largest_shift`: the most that a token's log-probability was moved by.
 pub fn statistics(rows: &[DistilledRow]) -> Vec<Statistic> {
     let mean = |name, value: fn(&DistilledRow) -> f64| Statistic {
         name,
         values: rows.iter().map(value).collect(),
         reduce: Reduce::Mean,
     };
-    vec![
+    let mut all = vec![
         mean("divergence", |row| row.divergence),
         mean("entropy", |row| row.entropy),
         mean("teacher_agreement", |row| f64::from(u8::from(row.agrees))),
-    ]
+    ];
+    let seen: Vec<ExtrapolatedRow> = rows.iter().filter_map(|row| row.extrapolation).collect();
+    if !seen.is_empty() {
+        let of = |name, reduce, value: fn(&ExtrapolatedRow) -> f64| Statistic {
+            name,
+            values: seen.iter().map(value).collect(),
+            reduce,
+        };
+        all.extend([
+            of("extrapolation/weight", Reduce::Mean, |row| row.weight),
+            of("extrapolation/expected_reward", Reduce::Mean, |row| row.expected_reward),
+            of("extrapolation/largest_shift", Reduce::Max, |row| row.largest_shift),
+        ]);
+    }
+    all
 }

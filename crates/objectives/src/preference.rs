@@ -41,10 +41,10 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::WorstCase;
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, bounded_exp, check_length, constant, per_token, values};
 use crate::pairwise::{PairLoss, Pairs, Two};
 use crate::scalar::{log_sigmoid, sequence_sums};
-use crate::{Members, WorstCase};
 
 /// The most probable a completion may be for its odds: `log(1 - 1e-6)`.
 const MAX_LOG_PROB_OF_ODDS: f64 = -1e-6;
@@ -378,15 +378,8 @@ pub fn preference(options: &PreferenceOptions, batch: &PairBatch) -> Result<Loss
     }
     if let Some(worst_case) = options.worst_case {
         let losses = values(&loss)?;
-        let worst = match worst_case.over {
-            Members::Pairs => worst_case.weights(&losses),
-            Members::Prompts => {
-                check_length("prompts", batch.prompts.len(), pairs)?;
-                worst_case.weights_of_groups(&losses, &batch.prompts)
-            }
-        };
-        // Relative to the uniform weights, which are in `weights` already.
-        weights = weights.mul(&Tensor::new(worst, loss.device())?)?.affine(pairs as f64, 0.0)?;
+        let relative = worst_case.relative_weights(&losses, &batch.prompts)?;
+        weights = weights.mul(&Tensor::new(relative, loss.device())?)?;
     }
     if options.use_weighting || options.worst_case.is_some() {
         let relative = values(&weights.div(&pair_weights)?)?;

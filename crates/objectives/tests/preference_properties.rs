@@ -174,7 +174,7 @@ proptest! {
 
     #[test]
     fn the_order_of_the_pairs_does_not_matter(options in any_options(), pairs in any_pairs(), robust in any::<bool>()) {
-        let worst_case = WorstCase { ball: Ball::ChiSquare, radius: 0.3, over: Members::Pairs };
+        let worst_case = WorstCase::new(Ball::ChiSquare, 0.3);
         let worst_case = (robust && !options.compares_pairs()).then_some(worst_case);
         let options = PreferenceOptions { worst_case, ..options };
         let count = pairs.sequences.len() / pairs.per_pair;
@@ -189,7 +189,7 @@ proptest! {
         let long = |p: f64, r: f64| vec![[p, r, p]; 3];
         let sequences =
             vec![long(extreme, other), long(other, extreme), vec![], long(extreme, other), long(other, other), vec![]];
-        let worst = (!options.compares_pairs()).then_some(WorstCase { ball: Ball::Kl, radius: 0.2, over: Members::Pairs });
+        let worst = (!options.compares_pairs()).then_some(WorstCase::new(Ball::Kl, 0.2));
         for worst_case in [None, worst] {
             let options = PreferenceOptions { worst_case, ..options.clone() };
             let (loss, gradient) = Pairs::new(sequences.clone(), 2).loss(&options);
@@ -207,7 +207,7 @@ proptest! {
         radius in 0.0..0.9f64,
         ball in prop::sample::select(vec![Ball::TotalVariation, Ball::Cvar, Ball::ChiSquare, Ball::Kl]),
     ) {
-        let q = WorstCase { ball, radius, over: Members::Pairs }.weights(&losses);
+        let q = WorstCase::new(ball, radius).weights(&losses);
         let n = losses.len() as f64;
         prop_assert!((q.iter().sum::<f64>() - 1.0).abs() < 1e-9 && q.iter().all(|&q| q >= 0.0), "{q:?}");
         let distance = match ball {
@@ -220,7 +220,7 @@ proptest! {
         let value = |q: &[f64]| q.iter().zip(&losses).map(|(q, l)| q * l).sum::<f64>();
         let mean = losses.iter().sum::<f64>() / n;
         prop_assert!(value(&q) >= mean - 1e-9);
-        let wider = WorstCase { ball, radius: radius + 0.05, over: Members::Pairs }.weights(&losses);
+        let wider = WorstCase::new(ball, radius + 0.05).weights(&losses);
         prop_assert!(value(&wider) >= value(&q) - 1e-9, "a larger ball holds a worse case");
         for (a, qa) in losses.iter().zip(&q) {
             for (b, qb) in losses.iter().zip(&q) {
@@ -320,17 +320,22 @@ fn rankings_weigh_and_refuse() {
 #[test]
 fn the_worst_mix_of_prompts() {
     let (losses, prompts) = ([1.0, 3.0, 2.5, 0.0, 0.5], [7, 7, 2, 7, 9]);
-    let of = |ball, radius| WorstCase { ball, radius, over: Members::Prompts }.weights_of_groups(&losses, &prompts);
+    let of = |ball, radius| -> Vec<f64> {
+        let worst = WorstCase { over: Members::Prompts, ..WorstCase::new(ball, radius) };
+        worst.relative_weights(&losses, &prompts).unwrap().into_iter().map(|weight| weight / 5.0).collect()
+    };
     let third = 1.0 / 3.0;
-    assert_eq!(of(Ball::Kl, 0.0), [third / 3.0, third / 3.0, third, third / 3.0, third]);
+    let close = |found: Vec<f64>, expected: [f64; 5]| {
+        for (found, expected) in found.into_iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-15, "{found}, expected {expected}");
+        }
+    };
+    close(of(Ball::Kl, 0.0), [third / 3.0, third / 3.0, third, third / 3.0, third]);
     // Mean losses 4/3, 2.5 and 0.5: the least gives up 0.2, the largest gets it.
-    let expected = [third / 3.0, third / 3.0, third + 0.2, third / 3.0, third - 0.2];
-    for (got, expected) in of(Ball::TotalVariation, 0.2).into_iter().zip(expected) {
-        assert!((got - expected).abs() < 1e-15, "{got}, expected {expected}");
-    }
+    close(of(Ball::TotalVariation, 0.2), [third / 3.0, third / 3.0, third + 0.2, third / 3.0, third - 0.2]);
     let pairs = two_pairs();
     let over = |over| {
-        let worst_case = Some(WorstCase { ball: Ball::ChiSquare, radius: 0.4, over });
+        let worst_case = Some(WorstCase { over, ..WorstCase::new(Ball::ChiSquare, 0.4) });
         pairs.value(&PreferenceOptions { worst_case, ..PreferenceOptions::default() })
     };
     let plain = pairs.value(&PreferenceOptions::default());
@@ -417,10 +422,10 @@ fn limits() {
     short.sequences[3].truncate(1);
     assert_eq!(value(PreferenceOptions { ld_alpha: Some(0.0), ..default() }), short.value(&default()));
     // A ball without extent holds the mean alone.
-    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.0, over: Members::Pairs });
+    let worst_case = Some(WorstCase::new(Ball::TotalVariation, 0.0));
     close(value(PreferenceOptions { worst_case, ..default() }), value(default()));
     // And one that holds everything looks at the worst pair alone.
-    let worst_case = Some(WorstCase { ball: Ball::TotalVariation, radius: 0.99, over: Members::Pairs });
+    let worst_case = Some(WorstCase::new(Ball::TotalVariation, 0.99));
     let worst = 2.0 * pairs.loss(&default()).0.values().unwrap().into_iter().fold(0.0, f64::max);
     close(value(PreferenceOptions { worst_case, ..default() }), worst);
     // Smoothing one half cannot tell the two apart; just below, robust DPO still can.
@@ -497,10 +502,7 @@ fn wrong_inputs_and_options_are_named() {
             "score: log_odds are those of a probability: they need reference_free = true and length = \"mean\"",
         ),
         (
-            PreferenceOptions {
-                worst_case: Some(WorstCase { ball: Ball::Cvar, radius: 1.0, over: Members::Pairs }),
-                ..default
-            },
+            PreferenceOptions { worst_case: Some(WorstCase::new(Ball::Cvar, 1.0)), ..default },
             "radius is 1, expected at least 0 and below 1",
         ),
     ] {

@@ -1,5 +1,7 @@
 //! Which rows of the data a step takes, and how its batch is cut to fit in memory.
 
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::ops::Range;
 
 use base::{Purpose, Random};
@@ -41,6 +43,12 @@ impl Order {
     pub fn epochs(&self, batches: u64, size: usize) -> f64 {
         (batches * size as u64) as f64 / self.rows as f64
     }
+}
+
+/// For each of these things, the place of the first that is equal to it.
+pub fn numbered<T: Eq + Hash>(things: impl Iterator<Item = T>) -> Vec<u32> {
+    let mut seen = HashMap::new();
+    (0..).zip(things).map(|(place, thing)| *seen.entry(thing).or_insert(place)).collect()
 }
 
 /// Cuts units of the given sizes into consecutive pieces whose sizes add up to at most `budget`; a unit larger than the

@@ -3,6 +3,9 @@
 //!
 //! A *unit* is what an objective compares, and is never cut: a pair of completions, or one solution with its steps. An *item* is a
 //! token after which the head is read; items are numbered through the batch, and each has as many scores as the head has outputs.
+//!
+//! An objective that compares units ([`Scope::Batch`]) sees all scores at once: where the batch has several pieces, they come from a
+//! pass of their own.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -16,7 +19,7 @@ use crate::method::{Report, Step, check_losses};
 use crate::metrics::Metrics;
 use crate::order::split;
 use crate::timing::Phase;
-use crate::update::Folds;
+use crate::update::{Folds, Scope};
 
 /// Sequences that are scored together.
 #[derive(Clone, Debug)]
@@ -171,20 +174,41 @@ pub fn gradients(
     step: &mut Step<'_>,
     batch: &Batch<'_>,
     budget: usize,
+    scope: Scope,
     statistics: &mut Folds,
     mut objective: impl FnMut(&Piece) -> objectives::Result<Loss>,
 ) -> Result<f64> {
     let started = Instant::now();
+    let pieces = batch.pieces(budget);
     let mut losses = Vec::new();
-    for units in batch.pieces(budget) {
+    let mut evaluated = |scores: &[f32], units: Range<usize>| {
+        let items = batch.items[units.start]..batch.items[units.end];
+        let (found, d_scores) = evaluate(scores, units, items, &mut objective)?;
+        statistics.extend(&found.statistics);
+        losses.extend(found.values()?);
+        Ok(d_scores)
+    };
+    let whole = match scope {
+        Scope::Batch if pieces.len() > 1 => {
+            let scores = batch.scores(step.decoder, step.workspace, budget).map_err(step.model_error())?;
+            Some(evaluated(&scores, 0..batch.units()).map_err(step.objective_error())?)
+        }
+        _ => None,
+    };
+    for units in pieces {
         let done = units.end;
         let (tokens, rows) = batch.pack(units.clone()).map_err(step.model_error())?;
         step.decoder.forward(&tokens, step.workspace, true).map_err(step.model_error())?;
-        let scores = step.decoder.scores(step.workspace, &rows).map_err(step.model_error())?;
-        let items = batch.items[units.start]..batch.items[units.end];
-        let (found, d_scores) = evaluate(&scores, units, items, &mut objective).map_err(step.objective_error())?;
-        statistics.extend(&found.statistics);
-        losses.extend(found.values().map_err(step.objective_error())?);
+        let d_scores = match &whole {
+            Some(all) => {
+                let outputs = all.len() / batch.items().max(1);
+                all[outputs * batch.items[units.start]..outputs * batch.items[units.end]].to_vec()
+            }
+            None => {
+                let scores = step.decoder.scores(step.workspace, &rows).map_err(step.model_error())?;
+                evaluated(&scores, units).map_err(step.objective_error())?
+            }
+        };
         let scores = ScoreGradients { rows: &rows, d_scores: &d_scores };
         step.decoder.backward_scores(&tokens, step.workspace, scores, step.gradients).map_err(step.model_error())?;
         step.progress(Phase::Train, done, batch.units());
@@ -202,13 +226,14 @@ pub fn step(
     step: &mut Step<'_>,
     batch: &Batch<'_>,
     budget: usize,
+    scope: Scope,
     objective: impl FnMut(&Piece) -> objectives::Result<Loss>,
 ) -> Result<Report> {
     let started = Instant::now();
     step.decoder.prepare_for_training(step.precision);
     step.spent(Phase::Train, started);
     let mut statistics = Folds::default();
-    let loss = gradients(step, batch, budget, &mut statistics, objective)?;
+    let loss = gradients(step, batch, budget, scope, &mut statistics, objective)?;
     let grad_norm = step.update()?;
     let mut metrics = Metrics::new();
     metrics.set("loss", loss);

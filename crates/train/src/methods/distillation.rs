@@ -11,6 +11,11 @@
 //! one chunk of positions at a time and are never stored. Divergences, mixtures of teachers and the factors `c` are those of
 //! [`mod@objectives::distillation`]. Student and teachers share a vocabulary.
 //!
+//! With `objective.extrapolation` two teachers make one: an aligned model and the one it is to be moved away from, which gives alignment by
+//! reinforcement learning without rewards or samples of actions ([`mod@objectives::extrapolation`]). `teachers = [{ model = "runs/dpo" },
+//! { model = "runs/reverse_dpo" }]`, where the second has learnt from the same pairs with `data.columns = { chosen = "rejected", rejected =
+//! "chosen" }`. Weights of teachers are then not read. Both have the student's vocabulary, and three models are in memory.
+//!
 //! Deviations from GKD (arXiv 2306.13649) and TRL's trainers:
 //! 1. λ (`on_policy_fraction`, TRL's `lmbda`) is a fixed share of the rows of every step, not the chance of a whole batch.
 //! 2. MiniLLM's (arXiv 2306.08543) loss of language modelling on other text (its `L_PT`) is left out, and a step makes one
@@ -76,6 +81,20 @@ pub const PRESETS: &[Preset] = &[
         paper: "Gu et al. 2024, arXiv 2306.08543",
         formula: "L = Σ_t w_t ρ_t [ KL(p_t ‖ q_t) - R_{t+1} log p(y_t) ],  R: mean of log q - log p over what follows,  y ~ m = α q + (1 - α) p,  ρ = p/m",
         settings: "teacher_mix = 0.2\n[objective]\ndivergence = \"reverse_kl\"\ndiscount = 1.0\nlength_normalization = true",
+    },
+    Preset {
+        name: "aligndistil",
+        title: "AlignDistil: a teacher beyond a DPO model, away from one of reversed pairs",
+        paper: "Zhang et al. 2025, arXiv 2503.02832",
+        formula: "L = mean_y mean_t (β/w_t) KL(p_t ‖ softmax(z_1 + w_t (z_1 - z_2))),  w_t = α Σ |p_1 - p_2| + 10⁻³,  y ~ π",
+        settings: "[objective]\naggregation = \"sequence\"\n[objective.extrapolation]\nanchor = \"first\"\nadaptive = true\nweight = 15.0\nbeta = 0.1",
+    },
+    Preset {
+        name: "aligndistil_theorem1",
+        title: "RLHF with a DPO reward as distillation: theorem 1 of AlignDistil",
+        paper: "Zhang et al. 2025, arXiv 2503.02832, theorem 1",
+        formula: "L = mean_y mean_t β_2 KL(p_t ‖ softmax(z_ref + w (z_dpo - z_ref))),  w = β/β_2,  y ~ π",
+        settings: "[objective]\naggregation = \"sequence\"\n[objective.extrapolation]\nanchor = \"second\"\nadaptive = false\nweight = 2.0\nbeta = 0.1",
     },
     Preset {
         name: "knowledge_distillation",
@@ -190,6 +209,9 @@ impl DistillationOptions {
         let own = self.objective.estimate == Estimate::Full || self.examples_per_step() == 0;
         check("objective.estimate", "sampled", own, "full, as not all completions are the student's own samples")?;
         check("teachers", "none", !self.teachers.is_empty(), "at least one model to learn from")?;
+        let two = self.objective.extrapolation.is_none() || self.teachers.len() == 2;
+        let expected = "2, towards the first and away from the second, with objective.extrapolation";
+        check("teachers", self.teachers.len(), two, expected)?;
         let weights: Vec<f64> = self.teachers.iter().map(|teacher| teacher.weight).collect();
         self.objective.shares(&weights).map_err(|error| OptionError::new("teachers", error.to_string()))?;
         self.training.validate().map_err(|error| error.within("training"))
@@ -389,8 +411,11 @@ impl Distillation {
         coefficients.resize(batch.loss_tokens(), objective.nll_weight);
         let others: Vec<Other<'_>> = self.teachers.iter().map(Other::Model).collect();
         let found = rows::gradients(step, batch, 0..batch.units(), self.row_pass(&others), |row| {
-            let targets = objective.targets(&row.others, &self.shares)?;
             let weight = weights[row.index];
+            if objective.extrapolation.is_some() {
+                return objective.extrapolated_row(row.logits, &row.others, weight);
+            }
+            let targets = objective.targets(&row.others, &self.shares)?;
             let coefficient = weight * coefficients[row.index];
             objective.row(row.logits, &targets, weight, (coefficient != 0.0).then_some((row.token, coefficient)))
         })?;

@@ -30,7 +30,6 @@
 //! - `entropy`: mean entropy over the tokens of all completions. `mean_token_accuracy`: share of the chosen completions'
 //!   tokens that are the most probable ones.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -44,7 +43,7 @@ use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean};
 use crate::options::{OptionError, TrainingOptions, check};
-use crate::order::Order;
+use crate::order::{Order, numbered};
 use crate::pass::Unit;
 use crate::reference::{Reference, SyncOptions};
 use crate::timing::Phase;
@@ -347,12 +346,11 @@ impl Preference {
 
     /// For each of these pairs, the first of them that has the same prompt.
     fn prompts(&self, rows: &[usize]) -> Vec<u32> {
-        let mut seen = HashMap::new();
-        let prompt = |row: usize| {
+        let prompt = |&row: &usize| {
             let chosen = &self.pairs[row].chosen;
             &chosen.ids[..chosen.given()]
         };
-        (0..).zip(rows).map(|(place, &row)| *seen.entry(prompt(row)).or_insert(place)).collect()
+        numbered(rows.iter().map(prompt))
     }
 }
 

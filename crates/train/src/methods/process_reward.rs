@@ -31,6 +31,7 @@ use crate::method::{Method, Report, Step};
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::Order;
 use crate::scoring::{self, Batch, Scored, Unit};
+use crate::update::Scope;
 
 /// The published methods of the family.
 pub const PRESETS: &[Preset] = &[
@@ -183,6 +184,6 @@ impl Method for ProcessReward {
                 StepLoss::Bce => reward::labelled(LabelLoss::Bce, &piece.scores, labels, &weights),
             }
         };
-        scoring::step(step, &batch, self.options.training.micro_batch_tokens, loss)
+        scoring::step(step, &batch, self.options.training.micro_batch_tokens, Scope::Piece, loss)
     }
 }

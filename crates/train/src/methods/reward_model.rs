@@ -12,6 +12,9 @@
 //!
 //! A step takes `batch_size` rows in the order of the epoch. What the two completions of a pair begin with together is computed once.
 //!
+//! With `worst_case` the mean is the one over the worst mix of the step's rows, or of its prompts ([`mod@objectives::worst_case`]): robust
+//! reward learning, Mandal et al., arXiv 2503.00539. Where the labels are noisy, train without it first.
+//!
 //! Rows: `prompt`, `chosen`, `rejected`, and where there is one `margin`, for `bradley_terry`; `prompt`, `completion` and `label` (true or
 //! false) or `score` (a number) for `bce` and `mse`. With `bce` and labels of final answers this is an outcome reward model (ORM).
 //!
@@ -24,6 +27,7 @@
 //! Metrics: `loss`; `grad_norm`, the norm of its gradient before clipping; those of [`mod@objectives::reward`].
 
 use data::{PreferencePair, ScoredExample};
+use objectives::WorstCase;
 use objectives::reward::{self, LabelLoss, ScoredPairs};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,8 +36,9 @@ use super::Preset;
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::options::{OptionError, TrainingOptions, check};
-use crate::order::Order;
+use crate::order::{Order, numbered};
 use crate::scoring::{self, Batch, Scored, Unit};
+use crate::update::Scope;
 
 /// The published methods of the family.
 pub const PRESETS: &[Preset] = &[
@@ -43,6 +48,13 @@ pub const PRESETS: &[Preset] = &[
         paper: "Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
         formula: "L = - E log σ(r(x, y_c) - r(x, y_r) - m) + λ E (r(x, y_c) + r(x, y_r))²",
         settings: "loss_type = \"bradley_terry\"",
+    },
+    Preset {
+        name: "dro_reward",
+        title: "a distributionally robust reward model: for the worst mix of the prompts",
+        paper: "Mandal et al. 2025, arXiv 2503.00539",
+        formula: "L = max_q Σ_i q_i l_i, l_i: mean of -log σ(r(x_i, y_c) - r(x_i, y_r)) over the pairs of prompt i, TV(q, 1/n) ≤ 0.2",
+        settings: "batch_size = 64\nworst_case = { ball = \"total_variation\", radius = 0.2, over = \"prompts\" }",
     },
     Preset {
         name: "orm",
@@ -84,6 +96,9 @@ pub struct RewardModelOptions {
     /// Weight of the squared sum of a pair's rewards, which keeps rewards around 0; 0.01 is usual, 0 is off.
     #[schemars(range(min = 0.0))]
     pub center_rewards_coefficient: f64,
+    /// Train for the worst mix of the step's rows near the one in the data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worst_case: Option<WorstCase>,
     /// Rows of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
@@ -97,6 +112,7 @@ impl Default for RewardModelOptions {
             method: "bradley_terry".into(),
             loss_type: RewardLoss::BradleyTerry,
             center_rewards_coefficient: 0.0,
+            worst_case: None,
             batch_size: 16,
             training: TrainingOptions::default(),
         }
@@ -113,6 +129,9 @@ impl RewardModelOptions {
         check("center_rewards_coefficient", center, center.is_finite() && center >= 0.0, "a number from 0 up")?;
         let centred = center == 0.0 || self.loss_type == RewardLoss::BradleyTerry;
         check("center_rewards_coefficient", center, centred, "0, unless loss_type is bradley_terry")?;
+        if let Some(worst_case) = self.worst_case {
+            worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
+        }
         check("batch_size", self.batch_size, (1..=1 << 20).contains(&self.batch_size), "1 to 1048576")?;
         self.training.validate().map_err(|error| error.within("training"))
     }
@@ -153,6 +172,15 @@ impl RewardRows {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The prompt of a row.
+    fn prompt(&self, row: usize) -> &[u32] {
+        let example = match self {
+            Self::Pairs(pairs) => &pairs[row].chosen,
+            Self::Scored(examples) => &examples[row].example,
+        };
+        &example.ids[..example.given()]
     }
 
     /// The units of some rows: pairs, or single completions.
@@ -199,18 +227,22 @@ impl RewardModel {
     fn loss(&self, piece: &scoring::Piece, rows: &[usize]) -> objectives::Result<objectives::Loss> {
         let weights = vec![1.0 / rows.len() as f64; piece.units.len()];
         let own = &rows[piece.units.clone()];
-        match &self.rows {
+        let mean = match &self.rows {
             RewardRows::Pairs(pairs) => {
                 let margins = own.iter().map(|&row| pairs[row].margin).collect();
                 let (chosen, rejected) = (piece.of_pairs(0)?, piece.of_pairs(1)?);
                 let pairs = ScoredPairs { chosen, rejected, margins, weights };
-                reward::bradley_terry(&pairs, self.options.center_rewards_coefficient)
+                reward::bradley_terry(&pairs, self.options.center_rewards_coefficient)?
             }
             RewardRows::Scored(examples) => {
                 let scores: Vec<f64> = own.iter().map(|&row| examples[row].score).collect();
                 let loss = if self.options.loss_type == RewardLoss::Bce { LabelLoss::Bce } else { LabelLoss::Mse };
-                reward::labelled(loss, &piece.scores, &scores, &weights)
+                reward::labelled(loss, &piece.scores, &scores, &weights)?
             }
+        };
+        match self.options.worst_case {
+            None => Ok(mean),
+            Some(worst_case) => worst_case.of(mean, &numbered(own.iter().map(|&row| self.rows.prompt(row)))),
         }
     }
 }
@@ -235,6 +267,7 @@ impl Method for RewardModel {
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
         let rows = Order::new(self.rows.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
         let batch = Batch::new(self.rows.units(&rows));
-        scoring::step(step, &batch, self.options.training.micro_batch_tokens, |piece| self.loss(piece, &rows))
+        let scope = if self.options.worst_case.is_some() { Scope::Batch } else { Scope::Piece };
+        scoring::step(step, &batch, self.options.training.micro_batch_tokens, scope, |piece| self.loss(piece, &rows))
     }
 }

@@ -23,6 +23,8 @@ pub struct Episodes<'a> {
     pub old_log_probs: Option<Vec<f32>>,
     /// Under the reference model, if it is needed.
     pub reference_log_probs: Option<Vec<f32>>,
+    /// How much its group counts relative to the others, where they do not count the same.
+    pub group_weights: Option<Vec<f64>>,
     /// What a value model estimates before the updates, and what it should have, if there is one.
     pub lesson: Option<Lesson>,
     /// The steps that sampled them, of each group.
@@ -53,6 +55,7 @@ impl<'a> Episodes<'a> {
             advantages: Vec::new(),
             old_log_probs: None,
             reference_log_probs: None,
+            group_weights: None,
             lesson: None,
             steps: &collected.steps,
         }
@@ -69,6 +72,7 @@ impl<'a> Episodes<'a> {
             advantages: chosen(&self.advantages, &tokens),
             old_log_probs: self.old_log_probs.as_ref().map(|all| chosen(all, &tokens)),
             reference_log_probs: self.reference_log_probs.as_ref().map(|all| chosen(all, &tokens)),
+            group_weights: self.group_weights.as_ref().map(|all| chosen(all, &tokens)),
             lesson: self
                 .lesson
                 .as_ref()

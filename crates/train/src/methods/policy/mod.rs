@@ -26,6 +26,12 @@
 //! **Dynamic sampling** (`max_resampling_rounds`, DAPO): groups whose rewards are all equal make room for groups of the prompts
 //! that come next in the data. What varies after the rounds is what the step learns from; if nothing does, it learns nothing.
 //!
+//! **The worst mix of prompts** (`worst_case`, robust policy optimisation, Mandal et al., arXiv 2503.00539). With `V_i` the mean over the
+//! completions of prompt i of what they are paid, `r - β Σ_t (log π - log ρ)` wherever the divergence is paid, the tokens of a prompt count
+//! `n q_i` times, where `q` is the worst mix for the losses `-V_i` ([`mod@objectives::worst_case`]). It is computed once a step, over all of its
+//! groups. What is worst depends on the scale of rewards: where prompts of one kind can earn less than others, they remain the worst
+//! whatever is learnt. The shaping `centered` pays the difference to reference answers instead (the regret).
+//!
 //! **Off policy, and reproducible.** With `staleness = k` the sampler is exactly k steps behind: the first step samples k + 1
 //! batches, every later one samples the batch that is learnt from k steps on. With `replay`, groups of earlier steps are learnt
 //! from again. Both keep the log-probabilities that the episodes were sampled with, so that ratios are relative to the policy
@@ -51,6 +57,7 @@
 //! Metrics, named as TRL names them, beside those of [`crate::rollouts`] and [`mod@objectives::policy`]:
 //! - `frac_reward_zero_std`: groups whose rewards are all equal teach nothing to a baseline made of the group.
 //! - `sampling/groups_sampled`, with dynamic sampling: groups that were sampled for the step.
+//! - `group_weights/max`, `group_values/min|mean`, with `worst_case`: the largest `n q_i`, the least and the mean `V_i`.
 //! - `sampling/staleness`, with `staleness` or `replay`: mean over groups of the steps since they were sampled.
 //! - `loss`, `grad_norm`: means over the updates of the step. `entropy`: of the policy at the loss tokens, in nats.
 //! - `entropy_coef`, with `entropy_target`: after the updates of the step.
@@ -92,7 +99,7 @@ use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean, standard_deviation};
 use crate::options::{OptionError, TrainingOptions, check};
-use crate::order::even_parts;
+use crate::order::{even_parts, numbered};
 use crate::rollouts;
 use crate::timing::Phase;
 use crate::update::{self, Folds, Known, Reading, Scope};
@@ -200,6 +207,7 @@ impl Method for Policy {
         let masks: Vec<Vec<bool>> = collected.episodes.iter().map(|episode| self.mask(episode)).collect();
         let mut episodes = Episodes::new(&collected, &masks, step.random(Purpose::Masking));
         episodes.reference_log_probs = self.reference_log_probs(step, &episodes)?;
+        episodes.group_weights = self.group_weights(step, &collected, &episodes, &mut metrics)?;
         let values = self.values(step, &episodes)?;
         let advantages = self.advantages(step, &collected, &episodes, values.as_deref(), &mut metrics)?;
         episodes.advantages = advantages.tokens;
@@ -317,6 +325,44 @@ impl Policy {
             metrics.set("val/explained_variance", explained.unwrap_or(f64::NAN));
         }
         Ok(found)
+    }
+
+    /// For every token, how much its group counts in the worst mix of prompts, relative to the mean.
+    fn group_weights(
+        &self,
+        step: &Step<'_>,
+        collected: &Collected,
+        episodes: &Episodes<'_>,
+        metrics: &mut Metrics,
+    ) -> Result<Option<Vec<f64>>> {
+        let Some(worst_case) = self.options.worst_case else { return Ok(None) };
+        let scores = self.shaped(&collected.episodes, &collected.scores);
+        let (batch, beta) = (&episodes.batch, self.state.kl.map_or(self.options.objective.beta, |kl| kl.coefficient));
+        let left = |group: usize| match &episodes.reference_log_probs {
+            None => 0.0,
+            Some(reference) => {
+                let own = batch.tokens_of(&(group..group + 1));
+                let pairs = episodes.sampling_log_probs[own.clone()].iter().zip(&reference[own]);
+                pairs.map(|(policy, reference)| f64::from(*policy) - f64::from(*reference)).sum::<f64>()
+            }
+        };
+        let value = |(group, own): (usize, &[Option<f64>])| {
+            let scored: Vec<f64> = own.iter().flatten().copied().collect();
+            // A group that nothing judges is worth what the others are worth: it is neither worst nor best.
+            (!scored.is_empty()).then(|| mean(&scored) - beta * left(group) / own.len() as f64)
+        };
+        let values: Vec<Option<f64>> = scores.chunks(collected.size).enumerate().map(value).collect();
+        let known: Vec<f64> = values.iter().flatten().copied().collect();
+        let middle = if known.is_empty() { 0.0 } else { mean(&known) };
+        let losses: Vec<f64> = values.iter().map(|value| -value.unwrap_or(middle)).collect();
+        let prompts = numbered(collected.rows.iter());
+        let weights = worst_case.relative_weights(&losses, &prompts).map_err(step.objective_error())?;
+        metrics.set("group_weights/max", weights.iter().copied().fold(0.0, f64::max));
+        metrics.set("group_values/min", known.iter().copied().reduce(f64::min).unwrap_or(middle));
+        metrics.set("group_values/mean", middle);
+        let of_group =
+            |(group, weight): (usize, &f64)| std::iter::repeat_n(*weight, batch.tokens_of(&(group..group + 1)).len());
+        Ok(Some(weights.iter().enumerate().flat_map(of_group).collect()))
     }
 
     /// The tokens of a completion that the loss is about.
@@ -517,6 +563,10 @@ impl Policy {
                 _ => (sampled, None),
             };
             let reference = episodes.reference_log_probs.as_ref().filter(|_| objective.kl_in_loss());
+            let mut weights = objective.aggregation.weights(piece.lengths, &counts);
+            if let Some(groups) = &episodes.group_weights {
+                weights.iter_mut().zip(&groups[piece.tokens.clone()]).for_each(|(weight, group)| *weight *= group);
+            }
             let inputs = PolicyBatch {
                 log_probs: piece.log_probs.clone(),
                 old_log_probs,
@@ -524,7 +574,7 @@ impl Policy {
                 reference_log_probs: reference.map(|all| piece.of_tokens(all)).transpose()?,
                 entropy: piece.entropy.clone(),
                 advantages: piece.of_tokens(&episodes.advantages)?,
-                weights: piece.constant(&objective.aggregation.weights(piece.lengths, &counts))?,
+                weights: piece.constant(&weights)?,
                 sequence: piece.sequence(),
                 tokens,
                 draws: Some(episodes.draws[piece.tokens.clone()].to_vec()),

@@ -1,7 +1,7 @@
 //! What a user can set about a policy gradient.
 
 use model::decoder::WeightFormat;
-use objectives::{Baseline, Credit, ScaleRewards};
+use objectives::{Baseline, Credit, ScaleRewards, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,9 @@ pub struct PolicyOptions {
     pub old_policy: OldPolicy,
     /// The value model, with `objective.baseline = "value"`.
     pub value: ValueOptions,
+    /// Train for the worst mix of the step's prompts near the one in the data: those that are worth least to the policy count more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worst_case: Option<WorstCase>,
     /// The parts of the loss: advantage, ratio, clip, divergence from the reference model, aggregation.
     pub objective: objectives::PolicyOptions,
     /// How completions are sampled.
@@ -159,6 +162,7 @@ impl Default for PolicyOptions {
             replay: ReplayOptions::default(),
             old_policy: OldPolicy::Sampler,
             value: ValueOptions::default(),
+            worst_case: None,
             objective: objectives::PolicyOptions::default(),
             sampling: rollout::SamplingOptions::default(),
             decode_batch_size: 32,
@@ -239,6 +243,9 @@ impl PolicyOptions {
             compared || !turn_by_turn,
             "\"sequence\" or \"token\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
         )?;
+        if let Some(worst_case) = self.worst_case {
+            worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
+        }
         self.training.validate().map_err(|error| error.within("training"))?;
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))
     }

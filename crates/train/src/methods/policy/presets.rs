@@ -317,6 +317,26 @@ kl_in = "reward"
 "#,
     },
     Preset {
+        name: "dro_ppo",
+        title: "distributionally robust PPO: for the worst mix of the prompts",
+        paper: "Mandal et al. 2025, arXiv 2503.00539",
+        formula: "as ppo, tokens of prompt i times n q_i;  q = argmin Σ q_i V_i,  V_i = mean of r - β Σ_t (log π - log ρ),  TV(q, 1/n) ≤ 0.2",
+        settings: r#"prompts_per_step = 64
+num_generations = 1
+num_iterations = 4
+shuffle_minibatches = true
+worst_case = { ball = "total_variation", radius = 0.2 }
+
+[objective]
+baseline = "value"
+whiten_advantages = true
+aggregation = "token"
+beta = 0.05
+kl = "k1"
+kl_in = "reward"
+"#,
+    },
+    Preset {
         name: "vc_ppo",
         title: "PPO with a pretrained critic and two λ, for long answers",
         paper: "Yuan et al. 2025, arXiv 2503.01491",
