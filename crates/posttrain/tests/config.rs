@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::PathBuf;
+
 use common::{SMALL, root, write};
 use posttrain::config::load::Layers;
 use posttrain::config::tree::Node;
@@ -21,7 +23,7 @@ fn defaults_files_and_flags_in_this_order() {
     let first =
         write(folder.path(), "first.toml", "seed = 1\n[sft]\nbatch_size = 2\n[sft.training]\nlearning_rate = 1e-3\n");
     let second = write(folder.path(), "second.toml", "[sft]\nbatch_size = 3\n");
-    let load = |files: &[&std::path::PathBuf], assignments: &[&str]| {
+    let load = |files: &[&PathBuf], assignments: &[&str]| {
         let files = files.iter().map(|path| (*path).clone()).collect();
         let assignments = assignments.iter().map(|text| (*text).to_owned()).collect();
         Config::load(&Layers { files, assignments }).map_err(|failure| failure.to_string()).unwrap()
@@ -71,8 +73,11 @@ fn every_option_is_documented() {
 #[test]
 fn recipes_read_back_from_what_they_resolve_to() {
     let files = |folder: &str| std::fs::read_dir(root().join(folder)).unwrap().map(|entry| entry.unwrap().path());
-    let papers = files("crates/systems/src").map(|folder| folder.join("paper.toml")).filter(|path| path.exists());
-    for path in files("recipes").chain(papers) {
+    let systems = files("crates/systems/src").filter(|path| path.is_dir() && !path.ends_with("worlds"));
+    // What is no recipe there are the settings of the miniature.
+    let miniature = |path: &PathBuf| path.ends_with("tiny.toml") || path.ends_with("quick.toml");
+    let theirs = systems.flat_map(|folder| files(&folder.display().to_string())).filter(|path| !miniature(path));
+    for path in files("recipes").chain(theirs) {
         if path.extension().is_some_and(|extension| extension == "toml") {
             let config = read(&std::fs::read_to_string(&path).unwrap()).unwrap();
             let resolved = config.to_toml().map_err(|failure| failure.to_string()).unwrap();

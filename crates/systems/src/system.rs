@@ -29,6 +29,8 @@ pub struct System {
     pub quick: &'static str,
     /// `README.md`.
     pub readme: &'static str,
+    /// Recipes of other scales beside it, for `posttrain train`: the names of their files without `.toml`, as `smollm2` and `paper`.
+    pub recipes: &'static [&'static str],
     /// The JSON schema of the settings.
     pub schema: fn() -> Value,
     /// Reads the settings.
@@ -105,6 +107,11 @@ impl Arm {
 }
 
 impl System {
+    /// Its folder within the crate's sources.
+    pub fn folder(&self) -> String {
+        self.name.replace('-', "_")
+    }
+
     /// The arm of this name.
     pub fn arm(&self, name: &str) -> Option<&'static Arm> {
         self.arms.iter().find(|arm| arm.name == name)

@@ -81,6 +81,21 @@ fn settings_that_are_not_the_systems_are_refused() {
 }
 
 #[test]
+fn every_recipe_that_is_named_is_there_and_the_other_way_round() {
+    for system in SYSTEMS {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(system.folder());
+        let files = std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path());
+        let recipes = files.filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+        let names = recipes.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned());
+        let mut found: Vec<String> = names.filter(|name| name != "tiny" && name != "quick").collect();
+        let mut named = system.recipes.to_vec();
+        found.sort_unstable();
+        named.sort_unstable();
+        assert_eq!(found, named, "{}", system.name);
+    }
+}
+
+#[test]
 fn names_are_unique_and_files_can_have_them() {
     for system in SYSTEMS {
         let mut names: Vec<&str> = system.arms.iter().map(|arm| arm.name).collect();

@@ -50,13 +50,17 @@ fn markdown(folder: &Path) -> Result<String, Failure> {
          Published systems, reproduced in miniature: `posttrain reproduce NAME` trains the method, its baselines and its ablations over seeds, \
          and judges every claim by Student's 95 % interval of its mean over the seeds. A claim *holds* where the whole interval keeps \
          the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run.\n\n\
-         | system | what is claimed | evidence |\n| --- | --- | --- |\n",
+         | system | what is claimed | evidence | time of one core | recipes of other scales |\n| --- | --- | --- | --- | --- |\n",
     );
     let mut sections = String::new();
     for system in SYSTEMS {
         let found = evidence(folder, system)?;
         let known = found.as_ref().map_or_else(|| "none yet".to_owned(), tally);
-        text += &format!("| [{0}](#{0}) | {1} | {known} |\n", system.name, system.summary);
+        let time = found.as_ref().map(|found| duration(found.seconds)).unwrap_or_default();
+        let recipe = |name: &&str| format!("[{name}](../crates/systems/src/{}/{name}.toml)", system.folder());
+        let recipes: Vec<String> = system.recipes.iter().map(recipe).collect();
+        let recipes = recipes.join(", ");
+        text += &format!("| [{0}](#{0}) | {1} | {known} | {time} | {recipes} |\n", system.name, system.summary);
         sections += &section(system, found.as_ref());
     }
     Ok(text + &sections)
@@ -68,7 +72,7 @@ fn section(system: &System, evidence: Option<&Evidence>) -> String {
         system.name,
         system.title,
         system.paper,
-        system.name.replace('-', "_")
+        system.folder()
     );
     for arm in system.arms {
         let role = match arm.role {

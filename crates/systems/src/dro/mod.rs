@@ -69,6 +69,7 @@ pub const SYSTEM: System = System {
     tiny: include_str!("tiny.toml"),
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
+    recipes: &["paper"],
     schema: || schemars::schema_for!(Dro).to_value(),
     open: |settings| open::<Dro>("dro", settings),
 };

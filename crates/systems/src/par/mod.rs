@@ -58,6 +58,7 @@ pub const SYSTEM: System = System {
     tiny: include_str!("tiny.toml"),
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
+    recipes: &["smollm2", "paper"],
     schema: || schemars::schema_for!(Par).to_value(),
     open: |settings| open::<Par>("par", settings),
 };

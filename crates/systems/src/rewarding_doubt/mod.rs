@@ -68,6 +68,7 @@ pub const SYSTEM: System = System {
     tiny: include_str!("tiny.toml"),
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
+    recipes: &["smollm2", "paper"],
     schema: || schemars::schema_for!(RewardingDoubt).to_value(),
     open: |settings| open::<RewardingDoubt>("rewarding-doubt", settings),
 };

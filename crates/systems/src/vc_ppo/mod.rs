@@ -48,6 +48,7 @@ pub const SYSTEM: System = System {
     tiny: include_str!("tiny.toml"),
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
+    recipes: &["paper"],
     schema: || schemars::schema_for!(VcPpo).to_value(),
     open: |settings| open::<VcPpo>("vc-ppo", settings),
 };
