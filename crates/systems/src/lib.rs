@@ -11,6 +11,7 @@
 //! that a recipe could use without the experiment: rewards belong to `envs`, losses to `objectives`, methods to `train`,
 //! metrics to `eval`.
 
+pub mod ce_u;
 pub mod error;
 pub mod evidence;
 pub mod experiment;
@@ -32,7 +33,7 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &ce_u::SYSTEM, &par::SYSTEM];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {
