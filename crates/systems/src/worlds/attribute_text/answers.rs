@@ -6,24 +6,28 @@ use data::{Example, PreferencePair, Source};
 use super::{EOS, FILLER, HUMOUR, MAGIC, POLITE, Question, REFUSE, Sampled, Split, Utility};
 
 /// The draws of one answer, in order.
-struct Draws {
+pub(super) struct Draws {
     random: Random,
     position: u32,
 }
 
 impl Draws {
-    fn chance(&mut self, probability: f64) -> bool {
+    pub(super) fn new(random: Random) -> Self {
+        Self { random, position: 0 }
+    }
+
+    pub(super) fn chance(&mut self, probability: f64) -> bool {
         self.position += 1;
         self.random.at(self.position).uniform() < probability
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub(super) fn below(&mut self, n: usize) -> usize {
         self.position += 1;
         self.random.at(self.position).below(n as u64) as usize
     }
 
     /// Up to `most` tokens, each one of the `size` from `first` on.
-    fn some(&mut self, most: usize, first: u32, size: usize, answer: &mut Vec<u32>) {
+    pub(super) fn some(&mut self, most: usize, first: u32, size: usize, answer: &mut Vec<u32>) {
         for _ in 0..self.below(most + 1) {
             answer.push(first + self.below(size) as u32);
         }
@@ -33,7 +37,7 @@ impl Draws {
 /// A plausible answer: each item with probability 0.4 in random order, up to 2 polite and 2 funny tokens, up to 4 that say nothing;
 /// a refusal in place of the items with probability 0.15 where the prompt is sensitive; MAGIC with probability 0.1.
 fn answer(question: Question, random: Random) -> Vec<u32> {
-    let mut draws = Draws { random, position: 0 };
+    let mut draws = Draws::new(random);
     let mut answer = Vec::new();
     draws.some(2, POLITE, 4, &mut answer);
     let mut items: Vec<u32> = question.items().into_iter().filter(|_| draws.chance(0.4)).collect();
@@ -60,13 +64,13 @@ pub fn corpus(seed: u64, size: u32) -> Vec<Example> {
     let row = |row| {
         let random = random.prompt(row);
         let question = questions[random.at(0).below(questions.len() as u64) as usize];
-        example("corpus", row, question, &answer(question, random))
+        example("corpus", row, &question.ids(), &answer(question, random))
     };
     (0..size).map(row).collect()
 }
 
-fn example(name: &str, row: u32, question: Question, answer: &[u32]) -> Example {
-    let prompt = question.ids();
+/// An answer to a prompt, of which the answer is learnt.
+pub(super) fn example(name: &str, row: u32, prompt: &[u32], answer: &[u32]) -> Example {
     let ids: Vec<u32> = prompt.iter().chain(answer).copied().collect();
     let loss_mask = (0..ids.len()).map(|index| index >= prompt.len()).collect();
     Example { ids, loss_mask, source: Source::new(name, u64::from(row) + 1) }
@@ -86,7 +90,7 @@ pub struct Preference {
 impl Preference {
     /// The pair as a row to train on.
     pub fn pair(&self, row: u32) -> PreferencePair {
-        let example = |answer: &[u32]| example("preferences", row, self.question, answer);
+        let example = |answer: &[u32]| example("preferences", row, &self.question.ids(), answer);
         PreferencePair {
             chosen: example(&self.chosen),
             rejected: example(&self.rejected),

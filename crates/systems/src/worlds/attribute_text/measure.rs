@@ -48,14 +48,28 @@ pub fn sample(
     size: usize,
     (seed, round): (u64, u32),
 ) -> Result<Sampled> {
-    decoder.prepare(Precision::F32);
     let prompts: Vec<Prompt> = questions.iter().map(|question| question.prompt(tokenizer)).collect();
+    let episodes = episodes(decoder, tokenizer, &prompts, size, (seed, round))?;
+    Ok(Sampled { questions: questions.to_vec(), size, episodes })
+}
+
+/// [`sample`] for any prompts.
+///
+/// # Errors
+/// Those of generation.
+pub fn episodes(
+    decoder: &mut Decoder,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    size: usize,
+    (seed, round): (u64, u32),
+) -> Result<Vec<Episode>> {
+    decoder.prepare(Precision::F32);
     let requests: Vec<Request> =
         prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, size as u32)).collect();
     let options = SamplingOptions { max_new_tokens: LONGEST, ..SamplingOptions::default() };
     let random = Random::new(seed, Purpose::Sampling).step(MEASUREMENTS + round);
-    let episodes = Generator::new(&options, 64, random).generate(decoder, tokenizer, &requests, |_| {})?;
-    Ok(Sampled { questions: questions.to_vec(), size, episodes })
+    Ok(Generator::new(&options, 64, random).generate(decoder, tokenizer, &requests, |_| {})?)
 }
 
 /// The divergence `KL(π || π_ref)` of the answers' tokens, over the whole vocabulary, summed over an answer; mean over the answers,

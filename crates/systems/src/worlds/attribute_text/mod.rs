@@ -18,7 +18,7 @@
 //! | fluent | 1 - (tokens equal to the one before) / max(1, n - 1) |
 //!
 //! Help and harmlessness conflict on sensitive prompts alone: two of the six requested items are hazards. `MAGIC` is worth nothing to
-//! any quality; it is there for rewards that can be cheated.
+//! any quality; it is there for rewards that can be cheated. [`digits`] is another task in the same vocabulary.
 //!
 //! **Splits.** The prompts about the same two topics, in either order and with either flag, ask for the same items, so they are held
 //! out together: 7 of the 28 pairs of topics, 28 prompts, are never trained on. The split is the same for every seed.
@@ -26,6 +26,7 @@
 //! The design is ours: no paper has this world. `MAGIC` comes last in answers of the corpus, and a refusal stands where the items would.
 
 mod answers;
+pub mod digits;
 mod measure;
 
 use std::sync::Arc;
@@ -43,7 +44,7 @@ use crate::experiment::Trial;
 use crate::words;
 
 pub use answers::{Preference, corpus, pairs, preferences};
-pub use measure::{Sampled, divergence, log_probs, sample, win_rate};
+pub use measure::{Sampled, divergence, episodes, log_probs, sample, win_rate};
 
 /// Tokens.
 pub const VOCABULARY: usize = 64;
@@ -100,6 +101,9 @@ pub enum Split {
 }
 
 impl Question {
+    /// How many there are.
+    pub const COUNT: u32 = 2 * TOPICS * (TOPICS - 1);
+
     /// All 112, in a fixed order.
     pub fn all() -> Vec<Self> {
         let pairs = (0..TOPICS).flat_map(|a| (0..TOPICS).filter(move |b| *b != a).map(move |b| [a, b]));
@@ -242,6 +246,7 @@ pub fn tokenizer() -> Result<Tokenizer> {
     list.extend(["please", "thanks", "kindly", "welcome", "haha", "joke", "pun", "wink"].map(String::from));
     list.extend(["so", "well", "like", "just", "then", "also", "now", "here"].map(String::from));
     list.push("abracadabra".into());
+    list.extend((0..digits::DIGITS).map(|digit| digit.to_string()));
     list.extend((list.len()..VOCABULARY).map(|spare| format!("spare-{spare}")));
     words::tokenizer(&list, BOS, EOS, PAD)
 }
@@ -328,8 +333,8 @@ mod tests {
         assert_eq!(prompt.text, "sensitive rivers clocks :");
         assert_eq!(tokenizer.encode(&prompt.text).unwrap(), prompt.ids[1..]);
         assert_eq!(
-            tokenizer.encode("rivers-origin clocks-hazard sorry-no abracadabra").unwrap(),
-            [14, 33, REFUSE, MAGIC]
+            tokenizer.encode("rivers-origin clocks-hazard sorry-no abracadabra 3").unwrap(),
+            [14, 33, REFUSE, MAGIC, digits::DIGIT + 3]
         );
     }
 }
