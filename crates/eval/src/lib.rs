@@ -9,6 +9,7 @@ pub mod interval;
 pub mod kolmogorov_smirnov;
 pub mod metrics;
 pub mod paired;
+pub mod personalization;
 pub mod play;
 pub mod sequential;
 pub mod test_time;

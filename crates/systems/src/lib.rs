@@ -17,6 +17,7 @@ pub mod evidence;
 pub mod experiment;
 pub mod measurements;
 pub mod par;
+pub mod personalized;
 pub mod reproduce;
 pub mod rewarding_doubt;
 pub mod settings;
@@ -33,7 +34,14 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &ce_u::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] =
+    &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &ce_u::SYSTEM, &par::SYSTEM, &personalized::SYSTEM];
+
+/// The files of a world that is text, by name, for a seed.
+pub type WriteData = fn(u64) -> Vec<(&'static str, String)>;
+
+/// The systems whose world is text that any model can be trained on, and what writes it.
+pub const DATA: &[(&str, WriteData)] = &[("ce-u", ce_u::data)];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {

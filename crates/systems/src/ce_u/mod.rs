@@ -23,8 +23,9 @@
 //! x = 1 - log p / log p_start       y = utility / utility_start       both within [0, 1]
 //! ```
 //!
-//! since more of one can always be had for less of the other. CE-U, gradient ascent, NPO and SimNPO each have the learning rate with the
-//! largest area among the same three (1e-4, 3e-4, 1e-3), found with seeds that judge nothing.
+//! since more of one can always be had for less of the other. CE-U, CE-U with rows to retain, gradient ascent, gradient difference, NPO and
+//! SimNPO each have the learning rate with the largest area among the same five (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), found with a seed that judges
+//! nothing.
 //!
 //! Deviations from the paper:
 //! 1. A model of 3 layers, and 400 questions in place of 4000; forget10, so that the test has 40 values in each sample.
@@ -81,6 +82,11 @@ const ARMS: &[Arm] = &[
     Arm::new("ce-u-retain", Role::Method, "rows to retain are learnt in the same batch"),
     Arm::new("ce-u-whole", Role::Ablation, "the first token of an answer is forgotten too"),
     Arm::new("ce-u-inside", Role::Ablation, "neither the first token nor the end of an answer is forgotten"),
+    Arm::new(
+        "ce-u-late",
+        Role::Ablation,
+        "the first five tokens of an answer, which hold little but its form, are left alone",
+    ),
 ];
 
 /// The log10 of the p-value below which two models count as told apart.
@@ -139,9 +145,9 @@ const CLAIMS: &[Claim] = &[
     },
     Claim {
         id: "2d",
-        statement: "and its perplexity on retained rows grows more than tenfold",
-        bound: Bound::AtLeast(10.0),
-        measure: |seed| of(seed, "gradient-ascent", "perplexity_growth"),
+        statement: "and its perplexity on retained rows grows more than tenfold: log10 of how many times",
+        bound: Bound::AtLeast(1.0),
+        measure: |seed| Some(of(seed, "gradient-ascent", "perplexity_growth")?.log10()),
     },
     Claim {
         id: "3",
@@ -184,7 +190,7 @@ const FIGURES: &[Figure] = &[
         x: "epoch",
         y: "utility",
         curve: "utility",
-        arms: &["ce-u", "ce-u-whole", "ce-u-inside"],
+        arms: &["ce-u", "ce-u-whole", "ce-u-inside", "ce-u-late"],
         diagonal: false,
     },
     Figure {
@@ -225,6 +231,23 @@ pub struct CeU {
     pub unlearning: UnlearningOptions,
     /// The learning rate of each arm.
     pub learning_rates: BTreeMap<String, f64>,
+}
+
+/// The files of tofu-mini with TOFU's forget10 for a seed, to train on and to be measured with: what is to be forgotten, what is to be
+/// retained, both together, and what is known.
+pub fn data(seed: u64) -> Vec<(&'static str, String)> {
+    let world = World::new(Authors { invented: AUTHORS, forgotten: AUTHORS / 10, known: AUTHORS / 2 }, seed);
+    let [forget, retain, real, facts] =
+        [Set::Forget, Set::Retain, Set::RealAuthors, Set::WorldFacts].map(|set| world.lines(set));
+    let known = real.clone() + &facts;
+    vec![
+        ("full.jsonl", forget.clone() + &retain + &known),
+        ("never_saw.jsonl", retain.clone() + &known),
+        ("forget.jsonl", forget),
+        ("retain.jsonl", retain),
+        ("real_authors.jsonl", real),
+        ("world_facts.jsonl", facts),
+    ]
 }
 
 /// What all arms of a seed start from.
@@ -270,6 +293,7 @@ fn recipe(arm: &str, shared: &UnlearningOptions) -> Option<UnlearningOptions> {
         "ce-u" | "ce-u-inside" => (Forget::CeU, 0.0, 1),
         "ce-u-retain" => (Forget::CeU, 1.0, 1),
         "ce-u-whole" => (Forget::CeU, 0.0, 0),
+        "ce-u-late" => (Forget::CeU, 0.0, 5),
         "gradient-ascent" | "gradient-ascent-tuned" => (Forget::GradientAscent, 0.0, 0),
         "gradient-difference" => (Forget::GradientAscent, 1.0, 0),
         "npo" => (Forget::Npo, 0.0, 0),

@@ -36,7 +36,7 @@ impl Draws {
 
 /// A plausible answer: each item with probability 0.4 in random order, up to 2 polite and 2 funny tokens, up to 4 that say nothing;
 /// a refusal in place of the items with probability 0.15 where the prompt is sensitive; MAGIC with probability 0.1.
-fn answer(question: Question, random: Random) -> Vec<u32> {
+pub fn plausible(question: Question, random: Random) -> Vec<u32> {
     let mut draws = Draws::new(random);
     let mut answer = Vec::new();
     draws.some(2, POLITE, 4, &mut answer);
@@ -64,7 +64,7 @@ pub fn corpus(seed: u64, size: u32) -> Vec<Example> {
     let row = |row| {
         let random = random.prompt(row);
         let question = questions[random.at(0).below(questions.len() as u64) as usize];
-        example("corpus", row, &question.ids(), &answer(question, random))
+        example("corpus", row, &question.ids(), &plausible(question, random))
     };
     (0..size).map(row).collect()
 }
@@ -150,7 +150,7 @@ mod tests {
         let question = Question { sensitive: false, topics: [1, 2] };
         let pairs = || {
             let answers = |index| {
-                [0, 1].map(|sample| answer(question, Random::new(5, Purpose::Test).prompt(index).sample(sample)))
+                [0, 1].map(|sample| plausible(question, Random::new(5, Purpose::Test).prompt(index).sample(sample)))
             };
             (0..500).map(|index| (question, answers(index))).collect::<Vec<_>>()
         };
