@@ -18,6 +18,11 @@
 //! `-log(1 - p_y)`, at most 2 in the sum of its absolute values, 0 for what is forgotten, where gradient ascent's grows without bound.
 //! `log π(y_i)` is the sum over the loss tokens of a row; the means run over the rows of the step.
 //!
+//! **Learning and unlearning are one loss** ([`masked_target_row`]): cross-entropy towards the model's own distribution restricted to a set `S`
+//! of tokens, a constant `q`. It is `-log Σ_{v ∈ S} p_v + H(q)`; with `S = {y}` it is that of supervised learning, with `S` everything but `y`
+//! it is CE-U, and a position that is ignored has no row. Nothing but the sum of gradients joins rows of one batch, so `ce_u` with
+//! `retain = "nll"` is such a batch, in which `forget_weight` and `retain_weight` say what a token to forget and a token to keep count.
+//!
 //! Deviations:
 //! 1. `ce_u` reports `-log(1 - p_y)` as its loss, without the constant `H(q)`, which is `forget/entropy`.
 
@@ -73,6 +78,8 @@ pub struct UnlearningOptions {
     pub margin: f64,
     /// Leave this many of the first loss tokens of a row to be forgotten out: what any answer begins with need not be.
     pub ignore_first_tokens: usize,
+    /// Leave this many of the last loss tokens of a row to be forgotten out: with 1 the model does not unlearn to end its answers.
+    pub ignore_last_tokens: usize,
     /// What makes the model keep the other rows.
     pub retain: Retain,
     /// Weight of what makes it keep them; with 0, no such rows are needed.
@@ -88,6 +95,7 @@ impl Default for UnlearningOptions {
             beta: 0.1,
             margin: 0.0,
             ignore_first_tokens: 0,
+            ignore_last_tokens: 0,
             retain: Retain::default(),
             retain_weight: 1.0,
         }
@@ -172,28 +180,58 @@ pub struct ForgottenRow {
     pub entropy: f64,
 }
 
-/// The loss `-weight · log(1 - p_y)` at one position, CE-U's; the logits are replaced by its gradient.
+/// What the row of one position is worth, whose target is the model's own distribution on a set of tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MaskedRow {
+    /// `-weight · log Σ_{v ∈ S} p_v`.
+    pub loss: f64,
+    /// `log Σ_{v ∉ S} p_v`.
+    pub log_outside: f64,
+    /// The entropy of the target, in nats.
+    pub entropy: f64,
+}
+
+/// The loss `-weight · log Σ_{v ∈ S} p_v` at one position, where `S` are the tokens that `keep` says yes to; the logits are replaced by its
+/// gradient, which is `p_v` outside of `S` and `-p_v (1 - p(S)) / p(S)` inside, times the weight.
 ///
-/// It is `log Σ_v e^{z_v} - log Σ_{v ≠ y} e^{z_v}`, which no probability near 1 can spoil.
+/// It is `log Σ_v e^{z_v} - log Σ_{v ∈ S} e^{z_v}`, which no probability near 0 or 1 can spoil. A logit of negative infinity is in neither set.
+///
+/// # Errors
+/// A set in which nothing can be predicted.
+pub fn masked_target_row(logits: &mut [f32], keep: impl Fn(usize) -> bool, weight: f64) -> Result<MaskedRow> {
+    let of = |inside: bool| {
+        let logit = |(v, &logit): (usize, &f32)| if keep(v) == inside { f64::from(logit) } else { f64::NEG_INFINITY };
+        logits.iter().enumerate().map(logit).collect::<Vec<_>>()
+    };
+    let possible = |logits: &[f64]| logits.iter().filter(|logit| **logit > f64::NEG_INFINITY).count();
+    let (inside, outside) = (of(true), of(false));
+    let targets = possible(&inside);
+    check_range("the number of tokens that may follow", targets as f64, targets > 0, "at least 1")?;
+    let q = Distribution::of(inside.clone());
+    if possible(&outside) == 0 {
+        logits.fill(0.0);
+        return Ok(MaskedRow { loss: 0.0, log_outside: f64::NEG_INFINITY, entropy: q.entropy() });
+    }
+    let rest = Distribution::of(outside.clone());
+    // The log-odds of the outside: the difference of both log-sum-exps, each read off at its most probable token.
+    let log_sum_exp =
+        |logits: &[f64], own: &Distribution| logits[own.most_probable()] - own.log_probs()[own.most_probable()];
+    let odds = log_sum_exp(&outside, &rest) - log_sum_exp(&inside, &q);
+    let p_outside = 1.0 / (1.0 + (-odds).exp());
+    for ((logit, q), rest) in logits.iter_mut().zip(q.probs()).zip(rest.probs()) {
+        *logit = (weight * p_outside * (rest - q)) as f32;
+    }
+    let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+    Ok(MaskedRow { loss: weight * softplus(odds), log_outside: -softplus(-odds), entropy: q.entropy() })
+}
+
+/// CE-U's loss `-weight · log(1 - p_y)` at one position: [`masked_target_row`] where everything but the token is kept.
 ///
 /// # Errors
 /// A token outside the row, or one besides which nothing is left to predict.
 pub fn unlikely_row(logits: &mut [f32], token: u32, weight: f64) -> Result<ForgottenRow> {
     let y = token as usize;
-    let others = logits.iter().enumerate().filter(|(v, logit)| *v != y && **logit > f32::NEG_INFINITY).count();
     check_range("the token to forget", y as f64, y < logits.len(), "a token of the vocabulary")?;
-    check_range("the number of other tokens", others as f64, others > 0, "at least 1")?;
-    let own = f64::from(logits[y]);
-    logits[y] = f32::NEG_INFINITY;
-    let q = Distribution::new(logits, 1.0);
-    let other = (0..logits.len()).find(|&v| q.probs()[v] > 0.0).unwrap_or(y);
-    // The log of the odds of the token: its logit over the log-sum-exp of the others.
-    let odds = own - (f64::from(logits[other]) - q.log_probs()[other]);
-    let p = 1.0 / (1.0 + (-odds).exp());
-    for (logit, q) in logits.iter_mut().zip(q.probs()) {
-        *logit = (-weight * p * q) as f32;
-    }
-    logits[y] = (weight * p) as f32;
-    let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
-    Ok(ForgottenRow { loss: weight * softplus(odds), log_prob: -softplus(-odds), entropy: q.entropy() })
+    let row = masked_target_row(logits, |v| v != y, weight)?;
+    Ok(ForgottenRow { loss: row.loss, log_prob: row.log_outside, entropy: row.entropy })
 }

@@ -6,7 +6,7 @@ use candle_core::{D, Device, Tensor, Var};
 use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing};
 use objectives::distribution::by_autodiff;
 use objectives::sft::{SftLoss, SftObjective};
-use objectives::unlearning::{Forget, ForgetBatch, UnlearningOptions, forget, unlikely_row};
+use objectives::unlearning::{Forget, ForgetBatch, UnlearningOptions, forget, masked_target_row, unlikely_row};
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
 use serde_json::Value;
@@ -339,6 +339,96 @@ fn ce_u_is_strong_where_gradient_ascent_is_weak_and_ends_where_that_explodes() {
     assert!(forgotten.loss < 1e-80 && pull == 0.0, "{forgotten:?}");
     assert!(unlikely_row(&mut [f32::NEG_INFINITY, 3.0], 1, 1.0).is_err(), "nothing else to predict");
     assert!(unlikely_row(&mut [1.0, 3.0], 2, 1.0).is_err(), "no such token");
+}
+
+#[test]
+fn learning_and_unlearning_are_one_loss() {
+    let logits = [0.5f32, -1.25, 2.0, 0.125, f32::NEG_INFINITY];
+    let p: Vec<f64> = {
+        let total: f64 = logits.iter().map(|z| f64::from(*z).exp()).sum();
+        logits.iter().map(|z| f64::from(*z).exp() / total).collect()
+    };
+    let at = |keep: &dyn Fn(usize) -> bool| {
+        let mut row = logits;
+        (masked_target_row(&mut row, keep, 1.0).unwrap(), row)
+    };
+    // One token: supervised cross-entropy, p - one-hot.
+    let (learn, gradient) = at(&|v| v == 2);
+    close(learn.loss, -p[2].ln(), 1e-12, "learning");
+    close(learn.entropy, 0.0, 1e-12, "one token is certain");
+    for (v, found) in gradient.into_iter().enumerate() {
+        close(f64::from(found), p[v] - f64::from(u8::from(v == 2)), 1e-7, "the gradient of learning");
+    }
+    // All but one: CE-U.
+    let (unlearn, gradient) = at(&|v| v != 2);
+    let mut row = logits;
+    let ce_u = unlikely_row(&mut row, 2, 1.0).unwrap();
+    assert_eq!((unlearn.loss, unlearn.log_outside, row), (ce_u.loss, ce_u.log_prob, gradient));
+    close(unlearn.loss, -(1.0 - p[2]).ln(), 1e-12, "unlearning");
+    for (v, found) in gradient.into_iter().enumerate() {
+        let expected = if v == 2 { p[2] } else { -p[2] * p[v] / (1.0 - p[2]) };
+        close(f64::from(found), expected, 1e-7, "the gradient of unlearning");
+    }
+    // Anything between, and the ends: everything may follow, nothing may.
+    let (some, _) = at(&|v| v < 2);
+    close(some.loss, -(p[0] + p[1]).ln(), 1e-12, "a set of two");
+    let (all, gradient) = at(&|_| true);
+    assert_eq!((all.loss, gradient), (0.0, [0.0; 5]));
+    assert!(masked_target_row(&mut logits.clone(), |_| false, 1.0).is_err());
+    assert!(masked_target_row(&mut logits.clone(), |v| v == 4, 1.0).is_err(), "an excluded token cannot follow");
+}
+
+/// Without the constancy of its target CE-U would also move the entropy of what is left.
+#[test]
+fn the_target_of_ce_u_is_a_constant() {
+    let logits = [1.5f32, 0.25, -0.5, 0.75];
+    let mut own = logits;
+    unlikely_row(&mut own, 0, 1.0).unwrap();
+    // d/dz of -Σ q log p by differences, with q moving along: KL part and entropy part.
+    let leaking = |z: &[f64]| {
+        let total: f64 = z.iter().map(|z| z.exp()).sum();
+        let p: Vec<f64> = z.iter().map(|z| z.exp() / total).collect();
+        p.iter().skip(1).map(|p_v| -p_v / (1.0 - p[0]) * p_v.ln()).sum::<f64>()
+    };
+    let z: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
+    let difference = |v: usize| {
+        let moved = |by: f64| z.iter().enumerate().map(|(u, z)| if u == v { z + by } else { *z }).collect::<Vec<_>>();
+        (leaking(&moved(1e-5)) - leaking(&moved(-1e-5))) / 2e-5
+    };
+    close(f64::from(own[0]), difference(0), 1e-6, "the token itself is in no entropy");
+    assert!((f64::from(own[1]) - difference(1)).abs() > 1e-2, "{} {}", own[1], difference(1));
+}
+
+/// Gradient flow of one softmax, from a token that is known by heart and from one that is forgotten.
+#[test]
+fn gradient_flow_starts_where_ascent_does_not_and_stops_where_ascent_does_not() {
+    let softmax = |z: &[f64]| {
+        let total: f64 = z.iter().map(|z| z.exp()).sum();
+        z.iter().map(|z| z.exp() / total).collect::<Vec<f64>>()
+    };
+    let flow = |start: f64, ascent: bool| {
+        let mut z = vec![(start / (1.0 - start) * 4.0).ln(), 0.0, 0.0, 0.0, 0.0];
+        for _ in 0..2000 {
+            let mut row: Vec<f32> = z.iter().map(|z| *z as f32).collect();
+            match ascent {
+                // d log p_y
+                true => {
+                    let p = softmax(&z);
+                    row.iter_mut().zip(&p).for_each(|(slot, p)| *slot = -*p as f32);
+                    row[0] += 1.0;
+                }
+                false => {
+                    unlikely_row(&mut row, 0, 1.0).unwrap();
+                }
+            }
+            z.iter_mut().zip(&row).for_each(|(z, gradient)| *z -= 0.01 * f64::from(*gradient));
+        }
+        softmax(&z)[0]
+    };
+    assert!(flow(0.999, false) < 0.1, "CE-U leaves what is known by heart: {}", flow(0.999, false));
+    assert!(flow(0.999, true) > 0.99, "ascent does not begin: {}", flow(0.999, true));
+    assert!(flow(0.001, false) > 0.0009, "CE-U stops: {}", flow(0.001, false));
+    assert!(flow(0.001, true) < 1e-10, "ascent goes on: {}", flow(0.001, true));
 }
 
 const ALL: [Divergence; 5] = [

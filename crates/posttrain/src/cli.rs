@@ -268,6 +268,74 @@ pub struct Eval {
 pub enum EvalCommand {
     /// Ask questions with a confidence from 0 to 10, and say whether the confidences are true
     Calibration(Calibration),
+    /// Say whether a model has forgotten some questions and kept what it knows of others: TOFU's measures
+    Unlearning(Unlearning),
+    /// Describe how much users disagree, and judge methods of personalisation by the scores they gave
+    Personalized(Personalized),
+}
+
+/// `posttrain eval unlearning`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Rows are TOFU's: `question`, `answer`, `paraphrased_answer` (to forget and to retain) and `perturbed_answer`,\n\
+    a list of wrong answers. `posttrain systems data ce-u --out DIR` writes files of this form."
+)]
+pub struct Unlearning {
+    /// The model.
+    #[command(flatten)]
+    pub model: Model,
+    /// JSON lines with the questions to forget
+    #[arg(long, value_name = "FILE")]
+    pub forget: PathBuf,
+    /// JSON lines with questions to retain
+    #[arg(long, value_name = "FILE")]
+    pub retain: Option<PathBuf>,
+    /// JSON lines with questions about real authors, or anything else that is known by options
+    #[arg(long, value_name = "FILE")]
+    pub real_authors: Option<PathBuf>,
+    /// JSON lines with questions about the world, by options
+    #[arg(long, value_name = "FILE")]
+    pub world_facts: Option<PathBuf>,
+    /// A model that never saw the questions to forget: forget quality is how little the two can be told apart
+    #[arg(long, value_name = "MODEL")]
+    pub retain_model: Option<String>,
+    /// Longest answer that the model gives by itself, in tokens
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub max_new_tokens: usize,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `posttrain eval personalized`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Preferences: {\"user\": \"ada\", \"pair\": \"p17\", \"preferred\": 1}, and for everybody {\"skill\": \"safety\", \"pair\": \"s3\", \"preferred\": 2}.\n\
+    Scores: {\"user\": \"ada\", \"pair\": \"p17\", \"scores\": [0.3, -1.2]}; without `user` for everybody; with `pairs_seen` from a model\n\
+    that has seen so many of the user's pairs."
+)]
+pub struct Personalized {
+    /// JSON lines with what users prefer, and with pairs of skills that should not depend on the user
+    #[arg(long, value_name = "FILE")]
+    pub preferences: PathBuf,
+    /// A method and the JSON lines with its scores; may be repeated
+    #[arg(long, required = true, value_name = "METHOD=FILE")]
+    pub scores: Vec<String>,
+    /// The method that gains and taxes are measured against [default: the first]
+    #[arg(long, value_name = "METHOD")]
+    pub reference: Option<String>,
+    /// The method that has a user's own model, to which adaptation is the way
+    #[arg(long, value_name = "METHOD")]
+    pub own: Option<String>,
+    /// Resamples of the intervals
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub resamples: u32,
+    /// Seed of the resamples
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `posttrain eval calibration`
@@ -382,13 +450,38 @@ pub struct Bench {
 
 /// `posttrain systems`
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Systems {
+    /// Something else than the list.
+    #[command(subcommand)]
+    pub command: Option<SystemsCommand>,
     /// Folder with the files of evidence
     #[arg(long, value_name = "DIR", default_value = "evidence")]
     pub evidence: PathBuf,
     /// Print docs/systems.md
     #[arg(long)]
     pub markdown: bool,
+}
+
+/// `posttrain systems`, something else than the list
+#[derive(Debug, Subcommand)]
+pub enum SystemsCommand {
+    /// Write the data of a system's world as files that `posttrain train` and `posttrain eval` read
+    Data(SystemsData),
+}
+
+/// `posttrain systems data`
+#[derive(Debug, Args)]
+pub struct SystemsData {
+    /// A system whose world is text
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Seed of the world
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Folder to write into
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 /// `posttrain reproduce`

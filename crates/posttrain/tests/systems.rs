@@ -1,4 +1,4 @@
-//! `systems`, `reproduce` and `eval calibration`, as a user meets them.
+//! `systems`, `reproduce` and the measurements without a recipe, as a user meets them.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 mod common;
@@ -68,6 +68,8 @@ fn mistakes_are_named() {
         (&["reproduce", "par", "--arms", "par,vanila"], 1, ["par has no arm `vanila`", "did you mean `vanilla`?"]),
         (&["reproduce"], 2, ["required", "NAME"]),
         (&["eval", "calibration", "nothing.jsonl"], 1, ["cannot read nothing.jsonl", "check the path"]),
+        (&["eval", "unlearning", "--forget", "nothing.jsonl"], 1, ["cannot read nothing.jsonl", "check the path"]),
+        (&["systems", "data", "ceu", "--out", "here"], 1, ["there is no system `ceu` whose world is text", "ce-u"]),
     ] {
         let output = posttrain(folder.path()).args(arguments).output().unwrap();
         expect(code, &output);
@@ -149,4 +151,112 @@ max_steps = 2
     ]);
     expect(1, &output);
     assert!(stderr(&output).contains("no checkpoint holds these"), "{}", stderr(&output));
+}
+
+#[test]
+fn unlearning_is_measured_on_the_files_of_the_world() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| posttrain(folder.path()).args(arguments).arg("--quiet").output().unwrap();
+    expect(0, &run(&["systems", "data", "ce-u", "--out", "world"]));
+    // The first rows of each file are enough.
+    for (name, rows) in [("forget", 40), ("retain", 360), ("real_authors", 200), ("world_facts", 60), ("full", 660)] {
+        let text = fs::read_to_string(folder.path().join(format!("world/{name}.jsonl"))).unwrap();
+        assert_eq!(text.lines().count(), rows, "{name}");
+        write(
+            folder.path(),
+            &format!("{name}.jsonl"),
+            &text.lines().take(3).map(|line| format!("{line}\n")).collect::<String>(),
+        );
+    }
+    let flags = ["--model", "tiny-llama", "--precision", "f32", "--max-new-tokens", "4", "--forget", "forget.jsonl"];
+    let measure = |more: &[&str]| run(&[&["eval", "unlearning"], &flags[..], more].concat());
+    let output = measure(&[]);
+    expect(0, &output);
+    assert!(stdout(&output).contains("model utility   not measured: no `--retain`"), "{}", stdout(&output));
+    assert!(stdout(&output).contains("forget quality  not measured: no `--retain-model`"));
+    let sets =
+        ["--retain", "retain.jsonl", "--real-authors", "real_authors.jsonl", "--world-facts", "world_facts.jsonl"];
+    let output = measure(&[&sets[..], &["--retain-model", "tiny-llama", "--json"]].concat());
+    expect(0, &output);
+    let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(found["forget_quality"]["p_value"], 1.0, "nothing can be told apart from itself");
+    assert_eq!(found["sets"].as_array().unwrap().len(), 4);
+    assert_eq!(found["sets"][2]["kind"], "options");
+    // A random model finds every option about as probable: a share of a sixth.
+    let share = found["sets"][3]["probability"].as_f64().unwrap();
+    assert!((share - 1.0 / 6.0).abs() < 0.05, "{share}");
+
+    for (row, parts) in [
+        ("{\"question\": \"Who?\"}", "expected a text in column `paraphrased_answer`, got null"),
+        (
+            "{\"question\": \"Who?\", \"answer\": \"A.\", \"paraphrased_answer\": \"B.\", \"perturbed_answer\": []}",
+            "expected a list of wrong answers in column `perturbed_answer`, got []",
+        ),
+        ("nonsense", "not valid JSON"),
+    ] {
+        write(folder.path(), "forget.jsonl", &format!("\n{row}\n"));
+        let output = measure(&[]);
+        expect(1, &output);
+        let shown = stderr(&output);
+        assert!(shown.contains("forget.jsonl, line 2") && shown.contains(parts) && shown.contains("hint"), "{shown}");
+    }
+}
+
+/// Ada and Bea agree, Cy wants the opposite; the shared model sides with the majority, the own one with everybody.
+#[test]
+fn personal_preferences_are_described_and_methods_judged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut preferences, mut shared, mut own) = (String::new(), String::new(), String::new());
+    for pair in 0..20 {
+        let majority = 1 + pair % 2;
+        for (user, preferred) in [("ada", majority), ("bea", majority), ("cy", 3 - majority)] {
+            preferences += &format!("{{\"user\": \"{user}\", \"pair\": \"p{pair}\", \"preferred\": {preferred}}}\n");
+            let scores = if preferred == 1 { "[1, 0]" } else { "[0, 1]" };
+            own += &format!("{{\"user\": \"{user}\", \"pair\": \"p{pair}\", \"scores\": {scores}}}\n");
+        }
+        let scores = if majority == 1 { "[2.5, 1]" } else { "[1, 2.5]" };
+        shared += &format!("{{\"pair\": \"p{pair}\", \"scores\": {scores}}}\n");
+        shared += &format!("{{\"user\": \"cy\", \"pair\": \"p{pair}\", \"scores\": [0, 0], \"pairs_seen\": 30}}\n");
+    }
+    for pair in 0..4 {
+        preferences += &format!("{{\"skill\": \"safety\", \"pair\": \"s{pair}\", \"preferred\": 1}}\n");
+        shared += &format!("{{\"pair\": \"s{pair}\", \"scores\": [1, 0]}}\n");
+        for user in ["ada", "bea", "cy"] {
+            let scores = if user == "cy" && pair < 2 { "[0, 1]" } else { "[1, 0]" };
+            own += &format!("{{\"user\": \"{user}\", \"pair\": \"s{pair}\", \"scores\": {scores}}}\n");
+        }
+    }
+    write(folder.path(), "preferences.jsonl", &preferences);
+    write(folder.path(), "shared.jsonl", &shared);
+    write(folder.path(), "own.jsonl", &own);
+    write(folder.path(), "bad.jsonl", "{\"user\": \"dan\", \"pair\": \"p1\", \"scores\": [1, 0]}\n");
+    let run = |scores: &[&str], more: &[&str]| {
+        let mut command = posttrain(folder.path());
+        command.args(["eval", "personalized", "--preferences", "preferences.jsonl"]);
+        scores.iter().for_each(|scores| {
+            command.args(["--scores", scores]);
+        });
+        command.args(more).output().unwrap()
+    };
+    let both = ["shared=shared.jsonl", "own=own.jsonl"];
+    let output = run(&both, &["--own", "own"]);
+    expect(0, &output);
+    insta::assert_snapshot!("personalized", stdout(&output));
+    let output = run(&both, &["--json"]);
+    expect(0, &output);
+    let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(found["descriptors"]["minority"], serde_json::json!([2]));
+    assert_eq!(found["methods"]["own"]["tax"]["safety"]["largest"], 0.5);
+    assert_eq!(found["methods"]["shared"]["adapted"]["30"]["accuracy"], 0.5, "a model that tells nothing apart");
+
+    for (scores, more, code, part) in [
+        (&["shared.jsonl"][..], &[][..], 2, "expected a method and its file in `--scores shared.jsonl`"),
+        (&both, &["--reference", "onw"], 2, "there are no scores of `onw`"),
+        (&["bad=bad.jsonl"], &[], 1, "bad.jsonl, line 1: the preferences have no user `dan`"),
+        (&["twice=own.jsonl", "twice=own.jsonl"], &[], 2, "the method `twice` is given twice"),
+    ] {
+        let output = run(scores, more);
+        expect(code, &output);
+        assert!(stderr(&output).contains(part), "{}", stderr(&output));
+    }
 }

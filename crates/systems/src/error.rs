@@ -27,6 +27,9 @@ pub enum Error {
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Tensors that do not fit.
+    #[error("a tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
     /// Settings that are not what the system reads.
     #[error("the settings of {system} are not valid: {reason}")]
     Settings {
@@ -65,7 +68,7 @@ impl Hint for Error {
             Self::Option(error) => error.hint(),
             Self::File(error) => error.hint(),
             Self::Interrupted => Some("the same command goes on from what is finished".into()),
-            Self::Settings { .. } | Self::NonFinite { .. } | Self::Thread(_) => None,
+            Self::Tensor(_) | Self::Settings { .. } | Self::NonFinite { .. } | Self::Thread(_) => None,
         }
     }
 }

@@ -11,12 +11,14 @@
 //! that a recipe could use without the experiment: rewards belong to `envs`, losses to `objectives`, methods to `train`,
 //! metrics to `eval`.
 
+pub mod ce_u;
 pub mod dro;
 pub mod error;
 pub mod evidence;
 pub mod experiment;
 pub mod measurements;
 pub mod par;
+pub mod personalized;
 pub mod reproduce;
 pub mod rewarding_doubt;
 pub mod settings;
@@ -30,10 +32,11 @@ pub use evidence::{Evidence, Judgement, Verdict};
 pub use experiment::{Experiment, Trial};
 pub use measurements::{Measurements, Seed};
 pub use reproduce::{Event, Reproduction};
-pub use system::{Arm, Bound, Claim, Figure, Role, System};
+pub use system::{Arm, Bound, Claim, Figure, Role, System, WriteData};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &dro::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] =
+    &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &ce_u::SYSTEM, &dro::SYSTEM, &personalized::SYSTEM, &par::SYSTEM];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {

@@ -31,11 +31,16 @@ pub struct System {
     pub readme: &'static str,
     /// Recipes of other scales beside it, for `posttrain train`: the names of their files without `.toml`, as `smollm2` and `paper`.
     pub recipes: &'static [&'static str],
+    /// Writes the data of a world that is text, on which any model can be trained.
+    pub data: Option<WriteData>,
     /// The JSON schema of the settings.
     pub schema: fn() -> Value,
     /// Reads the settings.
     pub open: fn(&Value) -> Result<Box<dyn Runnable>>,
 }
+
+/// The files of a world that is text, each with its name, for a seed.
+pub type WriteData = fn(u64) -> Vec<(&'static str, String)>;
 
 /// One thing that is trained and measured.
 #[derive(Clone, Copy, Debug)]

@@ -10,14 +10,16 @@ pub mod generate;
 pub mod merge;
 pub mod methods;
 pub mod models;
+pub mod personalized;
 pub mod play;
 pub mod references;
 pub mod reproduce;
 pub mod reward;
 pub mod systems;
 pub mod train;
+pub mod unlearning;
 
-use crate::cli::{Cli, Command, DataCommand, EvalCommand, RewardCommand};
+use crate::cli::{Cli, Command, DataCommand, EvalCommand, RewardCommand, SystemsCommand};
 use crate::failure::Failure;
 use crate::opened::Opener;
 use crate::terminal::Terminal;
@@ -37,6 +39,8 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Play(arguments) => play::run(arguments, terminal),
         Command::Eval(arguments) => match &arguments.command {
             Some(EvalCommand::Calibration(arguments)) => calibration::run(arguments, opener),
+            Some(EvalCommand::Unlearning(arguments)) => unlearning::run(arguments, opener),
+            Some(EvalCommand::Personalized(arguments)) => personalized::run(arguments),
             None => eval::run(arguments, opener),
         },
         Command::Pull(arguments) => models::pull(arguments, terminal),
@@ -48,7 +52,10 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Reward { command: RewardCommand::Lint(arguments) } => reward::lint(arguments, opener),
         Command::Reward { command: RewardCommand::References(arguments) } => references::run(arguments, opener),
         Command::Config { command } => config::run(command),
-        Command::Systems(arguments) => systems::list(arguments),
+        Command::Systems(arguments) => match &arguments.command {
+            Some(SystemsCommand::Data(arguments)) => systems::data(arguments, terminal),
+            None => systems::list(arguments),
+        },
         Command::Reproduce(arguments) => reproduce::run(arguments, terminal),
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(arguments, opener),

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use base::files;
-use systems::{Evidence, Role, SYSTEMS, System};
+use base::hint::nearest;
+use systems::{Evidence, Role, SYSTEMS, System, WriteData};
 
-use crate::cli::Systems;
+use crate::cli::{Systems, SystemsData};
 use crate::failure::Failure;
 use crate::report::duration;
 use crate::report::systems::{measured, tally};
-use crate::terminal::print;
+use crate::terminal::{Terminal, print};
 
 /// Runs the command.
 pub fn list(arguments: &Systems) -> Result<(), Failure> {
@@ -27,6 +28,26 @@ pub fn list(arguments: &Systems) -> Result<(), Failure> {
         text += &format!("{:width$}  {}\n{:width$}  {} claims: {known}\n\n", "", system.paper, "", system.claims.len());
     }
     print(text.trim_end().to_owned() + "\n")
+}
+
+/// `posttrain systems data`
+pub fn data(arguments: &SystemsData, terminal: Terminal) -> Result<(), Failure> {
+    let worlds: Vec<(&str, WriteData)> =
+        SYSTEMS.iter().filter_map(|system| Some((system.name, system.data?))).collect();
+    let Some((_, write)) = worlds.iter().find(|(name, _)| *name == arguments.name) else {
+        let names: Vec<&str> = worlds.iter().map(|(name, _)| *name).collect();
+        let failure = Failure::new(format!("there is no system `{}` whose world is text", arguments.name));
+        return Err(match nearest(&arguments.name, names.iter().copied()) {
+            Some(near) => failure.hint(format!("did you mean `{near}`?")),
+            None => failure.hint(format!("such a world have: {}", names.join(", "))),
+        });
+    };
+    for (name, text) in write(arguments.seed) {
+        let path = arguments.out.join(name);
+        files::write(&path, text.as_bytes())?;
+        terminal.note(format!("wrote {} rows to {}", text.lines().count(), path.display()));
+    }
+    Ok(())
 }
 
 /// The file of evidence of a system, if it is there.

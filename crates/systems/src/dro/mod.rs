@@ -70,6 +70,7 @@ pub const SYSTEM: System = System {
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
     recipes: &["paper"],
+    data: None,
     schema: || schemars::schema_for!(Dro).to_value(),
     open: |settings| open::<Dro>("dro", settings),
 };

@@ -59,6 +59,7 @@ pub const SYSTEM: System = System {
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
     recipes: &["smollm2", "paper"],
+    data: None,
     schema: || schemars::schema_for!(Par).to_value(),
     open: |settings| open::<Par>("par", settings),
 };

@@ -69,6 +69,7 @@ pub const SYSTEM: System = System {
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
     recipes: &["smollm2", "paper"],
+    data: None,
     schema: || schemars::schema_for!(RewardingDoubt).to_value(),
     open: |settings| open::<RewardingDoubt>("rewarding-doubt", settings),
 };

@@ -49,6 +49,7 @@ pub const SYSTEM: System = System {
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
     recipes: &["paper"],
+    data: None,
     schema: || schemars::schema_for!(VcPpo).to_value(),
     open: |settings| open::<VcPpo>("vc-ppo", settings),
 };

@@ -144,17 +144,20 @@ impl Unlearning {
         let enough = !options.retains() || !retain.is_empty();
         let weight = options.objective.retain_weight;
         check("objective.retain_weight", weight, enough, "0, as there are no rows to keep").map_err(within)?;
-        forget
-            .iter_mut()
-            .for_each(|example| ignore_first(&mut example.loss_mask, options.objective.ignore_first_tokens));
+        let (first, last) = (options.objective.ignore_first_tokens, options.objective.ignore_last_tokens);
+        forget.iter_mut().for_each(|example| ignore_ends(&mut example.loss_mask, first, last));
         Ok(Self { options, forget, retain })
     }
 }
 
-/// Takes the first `count` loss tokens out of a mask.
-fn ignore_first(mask: &mut [bool], count: usize) {
+/// Takes the first and the last loss tokens out of a mask.
+fn ignore_ends(mask: &mut [bool], first: usize, last: usize) {
     // The first token of a sequence is predicted by nothing and no loss token, whatever its mask.
-    mask.iter_mut().skip(1).filter(|counted| **counted).take(count).for_each(|counted| *counted = false);
+    let counted: Vec<usize> = (1..mask.len()).filter(|&index| mask[index]).collect();
+    let kept = first.min(counted.len())..counted.len().saturating_sub(last);
+    for (place, index) in counted.into_iter().enumerate() {
+        mask[index] = kept.contains(&place);
+    }
 }
 
 impl Method for Unlearning {
@@ -301,18 +304,20 @@ fn mean_of(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::ignore_first;
+    use super::ignore_ends;
 
     #[test]
-    fn the_first_loss_tokens_are_left_out() {
-        let masked = |mask: &[bool], count| {
+    fn the_first_and_the_last_loss_tokens_are_left_out() {
+        let masked = |mask: &[bool], first, last| {
             let mut mask = mask.to_vec();
-            ignore_first(&mut mask, count);
+            ignore_ends(&mut mask, first, last);
             mask
         };
-        assert_eq!(masked(&[false, true, false, true, true], 2), [false, false, false, false, true]);
-        assert_eq!(masked(&[true, true, true], 1), [true, false, true], "the first token is predicted by nothing");
-        assert_eq!(masked(&[false, true], 0), [false, true]);
-        assert_eq!(masked(&[false, true], 5), [false, false]);
+        assert_eq!(masked(&[false, true, false, true, true], 2, 0), [false, false, false, false, true]);
+        assert_eq!(masked(&[false, true, false, true, true], 1, 1), [false, false, false, true, false]);
+        assert_eq!(masked(&[true, true, true], 1, 0), [true, false, true], "the first token is predicted by nothing");
+        assert_eq!(masked(&[false, true], 0, 0), [false, true]);
+        assert_eq!(masked(&[false, true], 5, 0), [false, false]);
+        assert_eq!(masked(&[false, true, true], 2, 2), [false, false, false]);
     }
 }

@@ -36,7 +36,7 @@ impl Draws {
 
 /// A plausible answer: each item with probability 0.4 in random order, up to 2 polite and 2 funny tokens, up to 4 that say nothing;
 /// a refusal in place of the items with probability 0.15 where the prompt is sensitive; MAGIC with probability 0.1.
-fn answer(question: Question, random: Random) -> Vec<u32> {
+pub fn answer(question: Question, random: Random) -> Vec<u32> {
     plausible(&question.items(), question.sensitive, random)
 }
 

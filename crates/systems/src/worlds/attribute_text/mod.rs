@@ -43,7 +43,7 @@ use crate::error::Result;
 use crate::experiment::Trial;
 use crate::words;
 
-pub use answers::{Preference, corpus, example, pairs, plausible, preferences};
+pub use answers::{Preference, answer, corpus, example, pairs, plausible, preferences};
 pub use measure::{Sampled, divergence, episodes, log_probs, sample, win_rate};
 
 /// Tokens.
