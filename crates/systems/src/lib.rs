@@ -11,6 +11,7 @@
 //! that a recipe could use without the experiment: rewards belong to `envs`, losses to `objectives`, methods to `train`,
 //! metrics to `eval`.
 
+pub mod aligndistil;
 pub mod dro;
 pub mod error;
 pub mod evidence;
@@ -33,7 +34,8 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &dro::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] =
+    &[&aligndistil::SYSTEM, &rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &dro::SYSTEM, &par::SYSTEM];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {
