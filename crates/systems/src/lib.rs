@@ -11,6 +11,7 @@
 //! that a recipe could use without the experiment: rewards belong to `envs`, losses to `objectives`, methods to `train`,
 //! metrics to `eval`.
 
+pub mod aligndistil;
 pub mod ce_u;
 pub mod dro;
 pub mod error;
@@ -35,8 +36,15 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System, WriteData};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] =
-    &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &ce_u::SYSTEM, &dro::SYSTEM, &personalized::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] = &[
+    &aligndistil::SYSTEM,
+    &rewarding_doubt::SYSTEM,
+    &vc_ppo::SYSTEM,
+    &ce_u::SYSTEM,
+    &dro::SYSTEM,
+    &personalized::SYSTEM,
+    &par::SYSTEM,
+];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {
