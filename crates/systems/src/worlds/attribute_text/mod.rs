@@ -27,6 +27,7 @@
 
 mod answers;
 mod measure;
+mod paid;
 
 use std::sync::Arc;
 
@@ -44,6 +45,7 @@ use crate::words;
 
 pub use answers::{Preference, corpus, pairs, preferences};
 pub use measure::{Sampled, divergence, log_probs, sample, win_rate};
+pub use paid::Paid;
 
 /// Tokens.
 pub const VOCABULARY: usize = 64;
