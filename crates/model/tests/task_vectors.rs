@@ -39,7 +39,8 @@ fn without_extrapolation_it_is_the_soup_to_the_last_bit() {
 #[test]
 fn sums_are_those_of_the_formula() {
     let (base, one, other) = (random(1), random(2), random(3));
-    let merged = TaskVectors::new(base.clone(), vec![one.clone(), other.clone()]).unwrap().merged(&[1.25, -0.5]).unwrap();
+    let merged =
+        TaskVectors::new(base.clone(), vec![one.clone(), other.clone()]).unwrap().merged(&[1.25, -0.5]).unwrap();
     let values = |decoder: &Decoder| -> Vec<f64> {
         decoder.views().flat_map(|(_, tensor)| tensor.data.to_vec()).map(f64::from).collect()
     };
@@ -58,7 +59,11 @@ fn adapters_count_as_the_products_that_they_stand_for() {
         let mut decoder = base.clone();
         decoder.attach_lora(&LoraConfig { r: 2, ..LoraConfig::default() }, seed).unwrap();
         for index in 0..decoder.parameters().len() {
-            decoder.parameter_mut(index).iter_mut().enumerate().for_each(|(i, value)| *value += 0.01 * ((i % 7) as f32 - 3.0));
+            decoder
+                .parameter_mut(index)
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, value)| *value += 0.01 * ((i % 7) as f32 - 3.0));
         }
         decoder
     };

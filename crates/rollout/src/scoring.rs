@@ -47,12 +47,7 @@ impl Pass {
     }
 }
 
-fn sums_of(
-    decoder: &Decoder,
-    episodes: &[Episode],
-    temperature: f32,
-    workspace: &mut Workspace,
-) -> Result<Vec<f64>> {
+fn sums_of(decoder: &Decoder, episodes: &[Episode], temperature: f32, workspace: &mut Workspace) -> Result<Vec<f64>> {
     let mut tokens = PackedTokens::new();
     // Of which episode, and where.
     let mut targets: Vec<(usize, Target)> = Vec::new();

@@ -9,7 +9,9 @@ use model::Family;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::mixture::resample;
-use posttrain_rollout::{Episode, Generator, LogitsContext, LogitsHook, Mean, Mixture, Request, SamplingOptions, scoring};
+use posttrain_rollout::{
+    Episode, Generator, LogitsContext, LogitsHook, Mean, Mixture, Request, SamplingOptions, scoring,
+};
 
 const MEANS: [Mean; 2] = [Mean::Geometric, Mean::Arithmetic];
 

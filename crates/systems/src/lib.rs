@@ -15,6 +15,7 @@ pub mod error;
 pub mod evidence;
 pub mod experiment;
 pub mod measurements;
+pub mod mpo;
 pub mod par;
 pub mod peo;
 pub mod reproduce;
@@ -33,7 +34,7 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &par::SYSTEM, &peo::SYSTEM];
+pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &par::SYSTEM, &peo::SYSTEM, &mpo::SYSTEM];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {

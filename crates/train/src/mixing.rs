@@ -5,12 +5,14 @@ use base::{Purpose, Random};
 use data::Prompt;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
-use objectives::mixing::{Pool, Response};
+use objectives::mixing::{Response, descend};
 use rollout::{Episode, Generator, Request, Result, SamplingOptions, scoring};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::options::{OptionError, check};
+
+pub use objectives::mixing::Pool;
 
 /// Who gives the responses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -57,7 +59,7 @@ impl PoolOptions {
 
 /// Responses at temperature 1, without filters: what they are drawn from must be a model's own law.
 ///
-/// All models are prepared, and share tokens and chat template. 
+/// All models are prepared, and share tokens and chat template. Returned with the number of tokens of all prompts and responses.
 ///
 /// # Errors
 /// A model that cannot answer, or refuses the answers.
@@ -68,7 +70,7 @@ pub fn pool(
     prompts: &[Prompt],
     options: &PoolOptions,
     seed: u64,
-) -> Result<Pool> {
+) -> Result<(Pool, usize)> {
     let episodes = responses(reference, models, tokenizer, prompts, options, seed)?;
     let of_reference = scoring::log_probs(reference, &episodes, 1.0)?;
     let of_models: Vec<Vec<f64>> =
@@ -82,7 +84,18 @@ pub fn pool(
         Response::new(&log_probs, of_reference[index], proposal)
     };
     let all: Vec<Response> = (0..episodes.len()).map(response).collect();
-    Ok(Pool { prompts: all.chunks(options.responses as usize).map(<[Response]>::to_vec).collect() })
+    let prompts = all.chunks(options.responses as usize).map(<[Response]>::to_vec).collect();
+    let tokens = episodes.iter().map(|episode| episode.prompt.len() + episode.completion.len()).sum();
+    Ok((Pool { prompts }, tokens))
+}
+
+/// The weights for which the worst-off objective is best off, by mirror descent of so many steps, each on the responses to one prompt of the pool.
+pub fn weights(pool: &Pool, rate: f64, steps: u32, seed: u64) -> Vec<f64> {
+    let models = pool.prompts.iter().flatten().next().map_or(0, |response| response.log_ratios.len());
+    let random = Random::new(seed, Purpose::Shuffle);
+    let batch = |step: u32| &pool.prompts[random.at(step).below(pool.prompts.len() as u64) as usize][..];
+    let batches: Vec<&[Response]> = (0..if models == 0 { 0 } else { steps }).map(batch).collect();
+    descend(models, rate, batches.into_iter())
 }
 
 /// The responses to each prompt, in the order of the prompts.

@@ -48,7 +48,8 @@ impl Decoder {
         self.base.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
             for (index, value) in (chunk * CHUNK..).zip(values) {
                 let of = |model: usize| f64::from(if model == 0 { *value } else { others[model - 1].base[index] });
-                let sum = terms.iter().map(|&(model, coefficient)| coefficient * of(model)).reduce(|sum, term| sum + term);
+                let sum =
+                    terms.iter().map(|&(model, coefficient)| coefficient * of(model)).reduce(|sum, term| sum + term);
                 *value = (sum.unwrap_or(0.0) / divisor) as f32;
             }
         });

@@ -27,11 +27,11 @@
 //! 4. The divergence from the first model has no weight in the choice for a preference.
 
 use data::Prompt;
+use envs::Reward;
 use eval::Scalarisation;
 use eval::front::{coverage, dominates, hypervolume, sparsity};
 use eval::interval::bootstrap_deviation;
 use eval::metrics::{mean, standard_deviation};
-use envs::Reward;
 use kernels::Precision;
 use model::decoder::{Decoder, TaskVectors};
 use model::tokenizer::Tokenizer;
@@ -67,7 +67,7 @@ pub const SYSTEM: System = System {
 const ARMS: &[Arm] = &[
     Arm::new("specialists", Role::Baseline, "the two models, each trained for one aspect"),
     Arm::new("soup", Role::Baseline, "11 averages of the two"),
-    Arm::new("soup-longer", Role::Baseline, "11 averages of two models trained four times as long"),
+    Arm::new("soup-longer", Role::Baseline, "11 averages of two models trained twice as long"),
     Arm::new("mixed-dpo", Role::Baseline, "DPO on labels of both aspects in five ratios"),
     Arm::new("reinforce", Role::Baseline, "REINFORCE paid for both aspects with five weights"),
     Arm::new("peo", Role::Method, "averages and extrapolations, searched"),
@@ -232,14 +232,7 @@ impl Prompts {
         then: impl FnOnce(&Probe<'_>) -> Result<T>,
     ) -> Result<T> {
         let objectives: [&dyn Reward; 2] = [&self.aspects[0], &self.aspects[1]];
-        then(&Probe::new(
-            decoder.clone(),
-            tokenizer,
-            &self.prompts,
-            &objectives,
-            options,
-            (Precision::F32, self.seed),
-        )?)
+        then(&Probe::new(decoder.clone(), tokenizer, &self.prompts, &objectives, options, (Precision::F32, self.seed))?)
     }
 }
 
@@ -348,7 +341,9 @@ fn report(start: &Start, points: &[Point], into: &mut Measurements) {
     into.set("coverage_of_soups", coverage(&means, &soups));
     for tenths in 0..=10 {
         let share = f64::from(tenths) / 10.0;
-        let unit = |point: &[f64; 2], aspect: usize| (point[aspect] - start.before[aspect].0) / start.before[aspect].1.max(1e-6);
+        let unit = |point: &[f64; 2], aspect: usize| {
+            (point[aspect] - start.before[aspect].0) / start.before[aspect].1.max(1e-6)
+        };
         let worth = means.iter().map(|point| share * unit(point, 0) + (1.0 - share) * unit(point, 1));
         into.point("worth", share, worth.fold(f64::NEG_INFINITY, f64::max));
     }
@@ -385,16 +380,9 @@ impl Peo {
     }
 
     /// DPO on pairs with these labels.
-    fn dpo(
-        &self,
-        start: &Start,
-        trial: &Trial<'_>,
-        label: impl Fn(usize) -> Utility,
-        longer: u64,
-    ) -> Result<Decoder> {
-        let labelled = [HELP, HARMLESS].map(|aspect| {
-            world::preferences(trial.seed, start.pairs.clone(), aspect, self.kappa)
-        });
+    fn dpo(&self, start: &Start, trial: &Trial<'_>, label: impl Fn(usize) -> Utility, longer: u64) -> Result<Decoder> {
+        let labelled =
+            [HELP, HARMLESS].map(|aspect| world::preferences(trial.seed, start.pairs.clone(), aspect, self.kappa));
         let [help, harmless] = labelled;
         let chosen = help.into_iter().zip(harmless).enumerate().map(|(index, (help, harmless))| {
             let preference = if label(index) == HELP { help } else { harmless };

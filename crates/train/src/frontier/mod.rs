@@ -52,7 +52,9 @@ pub struct FrontierPolicy {
 
 /// A preference that means nothing.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error("a preference gives each of the {objectives} objectives ({names}) a share from 0 up, and not all of them 0: got {got:?}")]
+#[error(
+    "a preference gives each of the {objectives} objectives ({names}) a share from 0 up, and not all of them 0: got {got:?}"
+)]
 pub struct PreferenceError {
     objectives: usize,
     names: String,

@@ -130,8 +130,7 @@ impl<'a> Probe<'a> {
     ) -> Result<Self, ProbeError> {
         base.prepare(precision);
         let before = Measured { episodes: Vec::new(), values: Vec::new() };
-        let mut probe =
-            Self { tokenizer, prompts, objectives, options, precision, seed, base, before, log_prob: 0.0 };
+        let mut probe = Self { tokenizer, prompts, objectives, options, precision, seed, base, before, log_prob: 0.0 };
         probe.before = probe.measure(&probe.base, 0)?;
         probe.log_prob = probe.before.log_probs().iter().sum::<f64>() / probe.before.tokens();
         for (index, objective) in objectives.iter().enumerate() {

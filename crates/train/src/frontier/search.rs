@@ -124,7 +124,8 @@ impl SearchOptions {
                 found
             }
             Region::Interpolation => {
-                let pairs = (0..count).flat_map(|to| (0..count).filter(move |&from| from != to).map(move |from| (to, from)));
+                let pairs =
+                    (0..count).flat_map(|to| (0..count).filter(move |&from| from != to).map(move |from| (to, from)));
                 let moved = pairs.map(|(to, from)| along(&along(center, to, step), from, -step));
                 moved.filter(|shares| shares.iter().all(|share| (-1e-9..=1.0 + 1e-9).contains(share))).collect()
             }
@@ -151,9 +152,8 @@ fn averages(count: usize, parts: usize) -> Vec<Vec<f64>> {
         if count == 1 {
             return vec![vec![parts]];
         }
-        let first = |first| {
-            compositions(count - 1, parts - first).into_iter().map(move |rest| [vec![first], rest].concat())
-        };
+        let first =
+            |first| compositions(count - 1, parts - first).into_iter().map(move |rest| [vec![first], rest].concat());
         (0..=parts).flat_map(first).collect()
     }
     let share = |part: usize| part as f64 / parts as f64;

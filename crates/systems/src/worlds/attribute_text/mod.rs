@@ -44,7 +44,7 @@ use crate::experiment::Trial;
 use crate::words;
 
 pub use answers::{Preference, corpus, pairs, preferences};
-pub use measure::{Sampled, divergence, log_probs, sample, win_rate};
+pub use measure::{Sampled, divergence, log_probs, sample, sample_with, sampling, win_rate};
 pub use paid::Paid;
 
 /// Tokens.

@@ -24,9 +24,11 @@ impl Question {
     /// A row that does not say so.
     pub fn asked(reward: &str, row: usize, answer: &Answer<'_>) -> Result<Self, RewardError> {
         let number = answer.columns.get("question").and_then(serde_json::Value::as_u64);
-        number
-            .and_then(|number| Self::numbered(number as u32))
-            .ok_or_else(|| RewardError::MissingColumn { reward: reward.into(), row, column: "question".into() })
+        number.and_then(|number| Self::numbered(number as u32)).ok_or_else(|| RewardError::MissingColumn {
+            reward: reward.into(),
+            row,
+            column: "question".into(),
+        })
     }
 }
 
