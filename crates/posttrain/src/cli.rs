@@ -214,28 +214,27 @@ pub struct Sampling {
 
 /// Several models that answer as one.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Several models")]
 pub struct Several {
     /// Answer with a policy of this file, which `posttrain frontier` wrote: the one that is best for `--preference`
-    #[arg(long, value_name = "FILE", requires = "preference", conflicts_with_all = ["model", "mix"])]
+    #[arg(long, help_heading = "Several models", value_name = "FILE", requires = "preference", conflicts_with_all = ["model", "mix"])]
     pub frontier: Option<PathBuf>,
     /// How much each objective of the frontier counts, in the order of the file, for example `0.3,0.7`
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', requires = "frontier")]
+    #[arg(long, help_heading = "Several models", value_name = "SHARE", value_delimiter = ',', requires = "frontier")]
     pub preference: Vec<f64>,
     /// How the objectives are weighed [default: linear]
-    #[arg(long, value_enum, requires = "frontier")]
+    #[arg(long, help_heading = "Several models", value_enum, requires = "frontier")]
     pub utility: Option<Utility>,
     /// What a nat of divergence from the model before training costs, in standard deviations of an objective [default: 0]
-    #[arg(long, value_name = "COST", requires = "frontier")]
+    #[arg(long, help_heading = "Several models", value_name = "COST", requires = "frontier")]
     pub kl_weight: Option<f64>,
     /// Answer with a mixture of models that were trained from one, each by its share; repeat for every model
-    #[arg(long, value_name = "MODEL", conflicts_with = "model")]
+    #[arg(long, help_heading = "Several models", value_name = "MODEL", conflicts_with = "model")]
     pub mix: Vec<String>,
     /// Share of each model of the mixture, scaled to a sum of one [default: equal]
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', requires = "mix")]
+    #[arg(long, help_heading = "Several models", value_name = "SHARE", value_delimiter = ',', requires = "mix")]
     pub shares: Vec<f64>,
     /// Of so many candidates of the mixture, answer with one by the mixture's law of whole answers; 1 mixes token by token
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "mix", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, help_heading = "Several models", value_name = "N", default_value_t = 1, requires = "mix", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub candidates: u32,
 }
 

@@ -330,7 +330,13 @@ impl Experiment for Mpo {
             let kept: Vec<usize> = (0..all.len()).filter(|&place| place != dropped).collect();
             let weights = self.weights(&only(&start.pool, &kept), trial.seed);
             let others: Vec<&Decoder> = kept.iter().map(|&place| all[place]).collect();
-            self.report(start, &start.specialists, Answering::Mixture(&others, &weights, self.candidates), trial, &mut measured)?;
+            self.report(
+                start,
+                &start.specialists,
+                Answering::Mixture(&others, &weights, self.candidates),
+                trial,
+                &mut measured,
+            )?;
         } else if let "morlhf" | "maxmin-rlhf" = arm {
             let rate = if arm == "morlhf" { 0.0 } else { self.maxmin_rate };
             let mut trained = self.trained(start, trial, rate, &mut measured)?;
@@ -341,7 +347,13 @@ impl Experiment for Mpo {
             let weights = self.weights(&pool, trial.seed);
             let all: Vec<&Decoder> = specialists.iter().collect();
             note(&pool, &weights, &mut measured);
-            self.report(start, &specialists, Answering::Mixture(&all, &weights, self.candidates), trial, &mut measured)?;
+            self.report(
+                start,
+                &specialists,
+                Answering::Mixture(&all, &weights, self.candidates),
+                trial,
+                &mut measured,
+            )?;
         } else {
             let weights = match arm {
                 "uniform" | "soup" => vec![1.0 / all.len() as f64; all.len()],
@@ -504,7 +516,8 @@ impl Mpo {
         let mut front: Vec<[f64; 2]> = Vec::new();
         for share in SHARES {
             let weights = [share, 1.0 - share];
-            let (answers, _) = self.answers(start, Answering::Mixture(&models, &weights, self.candidates), trial.seed)?;
+            let (answers, _) =
+                self.answers(start, Answering::Mixture(&models, &weights, self.candidates), trial.seed)?;
             let rates = [0, 1].map(|place| world::win_rate(&answers, &start.answers, OBJECTIVES[place].1));
             into.point("front", rates[0], rates[1]);
             into.point("help_by_weight", share, rates[0]);
