@@ -39,6 +39,8 @@ pub enum Purpose {
     Opponent = 21,
     /// What is wrong in wrong answers.
     Mistake = 22,
+    /// Which of several candidates stands for a law that they were not drawn from.
+    Resampling = 31,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.

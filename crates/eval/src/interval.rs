@@ -91,6 +91,17 @@ fn student_quantile(degrees: usize) -> Option<f64> {
     Some(TABLE.get(index).copied().unwrap_or(expansion))
 }
 
+/// The bootstrap standard error of a statistic of `count` rows (Efron, 1979): its standard deviation over resamples of the rows, which it is given by
+/// number.
+pub fn bootstrap_deviation(count: usize, resamples: u32, seed: u64, statistic: impl Fn(&[usize]) -> f64) -> f64 {
+    let random = Random::new(seed, Purpose::Bootstrap);
+    let resample = |number: u32| {
+        let random = random.step(number);
+        statistic(&(0..count).map(|row| random.at(row as u32).below(count as u64) as usize).collect::<Vec<_>>())
+    };
+    standard_deviation(&(0..resamples).map(resample).collect::<Vec<_>>())
+}
+
 /// The quantile of sorted values at `level` in `[0, 1]`, linear between neighbours (Hyndman and Fan's type 7); 0 for none.
 pub fn quantile(sorted: &[f64], level: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };

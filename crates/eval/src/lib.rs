@@ -5,6 +5,7 @@
 
 pub mod calibration;
 pub mod evaluate;
+pub mod front;
 pub mod interval;
 pub mod kolmogorov_smirnov;
 pub mod metrics;
@@ -16,5 +17,6 @@ pub mod test_time;
 pub mod unlearning;
 
 pub use evaluate::{EvaluateError, EvaluateOptions, Evaluation, Sample, evaluate, evaluate_in};
+pub use front::Scalarisation;
 pub use interval::Interval;
 pub use test_time::{Answerer, Strategy, TestTime, TestTimeOptions, answer_at_test_time};

@@ -1,7 +1,7 @@
 //! Metrics against closed forms and values computed elsewhere; `tests/reference/metrics.py` prints the constants.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-use posttrain_eval::interval::{Interval, bootstrap_mean, quantile, student, wilson};
+use posttrain_eval::interval::{Interval, bootstrap_deviation, bootstrap_mean, quantile, student, wilson};
 use posttrain_eval::metrics::{
     best_of_n, best_of_n_divergence, majority, mean, pass_at_k, standard_deviation, weighted_vote,
 };
@@ -93,6 +93,17 @@ fn quantiles_are_linear_between_neighbours() {
     }
     assert_eq!(quantile(&[], 0.5), 0.0);
     assert_eq!(quantile(&[3.0], 0.9), 3.0);
+}
+
+#[test]
+fn the_bootstrap_deviation_of_a_mean_is_its_standard_error() {
+    let values: Vec<f64> = (0..50).map(|i| (f64::from(i) * 0.7).sin()).collect();
+    let mean = |rows: &[usize]| rows.iter().map(|&row| values[row]).sum::<f64>() / rows.len() as f64;
+    let found = bootstrap_deviation(values.len(), 4000, 1, mean);
+    let spread = standard_deviation(&values);
+    assert!((found / (spread / 50f64.sqrt()) - 1.0).abs() < 0.05, "{found}");
+    assert_eq!(found, bootstrap_deviation(values.len(), 4000, 1, mean));
+    assert_eq!(bootstrap_deviation(50, 100, 1, |_| 2.0), 0.0);
 }
 
 #[test]

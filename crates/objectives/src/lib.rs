@@ -28,6 +28,7 @@ pub mod filter;
 pub mod gae;
 pub mod kl;
 pub mod loss;
+pub mod mixing;
 pub mod online;
 pub mod pairwise;
 pub mod policy;

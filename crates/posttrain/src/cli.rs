@@ -61,6 +61,17 @@ pub enum Command {
     Models,
     /// Fold the LoRA adapter of a run into the weights, or average the weights of several models
     Merge(Merge),
+    /// Search sums of models' weights for those that no other beats in a recipe's rewards
+    #[command(
+        after_help = "Answers with the policy for a preference: posttrain generate --frontier FILE --preference 0.3,0.7"
+    )]
+    Frontier(Frontier),
+    /// Mix models that were trained for different objectives
+    Mix {
+        /// What to do.
+        #[command(subcommand)]
+        command: MixCommand,
+    },
     /// List the training methods
     Methods,
     /// Say what a training method is: formula, paper, settings, every default, metrics
@@ -201,12 +212,136 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Several models that answer as one.
+#[derive(Clone, Debug, Args)]
+pub struct Several {
+    /// Answer with a policy of this file, which `posttrain frontier` wrote: the one that is best for `--preference`
+    #[arg(long, help_heading = "Several models", value_name = "FILE", requires = "preference", conflicts_with_all = ["model", "mix"])]
+    pub frontier: Option<PathBuf>,
+    /// How much each objective of the frontier counts, in the order of the file, for example `0.3,0.7`
+    #[arg(long, help_heading = "Several models", value_name = "SHARE", value_delimiter = ',', requires = "frontier")]
+    pub preference: Vec<f64>,
+    /// How the objectives are weighed [default: linear]
+    #[arg(long, help_heading = "Several models", value_enum, requires = "frontier")]
+    pub utility: Option<Utility>,
+    /// What a nat of divergence from the model before training costs, in standard deviations of an objective [default: 0]
+    #[arg(long, help_heading = "Several models", value_name = "COST", requires = "frontier")]
+    pub kl_weight: Option<f64>,
+    /// Answer with a mixture of models that were trained from one, each by its share; repeat for every model
+    #[arg(long, help_heading = "Several models", value_name = "MODEL", conflicts_with = "model")]
+    pub mix: Vec<String>,
+    /// Share of each model of the mixture, scaled to a sum of one [default: equal]
+    #[arg(long, help_heading = "Several models", value_name = "SHARE", value_delimiter = ',', requires = "mix")]
+    pub shares: Vec<f64>,
+    /// Of so many candidates of the mixture, answer with one by the mixture's law of whole answers; 1 mixes token by token
+    #[arg(long, help_heading = "Several models", value_name = "N", default_value_t = 1, requires = "mix", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub candidates: u32,
+}
+
+/// How objectives are weighed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Utility {
+    /// By their weighted sum
+    Linear,
+    /// By the largest weighted distance to the best of each: reaches every policy of a frontier
+    Chebyshev,
+}
+
+impl From<Utility> for eval::Scalarisation {
+    fn from(utility: Utility) -> Self {
+        match utility {
+            Utility::Linear => Self::Linear,
+            Utility::Chebyshev => Self::Chebyshev,
+        }
+    }
+}
+
+/// `posttrain frontier`
+#[derive(Debug, Args)]
+pub struct Frontier {
+    /// The recipe whose model the others were trained from, whose rewards are the objectives, and on whose rows to measure.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// A model that was trained from the recipe's, for one objective; repeat for every model
+    #[arg(long = "model", short, value_name = "MODEL", required = true)]
+    pub models: Vec<String>,
+    /// Prompts to measure on, taken evenly from the rows to train on
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub prompts: u32,
+    /// Answers to each prompt
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub samples: u32,
+    /// Smallest value added to the coefficients of the even average
+    #[arg(long, value_name = "PHI", default_value_t = -0.5, allow_negative_numbers = true)]
+    pub low: f64,
+    /// Largest value added to them
+    #[arg(long, value_name = "PHI", default_value_t = 1.5, allow_negative_numbers = true)]
+    pub high: f64,
+    /// Values from the smallest to the largest
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..=101))]
+    pub grid: u32,
+    /// Averages of two models that are tried, too
+    #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(2..=1001))]
+    pub averages: u32,
+    /// Rounds of half steps around what is left
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10))]
+    pub refinements: u32,
+    /// Drop candidates that are more than so many times as perplexed by the first model's answers as that model is
+    #[arg(long, value_name = "RATIO", default_value_t = 1.5)]
+    pub max_perplexity_ratio: f64,
+    /// Where to write the frontier, as JSON
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+/// `posttrain mix`
+#[derive(Debug, Subcommand)]
+pub enum MixCommand {
+    /// Find the shares with which the worst-off objective is best off
+    Weights(MixWeights),
+}
+
+/// `posttrain mix weights`
+#[derive(Debug, Args)]
+pub struct MixWeights {
+    /// The recipe whose model the others were trained from, and whose rows to answer.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// A model that was trained from the recipe's for one objective, with the same beta as the others; repeat for every model
+    #[arg(long, value_name = "MODEL", required = true)]
+    pub mix: Vec<String>,
+    /// Prompts to answer, taken evenly from the rows to train on
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub prompts: u32,
+    /// Responses to each prompt
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub responses: u32,
+    /// Longest response, in tokens
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// Let the mixed models respond in turn, rather than the recipe's: where that one hardly ever answers as they do
+    #[arg(long)]
+    pub from_models: bool,
+    /// Steps of mirror descent
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Its step size times the root of the steps
+    #[arg(long, value_name = "C", default_value_t = 1.0)]
+    pub rate: f64,
+    /// Print one JSON object with everything instead
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `posttrain generate`
 #[derive(Debug, Args)]
 pub struct Generate {
     /// The model.
     #[command(flatten)]
     pub model: Model,
+    /// Several models in its place.
+    #[command(flatten)]
+    pub several: Several,
     /// The prompt, put into the model's chat template; without it prompts are read from standard input, one JSON object a
     /// line with `prompt` or `messages`, and answers are written likewise
     #[arg(long, short)]
@@ -231,6 +366,9 @@ pub struct Chat {
     /// The model.
     #[command(flatten)]
     pub model: Model,
+    /// Several models in its place.
+    #[command(flatten)]
+    pub several: Several,
     /// A system message
     #[arg(long)]
     pub system: Option<String>,

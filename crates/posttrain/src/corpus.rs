@@ -276,6 +276,15 @@ pub fn prompts(config: &Config, language: Language<'_>, terminal: Terminal) -> R
     Ok(kept(language.renderer(&config.rendering).prompts(&samples)?, "prompts", terminal))
 }
 
+/// At most so many of the prompts, taken evenly.
+pub fn evenly(prompts: Vec<Prompt>, count: usize) -> Vec<Prompt> {
+    let all = prompts.len();
+    let count = count.min(all);
+    let mut places = (0..count).map(|index| index * all / count).peekable();
+    let chosen = prompts.into_iter().enumerate().filter(|(place, _)| places.next_if_eq(place).is_some());
+    chosen.map(|(_, prompt)| prompt).collect()
+}
+
 /// The training problems of a task.
 fn made_rows(options: &TaskOptions, seed: u64, pairs: bool) -> Result<Vec<Row>, Failure> {
     let task = options.task.build()?;

@@ -45,6 +45,8 @@ shows! {
     help_of_train: ["train", "--help"];
     help_of_generate: ["generate", "--help"];
     help_of_bench: ["bench", "--help"];
+    help_of_frontier: ["frontier", "--help"];
+    help_of_mix_weights: ["mix", "weights", "--help"];
     help_of_data_validate: ["data", "validate", "--help"];
     help_of_reward_lint: ["reward", "lint", "--help"];
     explained_referee: ["config", "explain", "referee"];

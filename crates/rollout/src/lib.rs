@@ -22,6 +22,7 @@ pub mod options;
 pub mod prefix_cache;
 mod queue;
 pub mod sampling;
+pub mod scoring;
 pub mod search;
 mod slot;
 pub mod stop;
@@ -30,6 +31,6 @@ pub use conversation::{ConversationOptions, Dialogue, Fidelity, Opening, Respond
 pub use episode::{Episode, Finish, Request, Transcript, Turn};
 pub use error::{Error, Result};
 pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress, PromptTokens};
-pub use mixture::{Mean, Mixture};
+pub use mixture::{Mean, Mixture, Resampled};
 pub use options::SamplingOptions;
 pub use prefix_cache::PrefixCache;

@@ -1,21 +1,27 @@
-//! Sampling from a mixture of two models: the one that generates, and another that reads along.
+//! Sampling from a mixture of models: the one that generates, and others that read along.
 //!
 //! ```text
-//! geometric     p ∝ p_1^{1 - α} p_2^α           the weighted mean of logits (Nash-MD, Munos et al., arXiv 2312.00886)
-//! arithmetic    p = (1 - α) p_1 + α p_2         the weighted mean of probabilities (MiniLLM, Gu et al., arXiv 2306.08543)
+//! geometric     p ∝ Π_k p_k^{w_k}         the weighted mean of logits (Nash-MD, Munos et al., arXiv 2312.00886; MPO, Wang et al., arXiv 2502.18699)
+//! arithmetic    p = Σ_k w_k p_k           the weighted mean of probabilities (MiniLLM, Gu et al., arXiv 2306.08543)
 //! ```
 //!
-//! at the temperature of the sampling, before top-k, top-p and min-p. The other model keeps the keys and values of every
-//! completion that is being served, and reads all their new tokens in one pass, so that a round costs one pass of each model.
-//! Its bits depend on a completion alone, as those of any decoder do.
+//! at the temperature of the sampling, before top-k, top-p and min-p; the shares `w` add up to one. Every other model keeps the keys and
+//! values of every completion that is being served, and reads all their new tokens in one pass, so that a round costs one pass of each
+//! model. Its bits depend on a completion alone, as those of any decoder do.
+//!
+//! Token by token, the geometric mixture is not the law `Π_k π_k(y)^{w_k} / Z` of whole completions: each token is normalised on its own,
+//! and what the normalisers of later tokens are worth is lost. [`Mixture::resample`] draws from that law by sampling importance
+//! resampling (Rubin, 1988): of candidates `y` of the mixture `q`, one with a chance in proportion to `Π_k π_k(y)^{w_k} / q(y)`. With ever
+//! more candidates that is exact.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use base::Random;
 use model::decoder::{DecodeRow, Decoder, SequenceCache, Workspace};
 
 use crate::generator::{LogitsContext, LogitsHook};
-use crate::{Result, SamplingOptions};
+use crate::{Episode, Result, SamplingOptions, scoring};
 
 /// What is averaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +32,31 @@ pub enum Mean {
     Arithmetic,
 }
 
-/// Mixes another model into what tokens are drawn from. Of use for one call of the generator: it names completions by their
+/// Mixes other models into what tokens are drawn from. Of use for one call of the generator: it names completions by their
 /// requests.
 pub struct Mixture<'a> {
-    other: &'a Decoder,
     mean: Mean,
-    share: f64,
+    /// The share of the model that generates.
+    own: f64,
+    others: Vec<Other<'a>>,
     temperature: f64,
+}
+
+/// A model that reads along.
+struct Other<'a> {
+    decoder: &'a Decoder,
+    share: f64,
     reader: Mutex<Reader>,
+}
+
+/// One of several candidates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Resampled {
+    /// Its number.
+    pub chosen: usize,
+    /// The effective number of candidates `1 / Σ w²` (Kong, 1992), their weights `w` adding up to one: near 1, one candidate outweighs
+    /// all others, and more of them are needed.
+    pub effective: f64,
 }
 
 /// A request's name: its prompt and its sample.
@@ -62,11 +85,55 @@ struct Known {
 }
 
 impl<'a> Mixture<'a> {
-    /// A mixture in which `other`, which must be prepared and of the same vocabulary, has the share α.
-    pub fn new(other: &'a Decoder, mean: Mean, share: f64, options: &SamplingOptions) -> Self {
-        let temperature = f64::from(options.log_prob_temperature());
-        Self { other, mean, share, temperature, reader: Mutex::default() }
+    /// A mixture in which `others`, which must be prepared and of the same vocabulary, have these shares, and the model that generates
+    /// has the rest.
+    pub fn new(others: &[(&'a Decoder, f64)], mean: Mean, options: &SamplingOptions) -> Self {
+        let others: Vec<Other<'a>> =
+            others.iter().map(|&(decoder, share)| Other { decoder, share, reader: Mutex::default() }).collect();
+        let own = 1.0 - others.iter().map(|other| other.share).sum::<f64>();
+        Self { mean, own, others, temperature: f64::from(options.log_prob_temperature()) }
     }
+
+    /// Of `size` consecutive candidates each, drawn from this geometric mixture, the one that stands for the law of whole completions. The
+    /// draw is that of `random` for the prompt and the number of the group among those of its prompt.
+    ///
+    /// # Errors
+    /// A model that refuses the candidates.
+    pub fn resample(&self, candidates: &[Episode], size: usize, random: Random) -> Result<Vec<Resampled>> {
+        let drawn = |episode: &Episode, log_probs: &[f32]| -> f64 {
+            let sampled = log_probs.iter().zip(&episode.loss_mask).filter(|(_, sampled)| **sampled);
+            sampled.map(|(&log_prob, _)| f64::from(log_prob)).sum()
+        };
+        let mut log_weights: Vec<f64> = (candidates.iter())
+            .map(|one| self.own * drawn(one, &one.log_probs) - drawn(one, &one.filtered_log_probs))
+            .collect();
+        for other in &self.others {
+            let log_probs = scoring::log_probs(other.decoder, candidates, self.temperature as f32)?;
+            for (weight, log_prob) in log_weights.iter_mut().zip(log_probs) {
+                *weight += other.share * log_prob;
+            }
+        }
+        let chosen = candidates.chunks(size).zip(log_weights.chunks(size)).map(|(candidates, log_weights)| {
+            let Episode { prompt_id, sample, .. } = candidates[0];
+            resample(log_weights, random.prompt(prompt_id).sample(sample / size as u32).at(0).uniform())
+        });
+        Ok(chosen.collect())
+    }
+}
+
+/// One of several candidates, with a chance in proportion to `e^w`; `uniform`, from 0 up to 1, decides.
+pub fn resample(log_weights: &[f64], uniform: f64) -> Resampled {
+    let largest = log_weights.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = log_weights.iter().map(|w| if *w == largest { 1.0 } else { (w - largest).exp() }).collect();
+    let total: f64 = weights.iter().sum();
+    let mut running = 0.0;
+    let crosses = weights.iter().position(|weight| {
+        running += weight;
+        running > uniform * total
+    });
+    let effective = total * total / weights.iter().map(|weight| weight * weight).sum::<f64>();
+    // `uniform * total` can round up to the total itself.
+    Resampled { chosen: crosses.unwrap_or(weights.len().saturating_sub(1)), effective }
 }
 
 impl Reader {
@@ -126,30 +193,49 @@ fn name(row: &LogitsContext<'_>) -> Name {
     (row.request.prompt_id, row.request.sample)
 }
 
+impl Other<'_> {
+    fn reader(&self) -> MutexGuard<'_, Reader> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the model says of the next token.
+    fn logits(&self, context: &LogitsContext<'_>) -> Vec<f32> {
+        self.reader().known.get(&name(context)).map(|known| known.logits.clone()).unwrap_or_default()
+    }
+}
+
 impl LogitsHook for Mixture<'_> {
     fn prepare(&self, rows: &[LogitsContext<'_>]) -> Result<()> {
-        self.reader.lock().unwrap_or_else(PoisonError::into_inner).read(self.other, rows)
+        self.others.iter().try_for_each(|other| other.reader().read(other.decoder, rows))
     }
 
     fn apply(&self, logits: &mut [f32], context: &LogitsContext<'_>) {
-        let other = {
-            let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-            reader.known.get(&name(context)).map(|known| known.logits.clone()).unwrap_or_default()
-        };
-        let share = self.share;
-        match self.mean {
-            Mean::Geometric => {
-                for (logit, other) in logits.iter_mut().zip(other) {
-                    *logit = ((1.0 - share) * f64::from(*logit) + share * f64::from(other)) as f32;
-                }
-            }
+        let mut mixed: Vec<f64> = match self.mean {
+            Mean::Geometric => logits.iter().map(|&logit| self.own * f64::from(logit)).collect(),
             Mean::Arithmetic => {
-                let (own, other) = (log_softmax(logits, self.temperature), log_softmax(&other, self.temperature));
-                for ((logit, own), other) in logits.iter_mut().zip(own).zip(other) {
-                    let mixed = (1.0 - share) * own.exp() + share * other.exp();
-                    *logit = (self.temperature * mixed.ln()) as f32;
+                log_softmax(logits, self.temperature).into_iter().map(|own| self.own * own.exp()).collect()
+            }
+        };
+        for other in &self.others {
+            let theirs = other.logits(context);
+            match self.mean {
+                Mean::Geometric => {
+                    for (mixed, logit) in mixed.iter_mut().zip(theirs) {
+                        *mixed += other.share * f64::from(logit);
+                    }
+                }
+                Mean::Arithmetic => {
+                    for (mixed, log_prob) in mixed.iter_mut().zip(log_softmax(&theirs, self.temperature)) {
+                        *mixed += other.share * log_prob.exp();
+                    }
                 }
             }
+        }
+        for (logit, mixed) in logits.iter_mut().zip(mixed) {
+            *logit = match self.mean {
+                Mean::Geometric => mixed as f32,
+                Mean::Arithmetic => (self.temperature * mixed.ln()) as f32,
+            };
         }
     }
 }

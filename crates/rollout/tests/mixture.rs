@@ -1,4 +1,4 @@
-//! Sampling from a mixture of two models.
+//! Sampling from a mixture of models.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 mod common;
@@ -8,7 +8,10 @@ use kernels::Precision;
 use model::Family;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
-use posttrain_rollout::{Episode, Generator, Mean, Mixture, Request, SamplingOptions};
+use posttrain_rollout::mixture::resample;
+use posttrain_rollout::{
+    Episode, Generator, LogitsContext, LogitsHook, Mean, Mixture, Request, SamplingOptions, scoring,
+};
 
 const MEANS: [Mean; 2] = [Mean::Geometric, Mean::Arithmetic];
 
@@ -30,7 +33,7 @@ fn sampled(
     batch_size: usize,
     requests: &[Request],
 ) -> Vec<Episode> {
-    let mixture = mixed.map(|(other, mean, share)| Mixture::new(other, mean, share, options));
+    let mixture = mixed.map(|(other, mean, share)| Mixture::new(&[(other, share)], mean, options));
     let generator = Generator::new(options, batch_size, Random::new(5, Purpose::Sampling));
     let generator = Generator { hook: mixture.as_ref().map(|mixture| mixture as _), ..generator };
     generator.generate(own, &Tokenizer::bytes().unwrap(), requests, |_| {}).unwrap()
@@ -93,4 +96,105 @@ fn bits_do_not_depend_on_the_batch() {
             assert_eq!(run(batch_size), expected, "{mean:?}, batch {batch_size}");
         }
     }
+}
+
+/// A third model.
+fn third() -> Decoder {
+    let mut third = common::tiny(Family::Llama, Precision::F32);
+    for index in 0..third.parameters().len() {
+        third.parameter_mut(index).rotate_left(7);
+    }
+    third.prepare(Precision::F32);
+    third
+}
+
+/// What the models say of the first token, and the mean by the formula, in the order of the shares.
+#[test]
+fn three_models_are_mixed_by_the_formula() {
+    let (own, second) = models();
+    let third = third();
+    let options = SamplingOptions::default();
+    let shares = [0.5, 0.3, 0.2];
+    let request = &common::requests(1, 1)[0];
+    let logits_of = |decoder: &Decoder| {
+        let hook = Mixture::new(&[(decoder, 1.0)], Mean::Geometric, &options);
+        let context = LogitsContext { request, completion: &[] };
+        hook.prepare(&[context]).unwrap();
+        let mut logits = vec![0.0; common::VOCABULARY];
+        hook.apply(&mut logits, &context);
+        logits
+    };
+    let of_models = [logits_of(&own), logits_of(&second), logits_of(&third)];
+    let probabilities = of_models.clone().map(|logits| {
+        let total: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        logits.into_iter().map(|logit| f64::from(logit).exp() / total).collect::<Vec<f64>>()
+    });
+    for mean in MEANS {
+        let hook = Mixture::new(&[(&second, shares[1]), (&third, shares[2])], mean, &options);
+        let context = LogitsContext { request, completion: &[] };
+        hook.prepare(&[context]).unwrap();
+        let mut mixed = of_models[0].clone();
+        hook.apply(&mut mixed, &context);
+        for (token, &logit) in mixed.iter().enumerate() {
+            let expected = match mean {
+                Mean::Geometric => (0..3).map(|k| shares[k] * f64::from(of_models[k][token])).sum::<f64>(),
+                Mean::Arithmetic => (0..3).map(|k| shares[k] * probabilities[k][token]).sum::<f64>().ln(),
+            };
+            assert!((f64::from(logit) - expected).abs() < 1e-5 * (1.0 + expected.abs()), "{mean:?}");
+        }
+    }
+}
+
+#[test]
+fn bits_of_three_models_do_not_depend_on_the_batch() {
+    let (own, second) = models();
+    let third = third();
+    let options = SamplingOptions { max_new_tokens: 40, ..SamplingOptions::default() };
+    let requests = common::requests(3, 3);
+    let run = |batch_size| {
+        let mixture = Mixture::new(&[(&second, 0.4), (&third, 0.3)], Mean::Geometric, &options);
+        let generator = Generator::new(&options, batch_size, Random::new(5, Purpose::Sampling));
+        let generator = Generator { hook: Some(&mixture), ..generator };
+        generator.generate(&own, &Tokenizer::bytes().unwrap(), &requests, |_| {}).unwrap()
+    };
+    let expected = run(1);
+    assert_eq!(run(2), expected);
+    assert_eq!(run(64), expected);
+}
+
+#[test]
+fn log_probs_of_completions_are_those_of_sampling() {
+    let (own, other) = models();
+    let options = SamplingOptions { temperature: 0.7, max_new_tokens: 12, ..SamplingOptions::default() };
+    let episodes = sampled(&own, None, &options, 4, &common::requests(3, 3));
+    let drawn = |episode: &Episode, values: &[f32]| -> f64 {
+        values.iter().zip(&episode.loss_mask).filter(|(_, drawn)| **drawn).map(|(value, _)| f64::from(*value)).sum()
+    };
+    let expected: Vec<f64> = episodes.iter().map(|episode| drawn(episode, &episode.log_probs)).collect();
+    assert_eq!(scoring::log_probs(&own, &episodes, 0.7).unwrap(), expected);
+    let theirs = common::trainer_log_probs(&other, &episodes, 0.7, false);
+    let expected: Vec<f64> = episodes.iter().zip(&theirs).map(|(episode, values)| drawn(episode, values)).collect();
+    assert_eq!(scoring::log_probs(&other, &episodes, 0.7).unwrap(), expected);
+}
+
+#[test]
+fn candidates_are_chosen_by_their_weight() {
+    let log_weights = [0.25f64.ln(), 0.5f64.ln(), 0.25f64.ln()];
+    let chosen = [0.0, 0.2, 0.3, 0.7, 0.8, 0.999].map(|uniform| resample(&log_weights, uniform).chosen);
+    assert_eq!(chosen, [0, 0, 1, 1, 2, 2]);
+    assert!((resample(&[-3.0; 5], 0.5).effective - 5.0).abs() < 1e-12);
+    assert!((resample(&[0.0, -900.0], 0.999).effective - 1.0).abs() < 1e-12);
+    assert_eq!(resample(&[f64::NEG_INFINITY, 2.0], 0.0).chosen, 1);
+}
+
+/// A mixture whose every candidate comes from one model needs no correction: all weights are equal.
+#[test]
+fn a_single_model_is_its_own_law() {
+    let (own, other) = models();
+    let options = SamplingOptions { max_new_tokens: 30, ..SamplingOptions::default() };
+    let candidates = sampled(&own, Some((&other, Mean::Geometric, 0.0)), &options, 4, &common::requests(2, 6));
+    let mixture = Mixture::new(&[(&other, 0.0)], Mean::Geometric, &options);
+    let resampled = mixture.resample(&candidates, 3, Random::new(9, Purpose::Resampling)).unwrap();
+    assert_eq!(resampled.len(), 4);
+    assert!(resampled.iter().all(|one| (one.effective - 3.0).abs() < 1e-3));
 }

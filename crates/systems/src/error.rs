@@ -21,6 +21,9 @@ pub enum Error {
     /// A reward could not do its work.
     #[error(transparent)]
     Reward(#[from] envs::RewardError),
+    /// A merged model could not be measured.
+    #[error(transparent)]
+    Probe(#[from] train::frontier::ProbeError),
     /// An option of a stage cannot be used.
     #[error(transparent)]
     Option(#[from] train::options::OptionError),
@@ -65,6 +68,7 @@ impl Hint for Error {
             Self::Model(error) => error.hint(),
             Self::Rollout(error) => error.hint(),
             Self::Reward(error) => error.hint(),
+            Self::Probe(error) => error.hint(),
             Self::Option(error) => error.hint(),
             Self::File(error) => error.hint(),
             Self::Interrupted => Some("the same command goes on from what is finished".into()),

@@ -18,7 +18,9 @@ pub mod error;
 pub mod evidence;
 pub mod experiment;
 pub mod measurements;
+pub mod mpo;
 pub mod par;
+pub mod peo;
 pub mod personalized;
 pub mod reproduce;
 pub mod rewarding_doubt;
@@ -40,10 +42,12 @@ pub const SYSTEMS: &[&System] = &[
     &aligndistil::SYSTEM,
     &rewarding_doubt::SYSTEM,
     &vc_ppo::SYSTEM,
+    &peo::SYSTEM,
     &ce_u::SYSTEM,
     &dro::SYSTEM,
     &personalized::SYSTEM,
     &par::SYSTEM,
+    &mpo::SYSTEM,
 ];
 
 /// The system of this name.

@@ -9,7 +9,7 @@
 //! Results do not depend on threads, on the other sequences of a batch or on how a batch is split: every reduction is a
 //! left fold over an index of its own sequence, or over tokens in order.
 
-mod average;
+mod arithmetic;
 mod decode;
 mod device;
 mod estimate;
@@ -43,6 +43,7 @@ use parameters::{EMBEDDING, Layout};
 use score::Score;
 use workspace::{Activations, Kept};
 
+pub use arithmetic::TaskVectors;
 pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM, SequenceCache, common_beginning};
 pub use estimate::Estimate;
 pub use head::{LogProbs, LogitRow, Target};

@@ -12,6 +12,7 @@ use crate::cli;
 use crate::failure::Failure;
 use crate::opened::{Opened, Opener};
 use crate::terminal::{Terminal, print};
+use crate::voice::Voice;
 
 /// Sequences decoded at once; results do not depend on it.
 pub(super) const BATCH: usize = 32;
@@ -56,40 +57,43 @@ fn encode_plain(model: &Opened, text: &str) -> Result<Arc<[u32]>, Failure> {
 /// `posttrain generate`
 pub fn generate(arguments: &cli::Generate, opener: Opener) -> Result<(), Failure> {
     let options = options(&arguments.sampling)?;
+    Voice::check(&arguments.several, &options)?;
     let random = Random::new(arguments.sampling.seed, Purpose::Sampling);
     let generator = Generator::new(&options, BATCH, random);
     let Some(prompt) = &arguments.prompt else {
         return from_lines(arguments, &generator, opener);
     };
-    let model = open(&arguments.model, opener)?;
+    let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
     let ids = match arguments.raw {
-        true => encode_plain(&model, prompt)?,
+        true => encode_plain(&voice.model, prompt)?,
         false => {
             let system = arguments.system.iter().map(|text| Message::new("system", text));
             let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
-            encode(&model, &messages)?
+            encode(&voice.model, &messages)?
         }
     };
+    let draws = (arguments.sampling.seed, 0);
     if arguments.n == 1 {
-        stream(&model, &generator, &ids, &mut PrefixCache::new(0))?;
+        stream(&voice, &generator, draws, &ids, &mut PrefixCache::new(0))?;
         return Ok(());
     }
     let requests: Vec<Request> = Request::samples(0, &ids, arguments.n).collect();
-    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |_| {})?;
+    let episodes = voice.answer(&generator, draws, None, &requests, |_| {})?;
     print(episodes.iter().map(|episode| format!("{}\n", json!({"completion": episode.text}))).collect::<String>())
 }
 
-/// Answers one prompt on standard output while it is made, and returns it.
+/// Answers one prompt on standard output, while the answer is made where that is possible, and returns it.
 fn stream(
-    model: &Opened,
+    voice: &Voice,
     generator: &Generator<'_>,
+    draws: (u64, u32),
     ids: &Arc<[u32]>,
     cache: &mut PrefixCache,
 ) -> Result<String, Failure> {
     let requests: Vec<Request> = Request::samples(0, ids, 1).collect();
     let mut failed = None;
-    let episodes = generator.generate_with(cache, &model.decoder, &model.tokenizer, &requests, |progress| {
-        for piece in progress.pieces {
+    let episodes = voice.answer(generator, draws, Some(cache), &requests, |progress| {
+        for piece in progress.pieces.iter().filter(|_| voice.streams()) {
             if failed.is_none() {
                 failed = print(&piece.text).err();
             }
@@ -98,8 +102,12 @@ fn stream(
     if let Some(failure) = failed {
         return Err(failure);
     }
+    let text = episodes.into_iter().next().map(|episode| episode.text).unwrap_or_default();
+    if !voice.streams() {
+        print(&text)?;
+    }
     print("\n")?;
-    Ok(episodes.into_iter().next().map(|episode| episode.text).unwrap_or_default())
+    Ok(text)
 }
 
 /// JSON objects with `prompt` or `messages` in, the same objects with `completions` out.
@@ -108,7 +116,8 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
         let failure = Failure::usage("no prompt: expected `--prompt TEXT`, or JSON lines on standard input");
         return Err(failure.hint("for example: echo '{\"prompt\": \"What is 2 + 2?\"}' | posttrain generate"));
     }
-    let model = open(&arguments.model, opener)?;
+    let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
+    let model = &voice.model;
     let mut rows = Vec::new();
     let mut requests = Vec::new();
     for (number, line) in std::io::stdin().lock().lines().enumerate() {
@@ -119,10 +128,10 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
         }
         let row: Value = serde_json::from_str(&line).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
         let ids = match (&row["messages"], &row["prompt"]) {
-            (Value::Array(_), _) => encode(&model, &messages(&row["messages"]).map_err(wrong)?)?,
-            (_, Value::Array(_)) => encode(&model, &messages(&row["prompt"]).map_err(wrong)?)?,
-            (_, Value::String(text)) if arguments.raw => encode_plain(&model, text)?,
-            (_, Value::String(text)) => encode(&model, &[Message::new("user", text)])?,
+            (Value::Array(_), _) => encode(model, &messages(&row["messages"]).map_err(wrong)?)?,
+            (_, Value::Array(_)) => encode(model, &messages(&row["prompt"]).map_err(wrong)?)?,
+            (_, Value::String(text)) if arguments.raw => encode_plain(model, text)?,
+            (_, Value::String(text)) => encode(model, &[Message::new("user", text)])?,
             _ => return Err(wrong("expected an object with `prompt` (text or messages) or `messages`".into())),
         };
         requests.extend(Request::samples(rows.len() as u32, &ids, arguments.n));
@@ -130,7 +139,8 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
     }
     let mut progress = opener.terminal.progress("generating", "answer", requests.len() as u64);
     let (mut sampled, mut prompts) = (0, PromptTokens::default());
-    let episodes = generator.generate(&model.decoder, &model.tokenizer, &requests, |now| {
+    let draws = (arguments.sampling.seed, 0);
+    let episodes = voice.answer(generator, draws, None, &requests, |now| {
         progress.update(now.finished as u64, &format!("{} tokens", now.tokens));
         (sampled, prompts) = (now.tokens, now.prompt_tokens);
     })?;
@@ -158,7 +168,9 @@ fn messages(value: &Value) -> Result<Vec<Message>, String> {
 /// `posttrain chat`
 pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
     let options = options(&arguments.sampling)?;
-    let model = open(&arguments.model, opener)?;
+    Voice::check(&arguments.several, &options)?;
+    let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
+    let model = &voice.model;
     let terminal = opener.terminal;
     terminal.note(format!("{}; /reset starts over, Ctrl-D ends", model.name));
     let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
@@ -179,7 +191,8 @@ pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
         turn += 1;
         let random = Random::new(arguments.sampling.seed, Purpose::Sampling).step(turn);
         let generator = Generator::new(&options, 1, random);
-        let answer = stream(&model, &generator, &encode(&model, &messages)?, &mut cache)?;
+        let draws = (arguments.sampling.seed, turn);
+        let answer = stream(&voice, &generator, draws, &encode(model, &messages)?, &mut cache)?;
         messages.push(Message::new("assistant", &answer));
     }
     Ok(())

@@ -6,9 +6,11 @@ pub mod config;
 pub mod data;
 pub mod doctor;
 pub mod eval;
+pub mod frontier;
 pub mod generate;
 pub mod merge;
 pub mod methods;
+pub mod mix;
 pub mod models;
 pub mod personalized;
 pub mod play;
@@ -19,7 +21,7 @@ pub mod systems;
 pub mod train;
 pub mod unlearning;
 
-use crate::cli::{Cli, Command, DataCommand, EvalCommand, RewardCommand, SystemsCommand};
+use crate::cli::{Cli, Command, DataCommand, EvalCommand, MixCommand, RewardCommand, SystemsCommand};
 use crate::failure::Failure;
 use crate::opened::Opener;
 use crate::terminal::Terminal;
@@ -46,6 +48,8 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
         Command::Pull(arguments) => models::pull(arguments, terminal),
         Command::Models => models::list(),
         Command::Merge(arguments) => merge::run(arguments, opener),
+        Command::Frontier(arguments) => frontier::run(arguments, opener),
+        Command::Mix { command: MixCommand::Weights(arguments) } => mix::run(arguments, opener),
         Command::Methods => methods::list(),
         Command::Explain(arguments) => methods::explain(&arguments.name, arguments.markdown),
         Command::Data { command: DataCommand::Validate(arguments) } => data::validate(arguments, opener),

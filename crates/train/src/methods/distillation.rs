@@ -349,7 +349,7 @@ impl Distillation {
         };
         let (random, share) = (step.random(Purpose::Sampling), self.options.teacher_mix);
         let mixture = (self.teachers.first().filter(|_| share > 0.0))
-            .map(|teacher| Mixture::new(teacher, Mean::Arithmetic, share, &self.options.sampling));
+            .map(|teacher| Mixture::new(&[(teacher, share)], Mean::Arithmetic, &self.options.sampling));
         rollouts.sample_with(mixture.as_ref().map(|mixture| mixture as &dyn LogitsHook), step, random, &chosen)
     }
 

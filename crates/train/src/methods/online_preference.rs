@@ -251,8 +251,8 @@ impl OnlinePreference {
                         &*base
                     }
                 };
-                let (mean, share) = (Mean::Geometric, self.options.mixture_coef);
-                let mixture = Mixture::new(reference, mean, share, &self.options.sampling);
+                let others = [(reference, self.options.mixture_coef)];
+                let mixture = Mixture::new(&others, Mean::Geometric, &self.options.sampling);
                 rollouts(1).sample_with(Some(&mixture), step, other, prompts)?
             }
             _ => return rollouts(2).sample(step, random, prompts),

@@ -5,7 +5,7 @@ use data::Prompt;
 use kernels::{Precision, log_softmax_row};
 use model::decoder::{Decoder, PackedTokens, Target, Workspace};
 use model::tokenizer::Tokenizer;
-use rollout::{Episode, Generator, Request, SamplingOptions};
+use rollout::{Episode, Generator, LogitsHook, Request, SamplingOptions};
 
 use super::{LONGEST, Question, Utility};
 use crate::error::Result;
@@ -48,8 +48,29 @@ pub fn sample(
     size: usize,
     (seed, round): (u64, u32),
 ) -> Result<Sampled> {
+    decoder.prepare(Precision::F32);
+    sample_with(None, decoder, tokenizer, questions, size, (seed, round))
+}
+
+/// How answers are sampled: at temperature 1.
+pub fn sampling() -> SamplingOptions {
+    SamplingOptions { max_new_tokens: LONGEST, ..SamplingOptions::default() }
+}
+
+/// [`sample`] from what a hook makes of the logits of a model whose weights are prepared.
+///
+/// # Errors
+/// Those of generation.
+pub fn sample_with(
+    hook: Option<&dyn LogitsHook>,
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    size: usize,
+    (seed, round): (u64, u32),
+) -> Result<Sampled> {
     let prompts: Vec<Prompt> = questions.iter().map(|question| question.prompt(tokenizer)).collect();
-    let episodes = episodes(decoder, tokenizer, &prompts, size, (seed, round))?;
+    let episodes = draw(hook, decoder, tokenizer, &prompts, size, (seed, round))?;
     Ok(Sampled { questions: questions.to_vec(), size, episodes })
 }
 
@@ -65,11 +86,23 @@ pub fn episodes(
     (seed, round): (u64, u32),
 ) -> Result<Vec<Episode>> {
     decoder.prepare(Precision::F32);
+    draw(None, decoder, tokenizer, prompts, size, (seed, round))
+}
+
+fn draw(
+    hook: Option<&dyn LogitsHook>,
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    size: usize,
+    (seed, round): (u64, u32),
+) -> Result<Vec<Episode>> {
     let requests: Vec<Request> =
         prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, size as u32)).collect();
-    let options = SamplingOptions { max_new_tokens: LONGEST, ..SamplingOptions::default() };
+    let options = sampling();
     let random = Random::new(seed, Purpose::Sampling).step(MEASUREMENTS + round);
-    Ok(Generator::new(&options, 64, random).generate(decoder, tokenizer, &requests, |_| {})?)
+    let generator = Generator { hook, ..Generator::new(&options, 64, random) };
+    Ok(generator.generate(decoder, tokenizer, &requests, |_| {})?)
 }
 
 /// The divergence `KL(π || π_ref)` of the answers' tokens, over the whole vocabulary, summed over an answer; mean over the answers,

@@ -28,6 +28,7 @@
 mod answers;
 pub mod digits;
 mod measure;
+mod paid;
 
 use std::sync::Arc;
 
@@ -44,7 +45,8 @@ use crate::experiment::Trial;
 use crate::words;
 
 pub use answers::{Preference, answer, corpus, example, pairs, plausible, preferences};
-pub use measure::{Sampled, divergence, episodes, log_probs, sample, win_rate};
+pub use measure::{Sampled, divergence, episodes, log_probs, sample, sample_with, sampling, win_rate};
+pub use paid::Paid;
 
 /// Tokens.
 pub const VOCABULARY: usize = 64;

@@ -1,0 +1,324 @@
+//! The search for coefficients: a grid, what nothing dominates, half steps around it, and a fresh look.
+
+use std::collections::BTreeSet;
+
+use eval::front::front;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::FrontierPolicy;
+use crate::options::{OptionError, check};
+
+/// Where coefficients are looked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Region {
+    /// Averages of the models, and a box around the even one.
+    #[default]
+    Extrapolation,
+    /// Averages alone: soups.
+    Interpolation,
+    /// Each model alone, with more or less of its own task vector.
+    Single,
+}
+
+/// How coefficients are looked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SearchOptions {
+    /// Where.
+    pub region: Region,
+    /// The smallest φ.
+    pub low: f64,
+    /// The largest.
+    pub high: f64,
+    /// Values of each φ in the grid.
+    #[schemars(range(min = 2))]
+    pub grid: usize,
+    /// Averages of two models, both ends included; of more models, those with shares in the same steps.
+    #[schemars(range(min = 2))]
+    pub averages: usize,
+    /// Rounds of half steps.
+    pub refinements: u32,
+    /// A candidate is dropped whose perplexity on answers of the model before training is more than so many times that model's.
+    #[schemars(extend("exclusiveMinimum" = 1))]
+    pub max_perplexity_ratio: f64,
+}
+
+impl Default for SearchOptions {
+    fn default() -> Self {
+        Self {
+            region: Region::Extrapolation,
+            low: -0.5,
+            high: 1.5,
+            grid: 5,
+            averages: 11,
+            refinements: 1,
+            max_perplexity_ratio: 1.5,
+        }
+    }
+}
+
+/// What a candidate reaches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// The mean of each objective.
+    pub objectives: Vec<f64>,
+    /// The divergence from the model before training, in nats an answer.
+    pub divergence: f64,
+    /// Perplexity on text of the model before training, over that model's own.
+    pub perplexity_ratio: f64,
+}
+
+impl SearchOptions {
+    /// Refuses values that mean nothing.
+    pub fn validate(&self) -> Result<(), OptionError> {
+        let ordered = self.low.is_finite() && self.high.is_finite() && self.low < self.high;
+        check("low", self.low, ordered, "a number below `high`")?;
+        check("grid", self.grid, (2..=101).contains(&self.grid), "2 to 101")?;
+        check("averages", self.averages, (2..=1001).contains(&self.averages), "2 to 1001")?;
+        check("refinements", self.refinements, self.refinements <= 10, "0 to 10")?;
+        let ratio = self.max_perplexity_ratio;
+        check("max_perplexity_ratio", ratio, ratio > 1.0, "a number above 1")
+    }
+
+    fn step(&self) -> f64 {
+        match self.region {
+            Region::Interpolation => 1.0 / (self.averages - 1) as f64,
+            Region::Extrapolation | Region::Single => (self.high - self.low) / (self.grid - 1) as f64,
+        }
+    }
+
+    fn phis(&self) -> impl Iterator<Item = f64> {
+        (0..self.grid).map(|index| self.low + index as f64 * self.step())
+    }
+
+    /// The coarse candidates.
+    fn candidates(&self, count: usize) -> Vec<Vec<f64>> {
+        let averages = || averages(count, self.averages - 1);
+        match self.region {
+            Region::Interpolation => averages(),
+            Region::Single => (0..count)
+                .flat_map(|model| self.phis().map(move |phi| along(&vec![0.0; count], model, 1.0 + phi)))
+                .collect(),
+            Region::Extrapolation => {
+                let mut grid = vec![vec![1.0 / count as f64; count]];
+                for axis in 0..count {
+                    grid = grid.iter().flat_map(|from| self.phis().map(move |phi| along(from, axis, phi))).collect();
+                }
+                averages().into_iter().chain(grid).collect()
+            }
+        }
+    }
+
+    /// The candidates one step around another, within the region.
+    fn around(&self, center: &[f64], step: f64) -> Vec<Vec<f64>> {
+        let count = center.len();
+        match self.region {
+            Region::Extrapolation => {
+                let mut found = vec![center.to_vec()];
+                for axis in 0..count {
+                    let steps = [-step, 0.0, step];
+                    found = found.iter().flat_map(|from| steps.map(|step| along(from, axis, step))).collect();
+                }
+                found
+            }
+            Region::Interpolation => {
+                let pairs =
+                    (0..count).flat_map(|to| (0..count).filter(move |&from| from != to).map(move |from| (to, from)));
+                let moved = pairs.map(|(to, from)| along(&along(center, to, step), from, -step));
+                moved.filter(|shares| shares.iter().all(|share| (-1e-9..=1.0 + 1e-9).contains(share))).collect()
+            }
+            Region::Single => {
+                let axes = (0..count).filter(|&axis| center[axis] != 0.0);
+                axes.flat_map(|axis| [-step, step].map(|step| along(center, axis, step))).collect()
+            }
+        }
+    }
+}
+
+/// Coefficients with one of them shifted.
+fn along(from: &[f64], axis: usize, shift: f64) -> Vec<f64> {
+    from.iter().enumerate().map(|(index, value)| if index == axis { value + shift } else { *value }).collect()
+}
+
+/// All shares of `count` models in steps of `1 / parts`.
+fn averages(count: usize, parts: usize) -> Vec<Vec<f64>> {
+    if count == 1 {
+        return vec![vec![parts as f64 / parts.max(1) as f64]];
+    }
+    /// All ways to write `parts` as a sum of `count` numbers.
+    fn compositions(count: usize, parts: usize) -> Vec<Vec<usize>> {
+        if count == 1 {
+            return vec![vec![parts]];
+        }
+        let first =
+            |first| compositions(count - 1, parts - first).into_iter().map(move |rest| [vec![first], rest].concat());
+        (0..=parts).flat_map(first).collect()
+    }
+    let share = |part: usize| part as f64 / parts as f64;
+    compositions(count, parts).into_iter().map(|shares| shares.into_iter().map(share).collect()).collect()
+}
+
+/// Coefficients on a fine lattice, so that what is reached on two ways is one candidate.
+fn place(coefficients: &[f64]) -> Vec<i64> {
+    coefficients.iter().map(|a| (a * 1e6).round() as i64).collect()
+}
+
+/// Looks for the coefficients of `count` task vectors that no others beat. `score` measures a candidate; within a round, it must measure every
+/// candidate by the same draws, and in another round by others.
+///
+/// # Errors
+/// The first error of `score`.
+pub fn search<E>(
+    options: &SearchOptions,
+    count: usize,
+    mut score: impl FnMut(&[f64], u32) -> Result<Scores, E>,
+) -> Result<Vec<FrontierPolicy>, E> {
+    let mut seen = BTreeSet::new();
+    let mut kept: Vec<FrontierPolicy> = Vec::new();
+    let mut candidates = options.candidates(count);
+    let mut step = options.step();
+    for refinement in 0..=options.refinements {
+        candidates.retain(|candidate| seen.insert(place(candidate)));
+        for coefficients in std::mem::take(&mut candidates) {
+            let scores = score(&coefficients, 0)?;
+            kept.push(FrontierPolicy { coefficients, scores });
+        }
+        kept = undominated(kept, options.max_perplexity_ratio);
+        if refinement < options.refinements {
+            step /= 2.0;
+            candidates = kept.iter().flat_map(|policy| options.around(&policy.coefficients, step)).collect();
+        }
+    }
+    // Of many candidates with some noise, the best are the lucky ones.
+    for policy in &mut kept {
+        policy.scores = score(&policy.coefficients, 1)?;
+    }
+    Ok(undominated(kept, options.max_perplexity_ratio))
+}
+
+/// What is left without broken candidates and without those that others beat.
+fn undominated(policies: Vec<FrontierPolicy>, max_perplexity_ratio: f64) -> Vec<FrontierPolicy> {
+    let whole = |policy: &FrontierPolicy| policy.scores.perplexity_ratio <= max_perplexity_ratio;
+    let policies: Vec<FrontierPolicy> = policies.into_iter().filter(whole).collect();
+    let points: Vec<&[f64]> = policies.iter().map(|policy| &policy.scores.objectives[..]).collect();
+    let best = front(&points);
+    let mut number = 0..;
+    policies.into_iter().filter(|_| number.next().is_some_and(|number| best.contains(&number))).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use std::convert::Infallible;
+
+    use eval::front::hypervolume;
+
+    use super::*;
+
+    /// `J_i(θ) = -|θ - θ_i*|² / 2` in ten dimensions, the optima orthogonal and of length 1, and training from 0 that goes the share `s` of the way to
+    /// each. The Pareto set is the segment between the optima, which the coefficients `(λ, 1 - λ) / s` reach.
+    struct Quadratic {
+        optima: [[f64; 10]; 2],
+        share: f64,
+    }
+
+    impl Quadratic {
+        fn new(share: f64) -> Self {
+            let half = |sign: f64| std::array::from_fn(|i| if i % 2 == 0 { 1.0 } else { sign } / 10f64.sqrt());
+            Self { optima: [half(1.0), half(-1.0)], share }
+        }
+
+        fn scores(&self, coefficients: &[f64]) -> Scores {
+            let theta = |i: usize| (0..2).map(|k| coefficients[k] * self.share * self.optima[k][i]).sum::<f64>();
+            let objective = |k: usize| -0.5 * (0..10).map(|i| (theta(i) - self.optima[k][i]).powi(2)).sum::<f64>();
+            Scores { objectives: vec![objective(0), objective(1)], divergence: 0.0, perplexity_ratio: 1.0 }
+        }
+
+        fn search(&self, options: &SearchOptions) -> Vec<FrontierPolicy> {
+            search(options, 2, |coefficients, _| Ok::<_, Infallible>(self.scores(coefficients))).unwrap()
+        }
+    }
+
+    fn volume(policies: &[FrontierPolicy]) -> f64 {
+        let point = |policy: &FrontierPolicy| [policy.scores.objectives[0], policy.scores.objectives[1]];
+        hypervolume(&policies.iter().map(point).collect::<Vec<_>>(), [-2.0, -2.0])
+    }
+
+    #[test]
+    fn the_search_finds_the_pareto_segment_of_a_quadratic() {
+        let found = Quadratic::new(0.5).search(&SearchOptions::default());
+        for eighths in 0..=8 {
+            let share = f64::from(eighths) / 8.0;
+            let place = place(&[2.0 * share, 2.0 * (1.0 - share)]);
+            assert!(found.iter().any(|policy| super::place(&policy.coefficients) == place), "{share}");
+        }
+        // What lies beside the segment is beaten by points of it, if not always by those of the lattice.
+        let off = |policy: &FrontierPolicy| (policy.coefficients.iter().sum::<f64>() - 2.0).abs();
+        assert!(found.iter().all(|policy| off(policy) <= 0.25 + 1e-9));
+    }
+
+    /// In closed form, for `s = 1/2`: above (-2, -2), the segment between the optima has the hypervolume
+    /// `2 + ∫ (2 - λ²) 2 (1 - λ) dλ = 23/6`, and the averages of the models `165/64 + 41/48 = 659/192`.
+    #[test]
+    fn hypervolumes_of_the_quadratic_are_those_of_the_closed_form() {
+        let toy = Quadratic::new(0.5);
+        let fine = SearchOptions { grid: 41, averages: 201, refinements: 0, ..SearchOptions::default() };
+        let extrapolated = volume(&toy.search(&fine));
+        let soups = volume(&toy.search(&SearchOptions { region: Region::Interpolation, ..fine }));
+        assert!((extrapolated / (23.0 / 6.0) - 1.0).abs() < 0.01, "{extrapolated}");
+        assert!((soups / (659.0 / 192.0) - 1.0).abs() < 0.01, "{soups}");
+        // Where training went all the way, there is nothing to extrapolate.
+        let done = Quadratic::new(1.0);
+        let soup = volume(&done.search(&SearchOptions { region: Region::Interpolation, ..SearchOptions::default() }));
+        assert!(volume(&done.search(&SearchOptions::default())) < 1.05 * soup);
+    }
+
+    #[test]
+    fn single_models_stay_on_their_axes() {
+        let toy = Quadratic::new(0.5);
+        let found = toy.search(&SearchOptions { region: Region::Single, ..SearchOptions::default() });
+        assert!(found.iter().all(|policy| policy.coefficients.contains(&0.0)));
+        assert!(!found.is_empty());
+    }
+
+    #[test]
+    fn every_candidate_is_measured_once_and_survivors_again() {
+        let toy = Quadratic::new(0.8);
+        let mut calls: Vec<(Vec<i64>, u32)> = Vec::new();
+        let found = search(&SearchOptions::default(), 2, |coefficients, round| {
+            calls.push((place(coefficients), round));
+            Ok::<_, Infallible>(toy.scores(coefficients))
+        });
+        let found = found.unwrap();
+        let mut first: Vec<_> = calls.iter().filter(|call| call.1 == 0).collect();
+        let count = first.len();
+        first.sort();
+        first.dedup();
+        assert_eq!(first.len(), count, "no candidate twice");
+        assert_eq!(calls.iter().filter(|call| call.1 == 1).count(), found.len(), "the toy has no noise");
+        assert!(calls.contains(&(vec![500_000, 500_000], 0)), "the soup is a candidate");
+    }
+
+    #[test]
+    fn broken_candidates_are_dropped_however_good_they_seem() {
+        let toy = Quadratic::new(0.5);
+        let found = search(&SearchOptions::default(), 2, |coefficients, _| {
+            let mut scores = toy.scores(coefficients);
+            scores.perplexity_ratio = coefficients.iter().sum();
+            Ok::<_, Infallible>(scores)
+        });
+        assert!(found.unwrap().iter().all(|policy| policy.coefficients.iter().sum::<f64>() <= 1.5 + 1e-9));
+    }
+
+    #[test]
+    fn more_than_two_models() {
+        let options = SearchOptions { grid: 2, averages: 3, ..SearchOptions::default() };
+        let all = options.candidates(3);
+        // Six averages in halves and the eight corners of the box.
+        assert_eq!(all.len(), 6 + 8);
+        assert!(all.iter().all(|coefficients| coefficients.len() == 3));
+        assert!(averages(3, 10).iter().all(|shares| (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12));
+    }
+}
