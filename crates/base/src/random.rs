@@ -39,6 +39,8 @@ pub enum Purpose {
     Opponent = 21,
     /// What is wrong in wrong answers.
     Mistake = 22,
+    /// Beginnings of answers that another model continues, and where it does.
+    RollIn = 41,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.
