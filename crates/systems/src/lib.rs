@@ -16,6 +16,7 @@ pub mod evidence;
 pub mod experiment;
 pub mod measurements;
 pub mod par;
+pub mod q_sharp;
 pub mod reproduce;
 pub mod rewarding_doubt;
 pub mod settings;
@@ -32,7 +33,7 @@ pub use reproduce::{Event, Reproduction};
 pub use system::{Arm, Bound, Claim, Figure, Role, System};
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &par::SYSTEM];
+pub const SYSTEMS: &[&System] = &[&rewarding_doubt::SYSTEM, &vc_ppo::SYSTEM, &par::SYSTEM, &q_sharp::SYSTEM];
 
 /// The system of this name.
 pub fn find(name: &str) -> Option<&'static System> {
