@@ -145,7 +145,7 @@ fn guidance_finds_what_is_paid() {
         ..Default::default()
     };
     value.add_score(options.head(), 0.0, 0).unwrap();
-    let mut fit = |method: &mut dyn Method, decoder: &mut Decoder| {
+    let fit = |method: &mut dyn Method, decoder: &mut Decoder| {
         let fit = Fit { decoder, tokenizer: &tokenizer, seed: 1, stage: 0, precision: Precision::F32 };
         train::fit::<train::Error>(method, fit, |_, _, _| Ok(())).unwrap();
     };
@@ -153,7 +153,8 @@ fn guidance_finds_what_is_paid() {
     fit(&mut Sft::new(sft, examples()).unwrap(), &mut reference);
     let mut method = ValueModel::new(options.clone(), reference.clone(), prompts(), Box::new(Exact)).unwrap();
     fit(&mut method, &mut value);
-    [&mut reference, &mut value].map(|decoder| decoder.prepare(Precision::F32));
+    reference.prepare(Precision::F32);
+    value.prepare(Precision::F32);
 
     let prompts = prompts();
     let requests: Vec<Request> =
