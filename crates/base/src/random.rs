@@ -41,6 +41,8 @@ pub enum Purpose {
     Mistake = 22,
     /// Which of several candidates stands for a law that they were not drawn from.
     Resampling = 31,
+    /// Beginnings of answers that another model continues, and where it does.
+    RollIn = 41,
 }
 
 /// The name of a family of draws; [`Random::at`] gives one of them.

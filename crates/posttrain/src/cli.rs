@@ -333,6 +333,39 @@ pub struct MixWeights {
     pub json: bool,
 }
 
+/// Who guides.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Value guidance")]
+pub struct Guide {
+    /// A value model of the same vocabulary, trained by `[q_sharp]` of a recipe: draw tokens that it expects a higher return
+    /// of, without training the model
+    #[arg(long, value_name = "VALUE_MODEL", conflicts_with = "mix")]
+    pub guide: Option<String>,
+    /// The price of a nat of divergence from the model, in units of the return: small guides hard
+    #[arg(long, value_name = "ETA", default_value_t = 0.1, requires = "guide")]
+    pub guide_eta: f64,
+    /// The most probable tokens that are candidates at each position; others are dropped
+    #[arg(long, value_name = "K", default_value_t = 20, requires = "guide")]
+    pub guide_top_k: usize,
+    /// The loss that the value model was trained with
+    #[arg(long, value_enum, value_name = "LOSS", default_value_t = GuideLoss::Bernoulli, requires = "guide")]
+    pub guide_loss: GuideLoss,
+    /// The returns of the first and the last bin of a value model trained with `histogram`
+    #[arg(long, num_args = 2, value_names = ["LOW", "HIGH"], default_values_t = [0.0, 1.0], allow_negative_numbers = true, requires = "guide")]
+    pub guide_returns: Vec<f64>,
+}
+
+/// What the outputs of a value model say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GuideLoss {
+    /// The log-odds of a return of 1
+    Bernoulli,
+    /// The probabilities of several returns
+    Histogram,
+    /// The mean of the return
+    Squared,
+}
+
 /// `posttrain generate`
 #[derive(Debug, Args)]
 pub struct Generate {
@@ -358,6 +391,9 @@ pub struct Generate {
     /// How to sample.
     #[command(flatten)]
     pub sampling: Sampling,
+    /// Who guides.
+    #[command(flatten)]
+    pub guide: Guide,
 }
 
 /// `posttrain chat`
@@ -375,6 +411,9 @@ pub struct Chat {
     /// How to sample.
     #[command(flatten)]
     pub sampling: Sampling,
+    /// Who guides.
+    #[command(flatten)]
+    pub guide: Guide,
 }
 
 /// `posttrain eval`

@@ -42,6 +42,26 @@ pub struct Opened {
     pub template: Option<ChatTemplate>,
 }
 
+impl Opened {
+    /// Refuses another model whose tokens are not this one's. In the message the two are called by their roles.
+    ///
+    /// # Errors
+    /// The first token that differs.
+    pub fn same_vocabulary(&self, own: &str, role: &str, other: &Self) -> Result<(), Failure> {
+        let tokens = self.decoder.config().vocab_size.max(other.decoder.config().vocab_size) as u32;
+        let differs = |&id: &u32| self.tokenizer.token(id) != other.tokenizer.token(id);
+        let Some(id) = (0..tokens).find(differs) else { return Ok(()) };
+        let word = |tokenizer: &Tokenizer| tokenizer.token(id).map_or("none".to_owned(), |token| format!("{token:?}"));
+        Err(Failure::new(format!(
+            "{role} {} and {own} {} have different vocabularies: token {id} is {} to the one and {} to the other",
+            other.name,
+            self.name,
+            word(&other.tokenizer),
+            word(&self.tokenizer)
+        )))
+    }
+}
+
 impl Opener {
     /// Opens a model that computes on a device.
     pub fn open_on(&self, device: DeviceName, name: &str, seed: u64) -> Result<Opened, Failure> {

@@ -80,6 +80,9 @@ shows! {
     wrong_flag_value: ["doctor", "--threads", "0"];
     wrong_device: ["train", "small.toml", "--set", "model.device='gpu'"];
     wrong_device_flag: ["generate", "--device", "gpu", "--prompt", "hi"];
+    guide_without_a_head: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--raw", "--guide", "tiny-llama"];
+    guide_without_a_price: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--raw", "--guide", "tiny-llama", "--guide-eta", "0"];
+    price_without_a_guide: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--guide-eta", "0.2"];
     bench_beyond_the_context: ["bench", "--model", "tiny-llama", "--length", "513", "--quiet"];
 }
 

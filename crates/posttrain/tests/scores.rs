@@ -166,3 +166,77 @@ fn stages_that_do_not_go_together_are_refused() {
     expect(1, &centred);
     assert!(stderr(&centred).contains("center_rewards_coefficient"), "{}", stderr(&centred));
 }
+
+const VALUE_RECIPE: &str = r#"
+seed = 3
+[model]
+name = "tiny-llama"
+precision = "f32"
+[[tasks]]
+type = "arithmetic"
+operations = ["add"]
+first = [0, 9]
+others = [0, 9]
+phrasings = ["{expression}="]
+train_problems = 8
+test_problems = 0
+[[rewards]]
+type = "number"
+[q_sharp]
+num_generations = 2
+batch_size = 8
+[q_sharp.sampling]
+max_new_tokens = 4
+[q_sharp.training]
+max_steps = 4
+learning_rate = 1e-3
+[run]
+save_steps = 0
+eval_steps = 0
+"#;
+
+#[test]
+fn value_models_are_trained_and_guide() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write(folder, "value.toml", VALUE_RECIPE);
+    run(folder, &["train", "value.toml", "--output", "value"]);
+    let metrics = std::fs::read_to_string(folder.join("value/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("value/sampled_tokens") && metrics.contains("calibration/quarter_4"), "{metrics}");
+    let histogram = ["--set", "q_sharp.loss_type='histogram'", "--set", "q_sharp.bins=3"];
+    run(folder, &[&["train", "value.toml", "--output", "bins"][..], &histogram[..]].concat());
+
+    let generate = |flags: &[&str]| {
+        let verb = ["generate", "--model", "tiny-llama", "--precision", "f32", "--prompt", "1+2=", "--raw"];
+        let short = ["--max-new-tokens", "12", "--temperature", "1", "--n", "4"];
+        posttrain(folder).args([&verb[..], &short[..], flags].concat()).output().unwrap()
+    };
+    let told = |flags: &[&str]| {
+        let output = generate(flags);
+        expect(0, &output);
+        stdout(&output)
+    };
+    let alone = told(&[]);
+    let far = told(&["--guide", "value", "--guide-eta", "1e9", "--guide-top-k", "1000"]);
+    assert_eq!(far, alone, "at a price that nothing is worth, the model is not guided");
+    assert_ne!(told(&["--guide", "value", "--guide-eta", "0.01", "--guide-top-k", "5"]), alone);
+    told(&["--guide", "bins", "--guide-loss", "histogram", "--guide-returns", "-1", "1"]);
+
+    let wrong_loss = generate(&["--guide", "bins"]);
+    expect(1, &wrong_loss);
+    assert!(stderr(&wrong_loss).contains("guide bins: the value model: its score head has 3 outputs, expected 1"));
+    let tokens = folder.join("value/final/tokenizer.json");
+    let text = std::fs::read_to_string(&tokens).unwrap();
+    assert!(text.contains("<|im_start|>"));
+    std::fs::write(&tokens, text.replace("<|im_start|>", "<|begin|>")).unwrap();
+    let other = generate(&["--guide", "value"]);
+    expect(1, &other);
+    assert!(stderr(&other).contains("have different vocabularies"), "{}", stderr(&other));
+    assert!(stderr(&other).contains("choose a value model that was trained for it"), "{}", stderr(&other));
+
+    // What scores cannot be a reference, and an environment is none of its worlds.
+    let again = ["train", "value.toml", "--set", "model.name='bins'", "--output", "again"];
+    let again = posttrain(folder).args(again).output().unwrap();
+    expect(1, &again);
+    assert!(stderr(&again).contains("scores and does not write"), "{}", stderr(&again));
+}

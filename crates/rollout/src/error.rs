@@ -65,6 +65,14 @@ pub enum Error {
         /// What happened.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A value model that cannot guide, and why.
+    #[error("the value model: {reason}")]
+    ValueModel {
+        /// What is wrong with it.
+        reason: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// Generation was cancelled.
     #[error("generation was cancelled")]
     Cancelled,
@@ -76,7 +84,7 @@ pub enum Error {
 impl Hint for Error {
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Request { hint, .. } => hint.clone(),
+            Self::Request { hint, .. } | Self::ValueModel { hint, .. } => hint.clone(),
             Self::Logits { .. } => Some(
                 "the weights may have diverged: lower the learning rate, or start from an earlier checkpoint".into(),
             ),

@@ -26,11 +26,12 @@ use crate::{ConversationOptions, Episode, Error, Finish, Request, Response, Resu
 ///
 /// Called for sampled tokens only. Recorded `log_probs` are those of the untouched logits.
 pub trait LogitsHook: Sync {
-    /// Sees several rows that tokens are about to be drawn from, at once, before [`LogitsHook::apply`] changes them one by one.
+    /// Sees several rows that tokens are about to be drawn from, at once, with their logits, before [`LogitsHook::apply`] changes
+    /// them one by one.
     ///
     /// # Errors
     /// Whatever keeps the hook from changing them.
-    fn prepare(&self, _rows: &[LogitsContext<'_>]) -> Result<()> {
+    fn prepare(&self, _rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
         Ok(())
     }
 
@@ -45,6 +46,8 @@ pub struct LogitsContext<'a> {
     pub request: &'a Request,
     /// The completion so far, forced tokens included.
     pub completion: &'a [u32],
+    /// Tokens that will not be drawn, whatever becomes of their logits: those that would end the completion too early.
+    pub banned: &'a [u32],
 }
 
 /// How far a generation is.
@@ -337,10 +340,10 @@ impl Round<'_> {
             self.logits.resize(heads.len() * vocabulary, 0.0);
             self.decoder.logits(hidden, &mut self.logits)?;
             if let Some(hook) = self.generator.hook {
-                let drawn = heads.iter().filter(|head| self.slots[head.slot].completion.len() <= head.position);
-                let context = |head: &Head| {
-                    let slot = &self.slots[head.slot];
-                    LogitsContext { request: slot.request, completion: &slot.completion }
+                let rows = heads.iter().zip(self.logits.chunks_exact(vocabulary));
+                let drawn = rows.filter(|(head, _)| self.slots[head.slot].completion.len() <= head.position);
+                let context = |(&Head { slot, position }, logits)| {
+                    (self.generator.context(&self.slots[slot], position, self.stop_tokens), logits)
                 };
                 hook.prepare(&drawn.map(context).collect::<Vec<_>>())?;
             }
@@ -437,6 +440,12 @@ impl Round<'_> {
 }
 
 impl Generator<'_> {
+    /// What a hook sees of the token at `position`.
+    fn context<'a>(&self, slot: &'a Slot<'_>, position: usize, stop_tokens: &'a [u32]) -> LogitsContext<'a> {
+        let banned = if position + 1 < self.options.min_new_tokens { stop_tokens } else { &[] };
+        LogitsContext { request: slot.request, completion: &slot.completion, banned }
+    }
+
     /// The token at `position` of a slot's completion: forced, or drawn from `logits`.
     fn next_token(
         &self,
@@ -456,20 +465,18 @@ impl Generator<'_> {
             return Ok(Token { id, sampled: false, log_prob, filtered_log_prob: log_prob, top });
         }
 
-        let too_early = position + 1 < options.min_new_tokens;
-        let changed = too_early || self.hook.is_some();
+        let context = self.context(slot, position, stop_tokens);
+        let changed = !context.banned.is_empty() || self.hook.is_some();
         if changed {
             original.clear();
             original.extend_from_slice(logits);
         }
         if let Some(hook) = self.hook {
-            hook.apply(logits, &LogitsContext { request: slot.request, completion: &slot.completion });
+            hook.apply(logits, &context);
         }
-        if too_early {
-            for &stop in stop_tokens {
-                if let Some(logit) = logits.get_mut(stop as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+        for &stop in context.banned {
+            if let Some(logit) = logits.get_mut(stop as usize) {
+                *logit = f32::NEG_INFINITY;
             }
         }
         let draw = self.random.prompt(slot.request.prompt_id).sample(slot.request.sample).at(position as u32);

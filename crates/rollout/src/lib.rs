@@ -17,6 +17,7 @@ pub mod conversation;
 pub mod episode;
 pub mod error;
 pub mod generator;
+pub mod guidance;
 pub mod mixture;
 pub mod options;
 pub mod prefix_cache;
@@ -31,6 +32,7 @@ pub use conversation::{ConversationOptions, Dialogue, Fidelity, Opening, Respond
 pub use episode::{Episode, Finish, Request, Transcript, Turn};
 pub use error::{Error, Result};
 pub use generator::{Generator, LogitsContext, LogitsHook, Piece, Progress, PromptTokens};
+pub use guidance::{Guidance, GuidanceOptions, Returns, Worth};
 pub use mixture::{Mean, Mixture, Resampled};
 pub use options::SamplingOptions;
 pub use prefix_cache::PrefixCache;

@@ -138,11 +138,13 @@ pub fn resample(log_weights: &[f64], uniform: f64) -> Resampled {
 
 impl Reader {
     /// Reads what is new in the completions of `rows`, and makes up the logits of their next tokens.
-    fn read(&mut self, other: &Decoder, rows: &[LogitsContext<'_>]) -> Result<()> {
+    fn read(&mut self, other: &Decoder, rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
+        let rows: Vec<&LogitsContext<'_>> = rows.iter().map(|(context, _)| context).collect();
         self.round += 1;
         let round = self.round;
         self.known.retain(|_, known| known.round + FORGET_AFTER > round);
-        let new: Vec<&LogitsContext<'_>> = rows.iter().filter(|row| !self.known.contains_key(&name(row))).collect();
+        let new: Vec<&LogitsContext<'_>> =
+            rows.iter().copied().filter(|row| !self.known.contains_key(&name(row))).collect();
         let prompts: Vec<&[u32]> = new.iter().map(|row| &row.request.prompt[..]).collect();
         let mut hidden: Vec<(Name, Vec<f32>)> = Vec::with_capacity(rows.len());
         for (row, prefill) in new.iter().zip(other.prefill(&prompts, &mut self.workspace)?) {
@@ -154,7 +156,7 @@ impl Reader {
         }
         // Out of the map while the model works on them.
         let mut reading: Vec<(&LogitsContext<'_>, Known)> = Vec::with_capacity(rows.len());
-        for row in rows {
+        for &row in &rows {
             if let Some(known) = self.known.remove(&name(row)) {
                 reading.push((row, known));
             }
@@ -205,7 +207,7 @@ impl Other<'_> {
 }
 
 impl LogitsHook for Mixture<'_> {
-    fn prepare(&self, rows: &[LogitsContext<'_>]) -> Result<()> {
+    fn prepare(&self, rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
         self.others.iter().try_for_each(|other| other.reader().read(other.decoder, rows))
     }
 

@@ -118,9 +118,9 @@ fn three_models_are_mixed_by_the_formula() {
     let request = &common::requests(1, 1)[0];
     let logits_of = |decoder: &Decoder| {
         let hook = Mixture::new(&[(decoder, 1.0)], Mean::Geometric, &options);
-        let context = LogitsContext { request, completion: &[] };
-        hook.prepare(&[context]).unwrap();
+        let context = LogitsContext { request, completion: &[], banned: &[] };
         let mut logits = vec![0.0; common::VOCABULARY];
+        hook.prepare(&[(context, &logits)]).unwrap();
         hook.apply(&mut logits, &context);
         logits
     };
@@ -131,9 +131,9 @@ fn three_models_are_mixed_by_the_formula() {
     });
     for mean in MEANS {
         let hook = Mixture::new(&[(&second, shares[1]), (&third, shares[2])], mean, &options);
-        let context = LogitsContext { request, completion: &[] };
-        hook.prepare(&[context]).unwrap();
+        let context = LogitsContext { request, completion: &[], banned: &[] };
         let mut mixed = of_models[0].clone();
+        hook.prepare(&[(context, &mixed)]).unwrap();
         hook.apply(&mut mixed, &context);
         for (token, &logit) in mixed.iter().enumerate() {
             let expected = match mean {

@@ -22,6 +22,7 @@ pub mod mpo;
 pub mod par;
 pub mod peo;
 pub mod personalized;
+pub mod q_sharp;
 pub mod reproduce;
 pub mod rewarding_doubt;
 pub mod settings;
@@ -45,6 +46,7 @@ pub const SYSTEMS: &[&System] = &[
     &peo::SYSTEM,
     &ce_u::SYSTEM,
     &dro::SYSTEM,
+    &q_sharp::SYSTEM,
     &personalized::SYSTEM,
     &par::SYSTEM,
     &mpo::SYSTEM,

@@ -33,7 +33,10 @@ use envs::{Answer, Reward, Score, Status};
 use eval::play::{self, PlayError, World, play};
 use model::decoder::{Decoder, WeightFormat};
 use model::tokenizer::Tokenizer;
-use rollout::{Episode, Fidelity, Finish, Generator, LogitsHook, Progress, PromptTokens, Request, SamplingOptions};
+use rollout::{
+    Episode, Fidelity, Finish, Generator, Guidance, GuidanceOptions, LogitsHook, Progress, PromptTokens, Request,
+    Returns, SamplingOptions,
+};
 
 use crate::error::{Error, Result};
 use crate::method::Step;
@@ -78,7 +81,30 @@ impl Rollouts<'_> {
     ) -> Result<Groups<'p>> {
         step.decoder.prepare_for_generation(step.precision, self.weights);
         let started = Instant::now();
-        let found = self.generate(step.decoder, hook, (step.tokenizer, step.world), step.observer, random, prompts);
+        let found =
+            self.generate(step.decoder, hook, (step.tokenizer, step.world), step.observer, random, (prompts, &[]));
+        step.spent(Phase::Rollout, started);
+        found.map_err(failed(step.number))
+    }
+
+    /// Samples with another model, `reference`, guided by the one that is trained. Both must be prepared.
+    ///
+    /// # Errors
+    /// Those of generation; a model that cannot guide.
+    pub fn sample_guided<'p>(
+        &self,
+        reference: &Decoder,
+        (returns, guidance): (Returns, &GuidanceOptions),
+        step: &mut Step<'_>,
+        random: Random,
+        prompts: &[&'p Prompt],
+    ) -> Result<Groups<'p>> {
+        let started = Instant::now();
+        let hook = Guidance::new(step.decoder, returns, guidance, self.sampling);
+        let found = hook.map_err(PlayError::from).and_then(|hook| {
+            let language = (step.tokenizer, step.world);
+            self.generate(reference, Some(&hook), language, step.observer, random, (prompts, &[]))
+        });
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
     }
@@ -94,8 +120,24 @@ impl Rollouts<'_> {
         random: Random,
         prompts: &[&'p Prompt],
     ) -> Result<Groups<'p>> {
+        self.continue_from(decoder, step, random, (prompts, &[]))
+    }
+
+    /// [`Rollouts::sample_from`], where each completion continues its beginning among `beginnings`; none of them is given where there
+    /// are none at all.
+    ///
+    /// # Errors
+    /// Those of generation.
+    pub fn continue_from<'p>(
+        &self,
+        decoder: &Decoder,
+        step: &mut Step<'_>,
+        random: Random,
+        (prompts, beginnings): (&[&'p Prompt], &[Vec<u32>]),
+    ) -> Result<Groups<'p>> {
         let started = Instant::now();
-        let found = self.generate(decoder, None, (step.tokenizer, step.world), step.observer, random, prompts);
+        let language = (step.tokenizer, step.world);
+        let found = self.generate(decoder, None, language, step.observer, random, (prompts, beginnings));
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
     }
@@ -107,12 +149,12 @@ impl Rollouts<'_> {
         (tokenizer, world): (&Tokenizer, Option<World<'_>>),
         observer: &mut dyn Observer,
         random: Random,
-        prompts: &[&'p Prompt],
+        (prompts, beginnings): (&[&'p Prompt], &[Vec<u32>]),
     ) -> Result<Groups<'p>, PlayError> {
         let generations = self.num_generations as u32;
         // A prompt may come twice in a step, at the seam of two epochs: its samples then get other numbers.
         let mut seen = BTreeMap::new();
-        let requests: Vec<Request> = prompts
+        let mut requests: Vec<Request> = prompts
             .iter()
             .flat_map(|prompt| {
                 let times = seen.entry(prompt.id).and_modify(|times| *times += 1).or_insert(0);
@@ -121,6 +163,9 @@ impl Rollouts<'_> {
                     .map(move |request| Request { sample: first + request.sample, ..request })
             })
             .collect();
+        for (request, beginning) in requests.iter_mut().zip(beginnings) {
+            request.prefix.clone_from(beginning);
+        }
         let generator = Generator { hook, ..Generator::new(self.sampling, self.decode_batch_size, random) };
         let mut prompt_tokens = PromptTokens::default();
         let on_progress = |progress: Progress<'_>| {

@@ -3,9 +3,12 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::sync::Arc;
 
-use base::{Purpose, Random};
+use base::{Hint, Purpose, Random};
 use model::chat::Message;
-use rollout::{Finish, Generator, PrefixCache, PromptTokens, Request, SamplingOptions};
+use rollout::{
+    Finish, Generator, Guidance, GuidanceOptions, LogitsHook, PrefixCache, PromptTokens, Request, Returns,
+    SamplingOptions,
+};
 use serde_json::{Value, json};
 
 use crate::cli;
@@ -36,6 +39,55 @@ pub(super) fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure
     opener.open_to_generate(flags.device, &flags.model, 0, flags.precision.into(), flags.weights.into())
 }
 
+/// A value model that guides, and how.
+pub(super) struct Guide {
+    opened: Opened,
+    returns: Returns,
+    options: GuidanceOptions,
+}
+
+impl Guide {
+    /// The guide of `model` that the flags name, if they name one.
+    pub(super) fn open(
+        flags: &cli::Guide,
+        computing: &cli::Model,
+        model: &Opened,
+        opener: Opener,
+    ) -> Result<Option<Self>, Failure> {
+        let Some(name) = &flags.guide else { return Ok(None) };
+        let options = GuidanceOptions { eta: flags.guide_eta, top_k: flags.guide_top_k, ..GuidanceOptions::default() };
+        options.validate().map_err(|error| Failure::usage(format!("the guide's {error}")))?;
+        let returns = match (flags.guide_loss, &flags.guide_returns[..]) {
+            (cli::GuideLoss::Bernoulli, _) => Returns::Bernoulli,
+            (cli::GuideLoss::Squared, _) => Returns::Mean,
+            (cli::GuideLoss::Histogram, &[low, high]) if low < high => Returns::Histogram { low, high },
+            (cli::GuideLoss::Histogram, range) => {
+                return Err(Failure::usage(format!("the guide's returns are {range:?}, expected two rising numbers")));
+            }
+        };
+        let mut opened = opener.open_on(computing.device, name, 0)?;
+        model.same_vocabulary("model", "guide", &opened).map_err(|failure| {
+            failure.hint("a guide reads the tokens of the model: choose a value model that was trained for it")
+        })?;
+        opened.decoder.prepare(computing.precision.into());
+        let guide = Self { opened, returns, options };
+        // Its head is looked at before anything is generated.
+        guide.hook(&SamplingOptions::default())?;
+        Ok(Some(guide))
+    }
+
+    /// The guidance of one generation.
+    pub(super) fn hook(&self, sampling: &SamplingOptions) -> Result<Guidance<'_>, Failure> {
+        Guidance::new(&self.opened.decoder, self.returns, &self.options, sampling).map_err(|error| {
+            let failure = Failure::new(format!("guide {}: {error}", self.opened.name));
+            match error.hint() {
+                Some(hint) => failure.hint(hint),
+                None => failure,
+            }
+        })
+    }
+}
+
 /// The tokens of a conversation, ready for the assistant.
 pub(super) fn encode(model: &Opened, messages: &[Message]) -> Result<Arc<[u32]>, Failure> {
     let Some(template) = &model.template else {
@@ -64,6 +116,9 @@ pub fn generate(arguments: &cli::Generate, opener: Opener) -> Result<(), Failure
         return from_lines(arguments, &generator, opener);
     };
     let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
+    let guide = Guide::open(&arguments.guide, &arguments.model, &voice.model, opener)?;
+    let hook = guide.as_ref().map(|guide| guide.hook(&options)).transpose()?;
+    let generator = Generator { hook: hook.as_ref().map(|hook| hook as &dyn LogitsHook), ..generator };
     let ids = match arguments.raw {
         true => encode_plain(&voice.model, prompt)?,
         false => {
@@ -118,6 +173,9 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
     }
     let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
     let model = &voice.model;
+    let guide = Guide::open(&arguments.guide, &arguments.model, model, opener)?;
+    let hook = guide.as_ref().map(|guide| guide.hook(generator.options)).transpose()?;
+    let generator = &Generator { hook: hook.as_ref().map(|hook| hook as &dyn LogitsHook), ..*generator };
     let mut rows = Vec::new();
     let mut requests = Vec::new();
     for (number, line) in std::io::stdin().lock().lines().enumerate() {
@@ -171,6 +229,7 @@ pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
     Voice::check(&arguments.several, &options)?;
     let voice = Voice::open(&arguments.model, &arguments.several, opener)?;
     let model = &voice.model;
+    let guide = Guide::open(&arguments.guide, &arguments.model, model, opener)?;
     let terminal = opener.terminal;
     terminal.note(format!("{}; /reset starts over, Ctrl-D ends", model.name));
     let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
@@ -190,7 +249,9 @@ pub fn chat(arguments: &cli::Chat, opener: Opener) -> Result<(), Failure> {
         }
         turn += 1;
         let random = Random::new(arguments.sampling.seed, Purpose::Sampling).step(turn);
-        let generator = Generator::new(&options, 1, random);
+        let hook = guide.as_ref().map(|guide| guide.hook(&options)).transpose()?;
+        let hook = hook.as_ref().map(|hook| hook as &dyn LogitsHook);
+        let generator = Generator { hook, ..Generator::new(&options, 1, random) };
         let draws = (arguments.sampling.seed, turn);
         let answer = stream(&voice, &generator, draws, &encode(model, &messages)?, &mut cache)?;
         messages.push(Message::new("assistant", &answer));

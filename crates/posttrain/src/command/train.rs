@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use model::DeviceName;
 use model::decoder::Decoder;
-use model::tokenizer::Tokenizer;
 use train::directory::Directory;
 use train::methods::distillation::{Distillation, Lessons};
 use train::methods::online_preference::OnlinePreference;
@@ -16,6 +15,7 @@ use train::methods::reward_model::RewardModel;
 use train::methods::sft::Sft;
 use train::methods::unlearning::Unlearning;
 use train::methods::unpaired::Unpaired;
+use train::methods::value_model::{ValueModel, ValueModelOptions};
 use train::run::DataSource;
 use train::{Evaluator, Method, Outcome, Provenance, Run, Summary};
 
@@ -124,6 +124,11 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     }
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     model.sha256.start();
+    // Before its head for tokens goes.
+    let mut reference = match &config.value_model {
+        Some(options) => Some(open_reference(options, &model, opener, &config)?),
+        None => None,
+    };
     let head = config.stages().into_iter().find_map(Stage::score_head);
     if let (Some(head), None) = (head, model.decoder.config().score) {
         model.decoder.add_score(head, 0.0, config.seed)?;
@@ -178,6 +183,12 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             }
             Stage::ProcessReward(options) => {
                 Box::new(ProcessReward::new(options.clone(), std::mem::take(&mut corpus.steps))?)
+            }
+            Stage::ValueModel(options) => {
+                let Some((reference, source)) = reference.take() else { continue };
+                corpus.sources.extend(source);
+                let rows = handed(&mut corpus.prompts, prompts);
+                Box::new(ValueModel::new(options.clone(), reference, rows, judges::rewards(&config, opener)?)?)
             }
             Stage::Policy(options) => {
                 let rows = handed(&mut corpus.prompts, prompts);
@@ -275,20 +286,40 @@ fn open_beside(
     config: &Config,
 ) -> Result<(Decoder, DataSource), Failure> {
     let other = opener.open(name, config.seed)?;
-    let tokens = trained.decoder.config().vocab_size.max(other.decoder.config().vocab_size) as u32;
-    let differs = |&id: &u32| trained.tokenizer.token(id) != other.tokenizer.token(id);
-    if let Some(id) = (0..tokens).find(differs) {
-        let word = |tokenizer: &Tokenizer| tokenizer.token(id).map_or("none".to_owned(), |token| format!("{token:?}"));
-        let failure = Failure::new(format!(
-            "{role} {name} and {} have different vocabularies: token {id} is {} to the one and {} to the other",
-            trained.name,
-            word(&other.tokenizer),
-            word(&trained.tokenizer)
-        ));
-        return Err(failure.hint(format!("a {role} reads the same tokens: choose one of the same family")));
-    }
+    trained.same_vocabulary("trained model", role, &other).map_err(|failure| {
+        failure.hint(format!("a {role} reads and writes the same tokens: choose one of the same family"))
+    })?;
     let source = DataSource { name: format!("{role}: {name}"), rows: 0, sha256: other.sha256.get()? };
     Ok((other.decoder, source))
+}
+
+/// The model that a value model is to guide, and what the run writes down of it where it is another than the one that training starts
+/// from. It must speak of the same tokens.
+fn open_reference(
+    options: &ValueModelOptions,
+    value: &Opened,
+    opener: Opener,
+    config: &Config,
+) -> Result<(Decoder, Option<DataSource>), Failure> {
+    let writes = |decoder: &Decoder, name: &str| match decoder.config().has_language_head() {
+        true => Ok(()),
+        false => {
+            let failure =
+                Failure::new(format!("{name} scores and does not write: `{}` cannot sample from it", options.method));
+            Err(failure.hint(format!("name the model to be guided: `--set {}.reference=MODEL`", options.method)))
+        }
+    };
+    let Some(name) = &options.reference else {
+        writes(&value.decoder, &value.name)?;
+        return Ok((value.decoder.clone(), None));
+    };
+    let reference = opener.open_on(config.model.device, name, config.seed)?;
+    writes(&reference.decoder, name)?;
+    reference.same_vocabulary("reference", "value model", value).map_err(|failure| {
+        failure.hint("a value model reads the tokens of its reference: start it from a model of the same family")
+    })?;
+    let source = DataSource { name: format!("reference: {name}"), rows: 0, sha256: reference.sha256.get()? };
+    Ok((reference.decoder, Some(source)))
 }
 
 /// The result on standard output, where it is on standard error.

@@ -30,6 +30,7 @@ use train::methods::reward_model::RewardModelOptions;
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
 use train::methods::unpaired::UnpairedOptions;
+use train::methods::value_model::ValueModelOptions;
 use train::options::RunOptions;
 use train::referee::RefereeOptions;
 
@@ -80,6 +81,10 @@ pub struct Config {
     /// Process reward models from labels of steps: the only stage of its run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process_reward: Option<ProcessRewardOptions>,
+    /// Value models that guide another model's decoding: the only stage of its run. `[q_sharp]` is this section with
+    /// `method = "q_sharp"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value_model: Option<ValueModelOptions>,
     /// Preference optimisation from pairs, the stage after. `[dpo]` and `[simpo]` are this section with their `method`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preference: Option<PreferenceOptions>,
@@ -270,6 +275,13 @@ impl Config {
             }
         }
         self.check_scoring_is_alone(tree)?;
+        if let (Some(options), Some(_)) = (&self.value_model, &self.environment) {
+            let failure = Failure::new(format!(
+                "`{}` learns what follows from a token, and an environment answers in between: expected no `[environment]`",
+                options.method
+            ));
+            return Err(blame(failure.hint("use `[[tasks]]` or `data.train`"), tree, "value_model"));
+        }
         if let Some(options) = &self.test_time {
             let failure = |reason| blame(Failure::new(format!("`test_time`: {reason}")), tree, "test_time");
             options.validate().map_err(failure)?;
@@ -376,8 +388,8 @@ impl Config {
 
     /// Whether there is anything to measure.
     pub fn has_evaluation(&self) -> bool {
-        if self.stages().into_iter().any(Stage::is_scoring) {
-            return !self.data.test.is_empty();
+        if let Some(scoring) = self.stages().into_iter().find(|stage| stage.is_scoring()) {
+            return !self.data.test.is_empty() && scoring.rows() != [Rows::Prompts];
         }
         if let Some(environment) = &self.environment {
             return environment.test_episodes > 0;

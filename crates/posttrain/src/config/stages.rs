@@ -12,6 +12,7 @@ use train::methods::reward_model::{RewardLoss, RewardModelOptions};
 use train::methods::sft::SftOptions;
 use train::methods::unlearning::UnlearningOptions;
 use train::methods::unpaired::UnpairedOptions;
+use train::methods::value_model::ValueModelOptions;
 use train::options::{OptionError, TrainingOptions};
 
 use super::Config;
@@ -27,6 +28,8 @@ pub enum Stage<'a> {
     RewardModel(&'a RewardModelOptions),
     /// `[process_reward]`
     ProcessReward(&'a ProcessRewardOptions),
+    /// `[value_model]`
+    ValueModel(&'a ValueModelOptions),
     /// `[preference]`
     Preference(&'a PreferenceOptions),
     /// `[unpaired]`
@@ -85,6 +88,7 @@ impl<'a> Stage<'a> {
             Self::Rejection(_) => "rejection",
             Self::RewardModel(_) => "reward_model",
             Self::ProcessReward(_) => "process_reward",
+            Self::ValueModel(_) => "value_model",
             Self::Preference(_) => "preference",
             Self::Unpaired(_) => "unpaired",
             Self::OnlinePreference(_) => "online_preference",
@@ -101,6 +105,7 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => &options.method,
             Self::RewardModel(options) => &options.method,
             Self::ProcessReward(options) => &options.method,
+            Self::ValueModel(options) => &options.method,
             Self::Preference(options) => &options.method,
             Self::Unpaired(options) => &options.method,
             Self::OnlinePreference(options) => &options.method,
@@ -117,6 +122,7 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => &options.training,
             Self::RewardModel(options) => &options.training,
             Self::ProcessReward(options) => &options.training,
+            Self::ValueModel(options) => &options.training,
             Self::Preference(options) => &options.training,
             Self::Unpaired(options) => &options.training,
             Self::OnlinePreference(options) => &options.training,
@@ -140,7 +146,7 @@ impl<'a> Stage<'a> {
                 let hint = options.rationalization_hint.as_deref();
                 std::iter::once(Rows::Prompts).chain(hint.map(Rows::Hints)).collect()
             }
-            Self::OnlinePreference(_) | Self::Policy(_) => vec![Rows::Prompts],
+            Self::ValueModel(_) | Self::OnlinePreference(_) | Self::Policy(_) => vec![Rows::Prompts],
             Self::Distillation(options) => {
                 let own = some(options.prompts_per_step() > 0, Rows::Prompts);
                 own.into_iter().chain(some(options.examples_per_step() > 0, Rows::Examples)).collect()
@@ -165,6 +171,7 @@ impl<'a> Stage<'a> {
             | Self::RewardModel(_)
             | Self::ProcessReward(_)
             | Self::Unlearning(_) => None,
+            Self::ValueModel(options) => Some(&options.sampling),
             Self::Rejection(options) => Some(&options.sampling),
             Self::OnlinePreference(options) => Some(&options.sampling),
             Self::Policy(options) => Some(&options.sampling),
@@ -182,7 +189,7 @@ impl<'a> Stage<'a> {
 
     /// Whether the model that it trains scores, and does not write.
     pub fn is_scoring(self) -> bool {
-        matches!(self, Self::RewardModel(_) | Self::ProcessReward(_))
+        matches!(self, Self::RewardModel(_) | Self::ProcessReward(_) | Self::ValueModel(_))
     }
 
     /// The score head of the model that it trains: of one that scores, or of a policy that carries its value model.
@@ -192,6 +199,7 @@ impl<'a> Stage<'a> {
             Self::ProcessReward(options) => {
                 Some(ScoreHead { outputs: options.loss_type.outputs(), task: HeadTask::Token })
             }
+            Self::ValueModel(options) => Some(options.head()),
             Self::Policy(options) => options.shares_value_model().then_some(ScoreHead::VALUE),
             _ => None,
         }
@@ -205,6 +213,12 @@ impl<'a> Stage<'a> {
             // A row of pairs is as long as its two sequences.
             Self::RewardModel(options) => once(options.batch_size),
             Self::ProcessReward(options) => once(options.batch_size),
+            Self::ValueModel(options) => Work {
+                rows_per_step: options.batch_size.div_ceil(options.num_generations),
+                sequences_per_row: options.num_generations,
+                passes: 1,
+                decode_batch_size: options.decode_batch_size,
+            },
             // The prompt of a pair counts once, its completions one by one.
             Self::Preference(options) => Work { sequences_per_row: 2, ..once(options.batch_size) },
             Self::Unpaired(options) => once(options.batch_size),
@@ -241,7 +255,7 @@ impl<'a> Stage<'a> {
 
     /// Whether it learns from `[[rewards]]`.
     pub fn needs_rewards(self) -> bool {
-        matches!(self, Self::Rejection(_) | Self::OnlinePreference(_) | Self::Policy(_))
+        matches!(self, Self::Rejection(_) | Self::ValueModel(_) | Self::OnlinePreference(_) | Self::Policy(_))
     }
 
     /// The models it learns from.
@@ -256,6 +270,7 @@ impl<'a> Stage<'a> {
     pub fn needs_reference(self) -> bool {
         match self {
             Self::Sft(_) | Self::RewardModel(_) | Self::ProcessReward(_) | Self::Distillation(_) => false,
+            Self::ValueModel(_) => true,
             Self::Rejection(options) => options.sampler == Sampler::Reference,
             Self::Preference(options) => options.objective.needs_reference(),
             Self::Unpaired(_) => true,
@@ -267,7 +282,11 @@ impl<'a> Stage<'a> {
 
     /// Whether that model is in memory beside the one that is trained even with an adapter, which otherwise is switched off instead.
     pub fn copies_reference(self) -> bool {
-        matches!(self, Self::OnlinePreference(options) if options.opponent == Opponent::Mixture)
+        match self {
+            Self::ValueModel(_) => true,
+            Self::OnlinePreference(options) => options.opponent == Opponent::Mixture,
+            _ => false,
+        }
     }
 
     /// Refuses values that mean nothing. The error names the option as one of the method's own section.
@@ -277,6 +296,7 @@ impl<'a> Stage<'a> {
             Self::Rejection(options) => options.validate(),
             Self::RewardModel(options) => options.validate(),
             Self::ProcessReward(options) => options.validate(),
+            Self::ValueModel(options) => options.validate(),
             Self::Preference(options) => options.validate(),
             Self::Unpaired(options) => options.validate(),
             Self::OnlinePreference(options) => options.validate(),
@@ -295,6 +315,7 @@ impl Config {
             self.sft.as_ref().map(Stage::Sft),
             self.reward_model.as_ref().map(Stage::RewardModel),
             self.process_reward.as_ref().map(Stage::ProcessReward),
+            self.value_model.as_ref().map(Stage::ValueModel),
             self.rejection.as_ref().map(Stage::Rejection),
             self.preference.as_ref().map(Stage::Preference),
             self.unpaired.as_ref().map(Stage::Unpaired),
@@ -318,6 +339,7 @@ impl Config {
             self.rejection.as_mut().map(|options| &mut options.training),
             self.reward_model.as_mut().map(|options| &mut options.training),
             self.process_reward.as_mut().map(|options| &mut options.training),
+            self.value_model.as_mut().map(|options| &mut options.training),
             self.preference.as_mut().map(|options| &mut options.training),
             self.unpaired.as_mut().map(|options| &mut options.training),
             self.online_preference.as_mut().map(|options| &mut options.training),

@@ -14,6 +14,7 @@ pub mod reward_model;
 pub mod sft;
 pub mod unlearning;
 pub mod unpaired;
+pub mod value_model;
 
 /// A published method: a family's options under a name of its own.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +75,18 @@ pub const FAMILIES: &[Family] = &[
         title: "Process reward models",
         presets: process_reward::PRESETS,
         sources: &[include_str!("process_reward.rs"), include_str!("../../../objectives/src/reward.rs")],
+    },
+    Family {
+        section: "value_model",
+        title: "Value models for guided decoding",
+        presets: value_model::PRESETS,
+        sources: &[
+            include_str!("value_model.rs"),
+            include_str!("../../../rollout/src/guidance/mod.rs"),
+            include_str!("../../../rollout/src/guidance/returns.rs"),
+            include_str!("../rollouts.rs"),
+            include_str!("../../../objectives/src/reward.rs"),
+        ],
     },
     Family {
         section: "preference",
