@@ -9,7 +9,7 @@
 //! | [`Conditional`] | `r(φ, u)`, `u` one of so many | a new user as nobody |
 //! | [`Prlhf`] | `r(φ, e_0 + o_u)`: `α l(e_0 + o_u) + (1 - α) l(e_0)` | a new user by an `o` fitted to the user's pairs, all else frozen |
 //! | [`Vpl`] | an encoder of pairs `-> N(μ, σ²)` and `r(φ, z)`: `l + β KL(N(μ, σ²) ‖ N(0, 1))` | with `z = μ` of the user's pairs |
-//! | [`Gpo`] | a transformer over points (difference of embeddings, choice), users being tasks | with the user's pairs as context |
+//! | [`Gpo`] | a transformer over points (difference of embeddings, choice), users being tasks | with the user's pairs as context, each both ways round |
 //! | [`Retrieval`] | nothing | by the choices on the pairs with the most similar prompts |
 //! | [`Nearest`] | an `r_v(φ)` for each user | by that of the other user who agrees most with the user's pairs |
 //! | [`FineTuned`] | one `r(φ)` from everybody | after training on with the user's pairs |
@@ -19,7 +19,7 @@ use candle_core::{D, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::network::{Linear, Reward, Weights, masked_softmax, negative_log_sigmoid, rows};
+use super::network::{Linear, Reward, Weights, negative_log_sigmoid, rows, softmax};
 use crate::error::Result;
 
 /// How networks are trained; the same for all methods.
@@ -66,10 +66,19 @@ pub struct NetworkOptions {
 
 /// Embeddings of pairs of answers.
 pub struct Embedded {
-    /// Two rows for each pair.
+    /// Two rows for each pair: the answer, and then the prompt.
     pub answers: Tensor,
     /// One row for each pair.
     pub prompts: Tensor,
+}
+
+impl Embedded {
+    /// The difference of the answers of each pair, first minus second, without the prompt that they share.
+    fn differences(&self) -> Result<Tensor> {
+        let width = self.answers.dim(1)? - self.prompts.dim(1)?;
+        let pairs = self.answers.narrow(1, 0, width)?.contiguous()?.reshape((self.answers.dim(0)? / 2, 2, width))?;
+        Ok((pairs.narrow(1, 0, 1)? - pairs.narrow(1, 1, 1)?)?.squeeze(1)?)
+    }
 }
 
 /// A user's choice.
@@ -348,8 +357,7 @@ impl VplNetwork {
         let [query, key, value] = &self.attention;
         let width = pairs.dim(1)? as f64;
         let logits = (query.forward(&pairs)?.matmul(&key.forward(&pairs)?.t()?)? / width.sqrt())?;
-        let mask = Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu)?;
-        let pooled = (masked_softmax(&logits, &mask)?.matmul(&value.forward(&pairs)?)? + pairs)?.mean_keepdim(0)?;
+        let pooled = (softmax(&logits)?.matmul(&value.forward(&pairs)?)? + pairs)?.mean_keepdim(0)?;
         Ok([self.mean.forward(&pooled)?.tanh()?, self.log_variance.forward(&pooled)?.tanh()?])
     }
 
@@ -427,7 +435,61 @@ struct GpoLayer {
 /// Context points of a user: most that are drawn in training, and that are given later.
 const MOST_CONTEXTS: usize = 100;
 
+/// The points of a user's pairs: differences of answers, prompts, and choices where they are known.
+struct Points {
+    differences: Tensor,
+    prompts: Tensor,
+}
+
+impl Points {
+    fn of(embedded: &Embedded) -> Result<Self> {
+        Ok(Self { differences: embedded.differences()?, prompts: embedded.prompts.clone() })
+    }
+
+    fn select(&self, numbers: &[u32]) -> Result<Self> {
+        Ok(Self { differences: rows(&self.differences, numbers)?, prompts: rows(&self.prompts, numbers)? })
+    }
+
+    /// Every point with its choice, and turned round with the choice turned round, which says the same.
+    fn known(&self, choices: &[f32]) -> Result<Tensor> {
+        let one = |sign: f32| -> Result<Tensor> {
+            let told: Vec<f32> = choices.iter().map(|choice| sign * choice).collect();
+            let told = Tensor::from_vec(told, (choices.len(), 1), &Device::Cpu)?;
+            Ok(Tensor::cat(&[&(&self.differences * f64::from(sign))?, &self.prompts, &told], 1)?)
+        };
+        Ok(Tensor::cat(&[one(1.0)?, one(-1.0)?], 0)?)
+    }
+
+    fn asked(&self) -> Result<Tensor> {
+        let told = Tensor::zeros((self.differences.dim(0)?, 1), candle_core::DType::F32, &Device::Cpu)?;
+        Ok(Tensor::cat(&[&self.differences, &self.prompts, &told], 1)?)
+    }
+}
+
+impl GpoLayer {
+    /// The layer for points that see `known` ones; with `own`, themselves as well.
+    fn forward(&self, points: &Tensor, known: &Tensor, own: bool) -> Result<Tensor> {
+        let [query, key, value] = &self.attention;
+        let scale = (points.dim(1)? as f64).sqrt();
+        let queries = query.forward(points)?;
+        let mut logits = (queries.matmul(&key.forward(known)?.t()?)? / scale)?;
+        if own {
+            let to_itself = ((&queries * key.forward(points)?)?.sum_keepdim(D::Minus1)? / scale)?;
+            logits = Tensor::cat(&[&logits, &to_itself], 1)?;
+        }
+        let shares = softmax(&logits)?;
+        let count = known.dim(0)?;
+        let mut seen = shares.narrow(1, 0, count)?.contiguous()?.matmul(&value.forward(known)?)?;
+        if own {
+            seen = (seen + value.forward(points)?.broadcast_mul(&shares.narrow(1, count, 1)?)?)?;
+        }
+        let stream = (points + seen)?;
+        Ok((&stream + self.back.forward(&self.hidden.forward(&stream)?.silu()?)?)?)
+    }
+}
+
 impl GpoNetwork {
+    /// A network for points of this width.
     fn new(weights: &mut Weights, width: usize, hidden: usize) -> Result<Self> {
         let mut layer = || -> Result<GpoLayer> {
             Ok(GpoLayer {
@@ -441,39 +503,22 @@ impl GpoNetwork {
             })
         };
         let layers = vec![layer()?, layer()?];
-        // The difference of both answers, the choice, and whether there is one.
-        Ok(Self { point: weights.linear(width + 2, hidden)?, layers, output: weights.linear(hidden, 1)? })
+        // Differences, prompt and choice.
+        Ok(Self { point: weights.linear(width + 1, hidden)?, layers, output: weights.linear(hidden, 1)? })
     }
 
-    /// The log-odds that the first answer of each target is preferred. Context points and targets attend to context points, and to
-    /// themselves.
-    fn forward(&self, contexts: &Tensor, choices: &[f32], targets: &Tensor) -> Result<Tensor> {
-        let (known, asked) = (contexts.dim(0)?, targets.dim(0)?);
-        let count = known + asked;
-        let told: Vec<f32> =
-            choices.iter().flat_map(|choice| [*choice, 1.0]).chain(std::iter::repeat_n(0.0, 2 * asked)).collect();
-        let told = Tensor::from_vec(told, (count, 2), &Device::Cpu)?;
-        let mut stream = self.point.forward(&Tensor::cat(&[&Tensor::cat(&[contexts, targets], 0)?, &told], 1)?)?;
-        let seen = |row: usize, column: usize| column < known || column == row;
-        let mask: Vec<f32> = (0..count * count)
-            .map(|place| if seen(place / count, place % count) { 0.0 } else { f32::NEG_INFINITY })
-            .collect();
-        let mask = Tensor::from_vec(mask, (count, count), &Device::Cpu)?;
+    /// The log-odds that the first answer of each target is preferred. Context points attend to each other, targets to context points and
+    /// to themselves.
+    fn forward(&self, contexts: &Points, choices: &[f32], targets: &Points) -> Result<Tensor> {
+        let mut known = self.point.forward(&contexts.known(choices)?)?;
+        let mut asked = self.point.forward(&targets.asked()?)?;
         for layer in &self.layers {
-            let [query, key, value] = &layer.attention;
-            let width = stream.dim(1)? as f64;
-            let logits = (query.forward(&stream)?.matmul(&key.forward(&stream)?.t()?)? / width.sqrt())?;
-            stream = (&stream + masked_softmax(&logits, &mask)?.matmul(&value.forward(&stream)?)?)?;
-            stream = (&stream + layer.back.forward(&layer.hidden.forward(&stream)?.silu()?)?)?;
+            let next = layer.forward(&known, &known, false)?;
+            asked = layer.forward(&asked, &known, true)?;
+            known = next;
         }
-        Ok(self.output.forward(&stream.narrow(0, known, asked)?)?.squeeze(1)?)
+        Ok(self.output.forward(&asked)?.squeeze(1)?)
     }
-}
-
-/// The difference of the answers of each pair, first minus second.
-fn differences(answers: &Tensor) -> Result<Tensor> {
-    let pairs = answers.reshape((answers.dim(0)? / 2, 2, answers.dim(1)?))?;
-    Ok((pairs.narrow(1, 0, 1)? - pairs.narrow(1, 1, 1)?)?.squeeze(1)?)
 }
 
 /// 1 where the first answer was chosen, else -1.
@@ -490,14 +535,14 @@ impl Method for Gpo {
         let options = task.options;
         let mut weights = Weights::new(task.random);
         let network = GpoNetwork::new(&mut weights, task.width()?, options.hidden)?;
-        let points = differences(&task.pool.answers)?;
+        let points = Points::of(task.pool)?;
         for step in 0..options.meta_steps {
             let random = task.random.step(step as u32 + 1).sample(7);
             let choices = &users[random.at(0).below(users.len() as u64) as usize];
             let known = 10 + random.at(1).below(MOST_CONTEXTS as u64 - 9) as usize;
             let (contexts, targets) =
                 (task.some(choices, step, 1, known), task.some(choices, step, 2, options.batch_size));
-            let [known, asked] = [&contexts, &targets].map(|choices| rows(&points, &numbers(choices)));
+            let [known, asked] = [&contexts, &targets].map(|choices| points.select(&numbers(choices)));
             let log_odds = network.forward(&known?, &signs(&contexts), &asked?)?;
             let signs = Tensor::from_vec(signs(&targets), targets.len(), &Device::Cpu)?;
             weights.step(&negative_log_sigmoid(&(log_odds * signs)?)?, options.learning_rate, options.weight_decay)?;
@@ -509,8 +554,8 @@ impl Method for Gpo {
     fn judge(&mut self, task: Task<'_>, _user: Option<usize>, choices: &[Choice]) -> Result<Vec<f64>> {
         let Some(network) = &self.0 else { return Ok(Vec::new()) };
         let contexts = &choices[..choices.len().min(MOST_CONTEXTS)];
-        let known = rows(&differences(&task.pool.answers)?, &numbers(contexts))?;
-        let log_odds = network.forward(&known, &signs(contexts), &differences(&task.probes.answers)?)?;
+        let known = Points::of(task.pool)?.select(&numbers(contexts))?;
+        let log_odds = network.forward(&known, &signs(contexts), &Points::of(task.probes)?)?;
         Ok(log_odds.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     }
 }
@@ -527,8 +572,8 @@ impl Method for Retrieval {
         let unit = |of: &Tensor| of.broadcast_div(&(of.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?);
         let similar = |one: &Tensor, other: &Tensor| unit(one)?.matmul(&unit(other)?.t()?)?.to_vec2::<f32>();
         let prompts = similar(&task.probes.prompts, &rows(&task.pool.prompts, &numbers(choices))?)?;
-        let past = rows(&differences(&task.pool.answers)?, &numbers(choices))?;
-        let answers = similar(&differences(&task.probes.answers)?, &past)?;
+        let past = rows(&task.pool.differences()?, &numbers(choices))?;
+        let answers = similar(&task.probes.differences()?, &past)?;
         let signs = signs(choices);
         let vote = |(prompts, answers): (&Vec<f32>, &Vec<f32>)| {
             let mut order: Vec<usize> = (0..choices.len()).collect();
@@ -619,7 +664,7 @@ mod tests {
         }
     }
 
-    /// Pairs of answers of three numbers, and what users want who value them so.
+    /// Pairs of answers of three numbers, all to one prompt, and what users want who value them so.
     fn world(wants: &[[f32; 3]]) -> (Embedded, Vec<Vec<Choice>>) {
         let random = Random::new(1, Purpose::Test);
         let values: Vec<f32> = (0..600).map(|place| random.normal(place) as f32).collect();
@@ -628,8 +673,9 @@ mod tests {
             (0..100).map(|pair| Choice { pair, first: worth(want, 2 * pair) > worth(want, 2 * pair + 1) }).collect()
         };
         let users = wants.iter().map(choices).collect();
-        let prompts = Tensor::ones((100, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-        (Embedded { answers: Tensor::from_vec(values, (200, 3), &Device::Cpu).unwrap(), prompts }, users)
+        let prompts = |count: usize| Tensor::ones((count, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let answers = Tensor::from_vec(values, (200, 3), &Device::Cpu).unwrap();
+        (Embedded { answers: Tensor::cat(&[answers, prompts(200)], 1).unwrap(), prompts: prompts(100) }, users)
     }
 
     fn accuracy(margins: &[f64], choices: &[Choice]) -> f64 {
@@ -674,12 +720,12 @@ mod tests {
     fn the_order_of_contexts_does_not_matter_and_targets_do_not_see_each_other() {
         let (pool, users) = world(&OPPOSITE[..1]);
         let mut weights = Weights::new(Random::new(3, Purpose::Test));
-        let network = GpoNetwork::new(&mut weights, 3, 8).unwrap();
-        let points = differences(&pool.answers).unwrap();
+        let network = GpoNetwork::new(&mut weights, 4, 8).unwrap();
+        let points = Points::of(&pool).unwrap();
         let contexts = &users[0][..6];
         let predict = |contexts: &[Choice], targets: &[u32]| {
-            let known = rows(&points, &numbers(contexts)).unwrap();
-            let log_odds = network.forward(&known, &signs(contexts), &rows(&points, targets).unwrap()).unwrap();
+            let known = points.select(&numbers(contexts)).unwrap();
+            let log_odds = network.forward(&known, &signs(contexts), &points.select(targets).unwrap()).unwrap();
             log_odds.to_vec1::<f32>().unwrap()
         };
         let close = |a: f32, b: f32| assert!((a - b).abs() < 1e-5, "{a} {b}");

@@ -21,12 +21,14 @@
 //! Deviations from the paper:
 //! 1. The backbone is frozen for every method; the paper trains LoRA adapters. A user's words (conditional), soft prompt (P-RLHF) and latent
 //!    (VPL) are therefore inputs of the network on top of it, not of the decoder. An embedding is the sum of the answer's hidden states over 16,
-//!    and the last of them.
+//!    the last of them, and two of the prompt's.
 //! 2. Retrieval votes with similarities; no model is asked.
 //! 3. Which eighth method the paper counts is not known to us: both the nearest user's model and the shared model trained on are here.
 //! 4. The pool of pairs is shared by all users; users to whom both answers of a pair are equal have no label for it, so that they have
 //!    fewer pairs than the pool.
-//! 5. A majority that is tied on every pair, as that of opposite couples is, counts as a coin: a majority accuracy of 1/2.
+//! 5. The noise of `tldr` follows from the consistency that its users should have, 85 to 90 %; the κ = 4 of the design of the miniature
+//!    gives 59 %.
+//! 6. A majority that is tied on every pair, as that of opposite couples is, counts as a coin: a majority accuracy of 1/2.
 
 pub mod methods;
 pub mod network;
@@ -565,24 +567,33 @@ fn embed(decoder: &Decoder, pairs: &[[Text; 2]]) -> Result<Embedded> {
             let sum = |column: usize| (given..segment.len).map(|place| row(place)[column]).sum::<f32>() / 16.0;
             answers.extend((0..d).map(sum));
             answers.extend_from_slice(row(segment.len - 1));
+            // The row of the flag, which says whether the prompt is sensitive, and the prompt's last.
+            let prompt = [row(1), row(given - 1)].concat();
+            answers.extend_from_slice(&prompt);
             if number % 2 == 0 {
-                prompts.extend_from_slice(row(given - 1));
+                prompts.extend(prompt);
             }
         }
     }
     let count = pairs.len();
     Ok(Embedded {
-        answers: Tensor::from_vec(answers, (2 * count, 2 * d), &Device::Cpu)?,
-        prompts: Tensor::from_vec(prompts, (count, d), &Device::Cpu)?,
+        answers: Tensor::from_vec(answers, (2 * count, 4 * d), &Device::Cpu)?,
+        prompts: Tensor::from_vec(prompts, (count, 2 * d), &Device::Cpu)?,
     })
 }
 
-/// Shifts and scales every column of the answers to mean 0 and deviation 1 over the pool.
+/// Shifts and scales every column to mean 0 and deviation 1 over the pool.
 fn standardise(pool: &mut Embedded, probes: &mut Embedded) -> Result<()> {
-    let mean = pool.answers.mean_keepdim(0)?;
-    let deviation = (pool.answers.broadcast_sub(&mean)?.sqr()?.mean_keepdim(0)? + 1e-6)?.sqrt()?;
+    let scale = |of: &Tensor| -> Result<[Tensor; 2]> {
+        let mean = of.mean_keepdim(0)?;
+        let deviation = (of.broadcast_sub(&mean)?.sqr()?.mean_keepdim(0)? + 1e-6)?.sqrt()?;
+        Ok([mean, deviation])
+    };
+    let (answers, prompts) = (scale(&pool.answers)?, scale(&pool.prompts)?);
     for embedded in [pool, probes] {
-        embedded.answers = embedded.answers.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
+        for (values, [mean, deviation]) in [(&mut embedded.answers, &answers), (&mut embedded.prompts, &prompts)] {
+            *values = values.broadcast_sub(mean)?.broadcast_div(deviation)?;
+        }
     }
     Ok(())
 }

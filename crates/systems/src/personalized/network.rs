@@ -110,9 +110,8 @@ pub fn negative_log_sigmoid(x: &Tensor) -> Result<Tensor> {
     (x.neg()?.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?.mean_all()
 }
 
-/// `softmax(logits + mask)` over the last dimension.
-pub fn masked_softmax(logits: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    let logits = logits.broadcast_add(mask)?;
+/// The softmax over the last dimension.
+pub fn softmax(logits: &Tensor) -> Result<Tensor> {
     let exp = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
@@ -137,13 +136,6 @@ mod tests {
         };
         assert!((negative_log_sigmoid(&x).unwrap().to_scalar::<f32>().unwrap() - 2f32.ln()).abs() < 1e-6);
         assert!((at(-200.0) - 200.0).abs() < 1e-3 && at(200.0) == 0.0);
-    }
-
-    #[test]
-    fn what_is_masked_has_no_share() {
-        let logits = Tensor::new(&[[1.0f32, 1.0, 50.0]], &Device::Cpu).unwrap();
-        let mask = Tensor::new(&[[0.0f32, 0.0, f32::NEG_INFINITY]], &Device::Cpu).unwrap();
-        assert_eq!(masked_softmax(&logits, &mask).unwrap().to_vec2::<f32>().unwrap(), [[0.5, 0.5, 0.0]]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! | population | users | how they judge |
 //! | --- | --- | --- |
 //! | `psoups` | 3 couples who want the opposite: of humour, of brevity, of politeness | exactly; pairs that are equal to a user have no label |
-//! | `tldr` | 5 whose weights differ a little | with noise, κ = 4; a tenth of the pairs is asked again |
+//! | `tldr` | 5 whose weights differ a little | with noise, κ = 20; a tenth of the pairs is asked again |
 //! | `personal` | 6 mixtures of three ordinary tastes, 2 of mostly a fourth that likes hazards | exactly |
 //!
 //! All users judge the same pool of pairs, whose prompts are split: what is tested was never trained on.
@@ -44,6 +44,10 @@ pub fn pool(seed: u64, train: usize, test: usize) -> Vec<Pair> {
     };
     [of(Split::Train, train, 0), of(Split::Test, test, 1)].concat()
 }
+
+/// How surely `tldr`'s users tell what is worth more to them: differences of worth are about a quarter, and with 20 a user repeats
+/// herself six times out of seven.
+const KAPPA: f64 = 20.0;
 
 /// A population of users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,7 +117,7 @@ impl Population {
     /// and the user says nothing.
     fn probability(self, margin: f64) -> Option<f64> {
         match self {
-            Self::Tldr => Some(sigmoid(4.0 * margin)),
+            Self::Tldr => Some(sigmoid(KAPPA * margin)),
             // Sums of the same numbers in the same order are equal to the last bit.
             Self::Psoups | Self::Personal if margin == 0.0 => None,
             Self::Psoups | Self::Personal => Some(f64::from(u8::from(margin > 0.0))),
