@@ -8,7 +8,7 @@
 //! π_λ ∝ Π_k π_k^{λ_k},      λ* = argmin_λ E_x log E_{y ~ π_ref} e^{Σ_k λ_k s_k},      s_k = log π_k - log π_ref
 //! ```
 //!
-//! is sampled as it is ([`mod@rollout::mixture`]): token by token, or by resampling whole answers.
+//! is sampled as it is ([`mod@rollout::mixture`]): whole answers, resampled, or token by token, which is not quite the same.
 //!
 //! **Worlds.** [`attribute_text`](mod@crate::worlds::attribute_text) with the objectives help, harmlessness and humour. And one of
 //! [258 sequences](mod@enumerable), in which everything is known exactly: the best weights, the law of the mixture, what the decoders make of it.
@@ -23,11 +23,13 @@
 //! Deviations from the paper:
 //! 1. What the mixture saves is counted in tokens that went through a model, a backward pass counted as two: clocks do not repeat.
 //! 2. MaxMin-RLHF has the paper's rewards and problem, and REINFORCE in the place of PPO.
+//! 3. How the paper samples the mixture is not known. The method's arm resamples one of several whole answers.
 
 pub mod enumerable;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use base::{Purpose, Random};
 use data::Prompt;
 use envs::{Answer, Reward, RewardError, Score, Status};
 use eval::metrics::mean;
@@ -437,8 +439,8 @@ impl Mpo {
         let beta = self.dpo.objective.beta;
         options.objective.beta = beta;
         let reward = Ratios::new(start, beta, rate);
-        let passes = std::sync::Arc::clone(&reward.tokens);
-        let weights = std::sync::Arc::clone(&reward.weights);
+        let passes = Arc::clone(&reward.tokens);
+        let weights = Arc::clone(&reward.weights);
         let mut policy = Policy::new(options, start.prompts.clone(), Box::new(reward))?;
         let mut decoder = start.reference.clone();
         let mut steps = 0;
@@ -468,17 +470,16 @@ impl Mpo {
                 let sampling = world::sampling();
                 let mixture = Mixture::new(&others, Mean::Geometric, &sampling);
                 let size = self.samples * candidates;
-                let mut sampled = world::sample_with(Some(&mixture), models[0], tokenizer, questions, size, (seed, 2))?;
+                let sampled = world::sample_with(Some(&mixture), models[0], tokenizer, questions, size, (seed, 2))?;
                 if candidates == 1 {
                     return Ok((sampled, None));
                 }
-                let random = base::Random::new(seed, base::Purpose::Resampling);
+                let random = Random::new(seed, Purpose::Resampling);
                 let chosen = mixture.resample(&sampled.episodes, candidates, random)?;
                 let effective = mean(&chosen.iter().map(|one| one.effective).collect::<Vec<_>>());
-                let mut groups = sampled.episodes.chunks(candidates).zip(&chosen);
-                let episodes: Vec<Episode> = groups.by_ref().map(|(group, one)| group[one.chosen].clone()).collect();
-                (sampled.episodes, sampled.size) = (episodes, self.samples);
-                Ok((sampled, Some(effective)))
+                let groups = sampled.episodes.chunks(candidates).zip(chosen);
+                let episodes: Vec<Episode> = groups.map(|(group, one)| group[one.chosen].clone()).collect();
+                Ok((Sampled { episodes, size: self.samples, ..sampled }, Some(effective)))
             }
         }
     }
@@ -538,9 +539,9 @@ struct Ratios {
     specialists: Vec<Decoder>,
     beta: f64,
     rate: f64,
-    weights: std::sync::Arc<Mutex<Vec<f64>>>,
+    weights: Arc<Mutex<Vec<f64>>>,
     /// Tokens of all answers and their prompts.
-    tokens: std::sync::Arc<Mutex<f64>>,
+    tokens: Arc<Mutex<f64>>,
 }
 
 impl Ratios {
@@ -548,7 +549,7 @@ impl Ratios {
         let mut reference = start.reference.clone();
         reference.prepare(Precision::F32);
         let count = start.specialists.len();
-        let weights = std::sync::Arc::new(Mutex::new(vec![1.0 / count as f64; count]));
+        let weights = Arc::new(Mutex::new(vec![1.0 / count as f64; count]));
         Self { reference, specialists: start.specialists.clone(), beta, rate, weights, tokens: Default::default() }
     }
 }
