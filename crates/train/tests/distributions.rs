@@ -52,7 +52,10 @@ impl Stage {
             Self::Sft(options) => Box::new(Sft::new(options, examples()).unwrap()),
             Self::Distillation(options) => {
                 let lessons = Lessons { prompts: prompts(), examples: examples(), reward: Some(Box::new(Exact)) };
-                let teachers = vec![teacher().clone(); options.teachers.len()];
+                let mut teachers = vec![teacher().clone(); options.teachers.len()];
+                if options.objective.extrapolation.is_some() {
+                    teachers[1] = beginner().clone();
+                }
                 Box::new(Distillation::new(options, teachers, lessons).unwrap())
             }
             Self::Unlearning(options) => {
@@ -91,7 +94,10 @@ fn options<T: DeserializeOwned>(preset: &Preset) -> T {
 
 fn stage(family: &Methods, preset: &Preset) -> Option<Stage> {
     let sampling = || SamplingOptions { max_new_tokens: 3, ..Default::default() };
-    let teachers = vec![TeacherOptions { model: "teacher".into(), weight: 1.0 }];
+    // Two models make one teacher where the preset extrapolates.
+    let teacher = |name: &str| TeacherOptions { model: name.into(), weight: 1.0 };
+    let second = preset.settings.contains("extrapolation").then(|| teacher("other"));
+    let teachers = std::iter::once(teacher("teacher")).chain(second).collect();
     Some(match family.section {
         "sft" => Stage::Sft(SftOptions { batch_size: 25, ..options(preset) }),
         "distillation" => Stage::Distillation(DistillationOptions {
@@ -501,6 +507,10 @@ fn misuse_is_one_clear_error() {
     let error = refused(DistillationOptions { teachers: Vec::new(), ..good.clone() }, Vec::new());
     assert!(error.contains("distillation.teachers"), "{error}");
     assert!(refused(good.clone(), Vec::new()).contains("teachers"));
+    let Stage::Distillation(mut alone) = named("aligndistil") else { panic!("another family") };
+    alone.teachers.truncate(1);
+    let error = refused(alone, vec![teacher().clone()]);
+    assert!(error.contains("teachers is 1, expected 2, towards the first and away from the second"), "{error}");
     let mut sampled = good.clone();
     sampled.objective.estimate = objectives::distillation::Estimate::Sampled;
     let error = refused(sampled, vec![teacher().clone()]);

@@ -192,6 +192,7 @@ fn careful() -> Vec<(&'static str, Setup)> {
         ),
         ("replay and lag", setup(replayed)),
         ("lag with an adapter and a reference", Setup { lora: true, ..setup(lagging) }),
+        ("the worst mix of prompts", ppo(|options| options.worst_case = preset("dro_ppo").worst_case)),
         ("greedy baseline", setup(PolicyOptions { num_generations: 2, ..preset("remax") })),
         ("dynamic sampling", setup(preset("dapo"))),
         ("clip-cov", setup(chosen)),

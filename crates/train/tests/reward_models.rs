@@ -15,7 +15,7 @@ use model::ModelConfig;
 use model::config::{Family, HeadTask, ScoreHead};
 use model::decoder::{Decoder, Workspace};
 use model::lora::LoraConfig;
-use objectives::{Ensemble, StepAggregation};
+use objectives::{Ball, Ensemble, Members, StepAggregation, WorstCase};
 use posttrain_train as train;
 use train::judges::{Judge, ModelReward};
 use train::methods::process_reward::{ProcessReward, ProcessRewardOptions, StepLoss};
@@ -85,6 +85,7 @@ struct Setup {
     precision: Precision,
     seed: u64,
     loss: Loss,
+    worst_case: Option<WorstCase>,
     training: TrainingOptions,
 }
 
@@ -102,13 +103,18 @@ impl Setup {
         };
         let training =
             TrainingOptions { max_steps: Some(5), learning_rate: 3e-3, micro_batch_tokens: 40, ..Default::default() };
-        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, training }
+        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, worst_case: None, training }
     }
 
     fn all() -> Vec<Self> {
         let wholes = [RewardLoss::BradleyTerry, RewardLoss::Bce, RewardLoss::Mse].map(Loss::Whole);
         let steps = [StepLoss::CrossEntropy, StepLoss::Bce].map(Loss::Steps);
-        wholes.into_iter().chain(steps).map(Self::new).collect()
+        let worst = |over| Self {
+            worst_case: Some(WorstCase { over, ..WorstCase::new(Ball::TotalVariation, 0.3) }),
+            ..Self::new(Loss::Whole(RewardLoss::BradleyTerry))
+        };
+        let robust = [Members::Pairs, Members::Prompts].map(worst);
+        wholes.into_iter().chain(steps).map(Self::new).chain(robust).collect()
     }
 
     fn decoder(&self) -> Decoder {
@@ -129,6 +135,7 @@ impl Setup {
                 let options = RewardModelOptions {
                     loss_type,
                     center_rewards_coefficient,
+                    worst_case: self.worst_case,
                     batch_size: 16,
                     training,
                     ..Default::default()
@@ -247,6 +254,22 @@ fn cuts_and_threads_do_not_matter() {
             }
         }
     }
+}
+
+/// Without extent the worst case is the mean, to the last bit; with it, something else is learnt.
+#[test]
+fn a_worst_case_without_extent_changes_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, radius: Option<f64>| {
+        let worst_case = radius.map(|radius| WorstCase::new(Ball::TotalVariation, radius));
+        let path = folder.path().join(name);
+        Setup { worst_case, ..Setup::new(Loss::Whole(RewardLoss::BradleyTerry)) }.finish(&path);
+        (std::fs::read(path.join("final/model.safetensors")).unwrap(), column(&path, "loss"))
+    };
+    let (mean, none, wide) = (run("mean", None), run("none", Some(0.0)), run("wide", Some(0.5)));
+    assert!(mean == none && mean.0 != wide.0);
+    let weights = column(&folder.path().join("wide"), "row_weights/max");
+    assert!(weights.iter().skip(1).all(|weight| *weight > 2.0), "{weights:?}");
 }
 
 #[test]

@@ -24,7 +24,8 @@ pub struct DataOptions {
     pub forget: Vec<String>,
     /// Rows to evaluate on, never trained on. Named as in `train`.
     pub test: Vec<String>,
-    /// Columns that go by another name in the files: `{ prompt = "question" }` takes the prompt from `question`.
+    /// Columns that go by another name in the files: `{ prompt = "question" }` takes the prompt from `question`, and
+    /// `{ chosen = "rejected", rejected = "chosen" }` reverses pairs.
     pub columns: BTreeMap<String, String>,
 }
 
@@ -115,6 +116,8 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn rename(mut row: Row, columns: &BTreeMap<String, String>) -> Result<Row> {
+    // All are read before any is written, so that columns can change places.
+    let mut values = Vec::with_capacity(columns.len());
     for (name, from) in columns {
         let Some(value) = row.columns.get(from).cloned() else {
             let error = Error::row(&row.source, format!("there is no column {from} to take {name} from"));
@@ -124,8 +127,9 @@ fn rename(mut row: Row, columns: &BTreeMap<String, String>) -> Result<Row> {
                 None => format!("its columns are {}", names(&row)),
             }));
         };
-        row.columns.insert(name.clone(), value);
+        values.push((name.clone(), value));
     }
+    row.columns.extend(values);
     Ok(row)
 }
 

@@ -17,8 +17,8 @@
 //! reward model that learns the mean learns what chat is about. What is deployed is another mix: a tenth chat and nine tenths sums
 //! (*flipped*), half and half (*balanced*), sums alone, and prompts about three topics, which nothing was trained on.
 //!
-//! **Experiment.** A model imitates plausible answers to both kinds; its own answers are compared in pairs, which `σ(8 ΔU)` labels. Reward
-//! models (one layer of width 32, from scratch) learn from them; policies learn from them by DPO, or from the utility itself by RLOO. Accuracy is
+//! **Experiment.** A model imitates plausible answers, as many to sums as to chat, of which it would not learn enough from a tenth; its own
+//! answers are compared in pairs, of which the one that is worth more is preferred. Reward models (one layer of width 32, from scratch) learn from them; policies learn from them by DPO, or from the utility itself by RLOO. Accuracy is
 //! that on pairs of new answers whose order by utility is known. *Out of distribution* is the mean over the four other mixes. Each method
 //! and each baseline has a grid of three (of two, for RLOO), chosen on the flipped mix of other answers to prompts that are trained on.
 //!
@@ -27,7 +27,8 @@
 //!    that were trained on. There are but 16 of them.
 //! 2. Reward models start from random weights, since a model of this size that has seen the corpus leaves no room.
 //! 3. The policy game is RLOO's with four answers a prompt, paid by the utility; the paper's is PPO's, paid by the robust reward model.
-//! 4. AdamW with a constant rate and no averaging of iterates. The theory's rate is a unit test, on a convex problem.
+//! 4. The mass that moves goes to the losses in proportion to `e^{l/τ}`; the exact ball, where all of it goes to the largest loss, is an ablation.
+//! 5. AdamW with a constant rate and no averaging of iterates. The theory's rate is a unit test, on a convex problem.
 
 #[cfg(test)]
 mod convex;
@@ -80,7 +81,7 @@ const ARMS: &[Arm] = &[
     Arm::new("rm-slow", Role::Baseline, "the same at half the learning rate"),
     Arm::new("rm-fast", Role::Baseline, "the same at twice the learning rate"),
     Arm::new("rm-prompts", Role::Baseline, "mean over prompts of the mean over their pairs: ρ = 0"),
-    Arm::new("rm-dro-0.1", Role::Method, "worst mix of prompts, ρ = 0.1"),
+    Arm::new("rm-dro-0.1", Role::Method, "worst mix of prompts, ρ = 0.1, its mass spread by temperature"),
     Arm::new("rm-dro-0.2", Role::Method, "worst mix of prompts, ρ = 0.2"),
     Arm::new("rm-dro-0.4", Role::Method, "worst mix of prompts, ρ = 0.4"),
     Arm::new("rm-dro-0.8", Role::Ablation, "worst mix of prompts, ρ = 0.8"),
@@ -89,7 +90,7 @@ const ARMS: &[Arm] = &[
     Arm::new("rm-cvar", Role::Ablation, "conditional value at risk in place of total variation, 0.2"),
     Arm::new("rm-chi-square", Role::Ablation, "χ² in place of total variation, 0.2"),
     Arm::new("rm-kl", Role::Ablation, "KL in place of total variation, 0.2"),
-    Arm::new("rm-smooth", Role::Ablation, "ρ = 0.2, its mass spread by temperature"),
+    Arm::new("rm-exact-0.2", Role::Ablation, "ρ = 0.2, all of its mass to the largest loss"),
     Arm::new("rm-flipped", Role::Ablation, "empirical risk with a tenth of the labels flipped"),
     Arm::new("rm-dro-flipped", Role::Ablation, "ρ = 0.2 with a tenth of the labels flipped"),
     Arm::new("dpo", Role::Baseline, "DPO"),
@@ -234,7 +235,7 @@ const FIGURES: &[Figure] = &[
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Dro {
-    /// Answers that the first model imitates; a tenth of them are sums.
+    /// Answers that the first model imitates; half of them are sums.
     #[schemars(range(min = 10))]
     pub corpus: u32,
     /// How it does so.
@@ -293,23 +294,23 @@ fn small() -> ModelConfig {
     ModelConfig { hidden_size: 32, intermediate_size: 72, layers: config.layers[..1].to_vec(), ..config }
 }
 
-/// What an arm's name says of the worst case, if it has one.
+/// What an arm's name says of the worst case, if it has one. That of the method spreads its mass by this temperature.
 fn worst_case(arm: &str, temperature: f64) -> Option<WorstCase> {
     let over = |over, ball, radius| Some(WorstCase { over, ..WorstCase::new(ball, radius) });
-    let prompts = |ball, radius| over(Members::Prompts, ball, radius);
+    let exact = |ball, radius| over(Members::Prompts, ball, radius);
+    let spread =
+        |radius| exact(Ball::TotalVariation, radius).map(|worst| WorstCase { temperature: Some(temperature), ..worst });
     if let Some(radius) = arm.strip_prefix("rm-pairs-") {
         return over(Members::Pairs, Ball::TotalVariation, radius.parse().ok()?);
     }
     match arm {
-        "rm-prompts" => prompts(Ball::TotalVariation, 0.0),
-        "rm-cvar" => prompts(Ball::Cvar, 0.2),
-        "rm-chi-square" => prompts(Ball::ChiSquare, 0.2),
-        "rm-kl" => prompts(Ball::Kl, 0.2),
-        "rm-smooth" => {
-            prompts(Ball::TotalVariation, 0.2).map(|worst| WorstCase { temperature: Some(temperature), ..worst })
-        }
-        "rm-dro-flipped" => prompts(Ball::TotalVariation, 0.2),
-        arm => prompts(Ball::TotalVariation, arm.split_once("-dro-")?.1.parse().ok()?),
+        "rm-prompts" => exact(Ball::TotalVariation, 0.0),
+        "rm-exact-0.2" => exact(Ball::TotalVariation, 0.2),
+        "rm-cvar" => exact(Ball::Cvar, 0.2),
+        "rm-chi-square" => exact(Ball::ChiSquare, 0.2),
+        "rm-kl" => exact(Ball::Kl, 0.2),
+        "rm-dro-flipped" => spread(0.2),
+        arm => spread(arm.split_once("-dro-")?.1.parse().ok()?),
     }
 }
 
@@ -340,7 +341,7 @@ impl Experiment for Dro {
     fn start(&self, trial: &Trial<'_>) -> Result<Start> {
         let tokenizer = shared::tokenizer()?;
         let mut decoder = Decoder::random(shared::model(), trial.seed)?;
-        let sums = self.corpus / 10;
+        let sums = self.corpus / 2;
         let mut corpus: Vec<Example> = shared::corpus(trial.seed, self.corpus - sums);
         corpus.extend(digits::corpus(trial.seed, sums));
         let mut sft = Sft::new(self.sft.clone(), corpus)?;
@@ -583,16 +584,17 @@ mod tests {
     fn arms_are_what_they_are_called() {
         let of = |arm| worst_case(arm, 0.5).map(|worst| (worst.ball, worst.radius, worst.over, worst.temperature));
         let tv = |radius, over| Some((Ball::TotalVariation, radius, over, None));
+        let spread = |radius| Some((Ball::TotalVariation, radius, Members::Prompts, Some(0.5)));
         for plain in ["rm", "rm-slow", "rm-fast", "rm-flipped", "dpo", "dpo-beta-0.2", "rloo", "rloo-fast"] {
             assert_eq!(of(plain), None, "{plain}");
         }
         assert_eq!(of("rm-prompts"), tv(0.0, Members::Prompts));
         assert_eq!(of("rm-pairs-0"), tv(0.0, Members::Pairs));
-        assert_eq!(of("rm-dro-0.4"), tv(0.4, Members::Prompts));
-        assert_eq!(of("dpo-dro-0.1"), tv(0.1, Members::Prompts));
-        assert_eq!(of("rloo-dro-0.2"), tv(0.2, Members::Prompts));
-        assert_eq!(of("rm-dro-flipped"), tv(0.2, Members::Prompts));
-        assert_eq!(of("rm-smooth"), Some((Ball::TotalVariation, 0.2, Members::Prompts, Some(0.5))));
+        assert_eq!(of("rm-exact-0.2"), tv(0.2, Members::Prompts));
+        for (arm, radius) in [("rm-dro-0.4", 0.4), ("dpo-dro-0.1", 0.1), ("rloo-dro-0.2", 0.2), ("rm-dro-flipped", 0.2)]
+        {
+            assert_eq!(of(arm), spread(radius), "{arm}");
+        }
         assert_eq!([rate("rm-slow"), rate("rloo-fast"), rate("rm-dro-0.1")], [0.5, 2.0, 1.0]);
         assert!(ARMS.iter().filter(|arm| arm.role == Role::Method).all(|arm| of(arm.name).is_some()));
     }
