@@ -117,7 +117,7 @@ fn a_pool_has_what_every_model_says() {
     assert_eq!((same.prompts.len(), same.prompts[0].len()), (3, 4));
     assert!((3 * 4 * 4..=3 * 4 * 8).contains(&tokens));
     assert!(same.prompts.iter().flatten().all(|one| one.log_ratios == [0.0, 0.0] && one.log_importance == 0.0));
-    assert_eq!(weights(&same, 1.0, 50, 1), [0.5, 0.5]);
+    assert!(weights(&same, 1.0, 50, 1).iter().all(|weight| (weight - 0.5).abs() < 1e-12));
     let (mixed, _) = of(&[&reference, &other], Proposal::Models, 4);
     assert_eq!(of(&[&reference, &other], Proposal::Models, 64).0, mixed);
     for one in mixed.prompts.iter().flatten() {
