@@ -15,16 +15,16 @@
 //! where the reference errs on purpose ([`world`]).
 //!
 //! **Experiment.** In the tree laws are counted over walks of the reference and of the data loop's second round. In the other worlds a reference learns to
-//! imitate; each arm then makes a value model from nothing, or trains the reference itself (REINFORCE, DPO) on as many sampled answers as the value model
+//! imitate; each arm then makes a value model, or trains the reference itself (REINFORCE, DPO) on as many sampled answers as the value model
 //! gets to see, guided beginnings included; and answers to held-out prompts are sampled at a grid of prices. For the step size of REINFORCE and DPO there is a grid of two, chosen on prompts that are no
 //! test; the value model has none.
 //!
 //! Deviations from the paper:
 //! 1. The reference of the star is made to have the shortcut that the paper's learns from next tokens.
-//! 2. Value models start from nothing and not from a language model.
+//! 2. Value models start from the weights of their reference where they are as large as it, and from nothing where they are smaller; there is no
+//!    smaller language model to start from.
 //! 3. The baseline has as many labelled answers as Q♯, all of the reference's, in place of its second round.
-//! 4. Chains are modulo 7, where the design has 10: its tables are half as large and learned in the time there is.
-//! 5. See [`mod@train::methods::value_model`] for the data loop's.
+//! 4. See [`mod@train::methods::value_model`] for the data loop's.
 
 mod tree;
 mod world;

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! <bos> 3 8 | 5 9 | 5 3 | 9 1 | / 5 , 8 =   5 3 8 <eos>            star: the path from 5 to 8, edges in random order
-//! <bos> 4 + 5 * 6 =   2 ; 6 <eos>                                  chain: 5·6 mod 7, then 4 and that
+//! <bos> 4 + 7 * 8 =   6 ; 0 <eos>                                  chain: 7·8 mod 10, then 4 and that
 //! ```
 //!
 //! **Star.** From a centre go `arms` paths of `nodes - 1` edges over nodes of random names; the path to the end of one of them is asked for. The
