@@ -201,6 +201,12 @@ fn files_folders_and_patterns_are_read_in_order() {
     assert_eq!(read(&[path("a.jsonl")], &columns).unwrap()[0].columns["prompt"], 1);
     let columns = BTreeMap::from([("prompt".to_owned(), "m".to_owned())]);
     assert_eq!(read(&[path("a.jsonl")], &columns).unwrap_err().hint().unwrap(), "did you mean n?");
+    // Each column is taken from the row as it is in the file, so that two can change places.
+    std::fs::write(path("pair.jsonl"), r#"{"chosen": "a", "rejected": "b"}"#).unwrap();
+    let columns =
+        [("chosen", "rejected"), ("rejected", "chosen")].map(|(name, from)| (name.to_owned(), from.to_owned()));
+    let reversed = read(&[path("pair.jsonl")], &BTreeMap::from(columns)).unwrap();
+    assert_eq!((&reversed[0].columns["chosen"], &reversed[0].columns["rejected"]), (&json!("b"), &json!("a")));
 }
 
 #[test]
