@@ -29,6 +29,8 @@
 mod tree;
 mod world;
 
+use std::collections::HashSet;
+
 use data::Prompt;
 use kernels::Precision;
 use model::decoder::Decoder;
@@ -305,7 +307,7 @@ pub struct StarSettings {
     /// Stars to train on.
     #[schemars(range(min = 1))]
     pub prompts: u32,
-    /// Stars to measure with.
+    /// Stars to measure with; those that are trained on are left out.
     #[schemars(range(min = 1))]
     pub test: u32,
     /// Answers of the reference that DPO makes pairs of, for each star.
@@ -445,12 +447,13 @@ impl Experiment for QSharp {
         let tokenizer = world::tokenizer(star.shape.names)?;
         let shape = world::model(&tokenizer, star.width, star.layers);
         let corpus = world::star_corpus(star.shape, trial.seed, star.corpus);
-        let stars = World {
-            reference: world::imitation(trial, shape, &tokenizer, star.sft.clone(), corpus)?,
-            train: world::star_prompts(star.shape, &tokenizer, (trial.seed, 0), star.prompts),
-            test: world::star_prompts(star.shape, &tokenizer, (trial.seed, TEST), star.test),
-            tokenizer,
-        };
+        let train = world::star_prompts(star.shape, &tokenizer, (trial.seed, 0), star.prompts);
+        let mut test = world::star_prompts(star.shape, &tokenizer, (trial.seed, TEST), star.test);
+        // Of few names the same star comes twice now and then.
+        let known: HashSet<&[u32]> = train.iter().map(|prompt| &prompt.ids[..]).collect();
+        test.retain(|prompt| !known.contains(&prompt.ids[..]));
+        let reference = world::imitation(trial, shape, &tokenizer, star.sft.clone(), corpus)?;
+        let stars = World { reference, train, test, tokenizer };
         let tokenizer = world::tokenizer(chain.modulus as usize)?;
         let shape = world::model(&tokenizer, chain.width, chain.layers);
         let corpus = world::chain_corpus((chain.modulus, chain.noise), trial.seed, chain.corpus);
