@@ -3,7 +3,7 @@
 //! Models are judged by the scores they gave: any method, trained anywhere, writes a file of them. The measures are those of
 //! [`mod@eval::personalization`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -107,10 +107,6 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let reference = arguments.reference.clone().unwrap_or_else(|| order[0].clone());
     let shared = find("--reference", &reference)?;
     let own = arguments.own.as_ref().map(|own| find("--own", own)).transpose()?;
-    // A model of the user's own pairs is the end of the way, and the reference its beginning.
-    let accuracy = |scores: &Scores| macro_accuracy(users, &scores.outcomes(0, &preferences.labels));
-    let ends = own.map(|own| (accuracy(shared), accuracy(own)));
-
     // Where a pair was asked again, what is to be predicted is each word.
     let described = descriptors(users, &preferences.labels);
     let mut methods = BTreeMap::new();
@@ -140,13 +136,20 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
                 method.tax.insert(skill.clone(), found);
             }
         }
-        let seen: std::collections::BTreeSet<u64> =
-            scores.all.keys().map(|(seen, _, _)| *seen).filter(|seen| *seen > 0).collect();
+        let seen: BTreeSet<u64> = scores.all.keys().map(|(seen, _, _)| *seen).filter(|seen| *seen > 0).collect();
         for seen in seen {
             let outcomes = scores.outcomes(seen, &preferences.labels);
             if !outcomes.is_empty() {
                 let accuracy = macro_accuracy(users, &outcomes);
-                let normalised_gap = ends.and_then(|(shared, own)| normalised_gap(accuracy, shared, own));
+                // The way from the reference to the user's own model, on what was asked of the adapted one.
+                let asked: BTreeSet<(usize, usize)> =
+                    outcomes.iter().map(|outcome| (outcome.user, outcome.pair)).collect();
+                let end = |scores: &Scores| {
+                    let mut outcomes = scores.outcomes(0, &preferences.labels);
+                    outcomes.retain(|outcome| asked.contains(&(outcome.user, outcome.pair)));
+                    macro_accuracy(users, &outcomes)
+                };
+                let normalised_gap = own.and_then(|own| normalised_gap(accuracy, end(shared), end(own)));
                 method.adapted.insert(seen, Adapted { accuracy, normalised_gap });
             }
         }

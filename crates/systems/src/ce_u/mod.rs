@@ -254,20 +254,26 @@ pub fn data(seed: u64) -> Vec<(&'static str, String)> {
 
 /// What all arms of a seed start from.
 pub struct Start {
-    tokenizer: Tokenizer,
+    asked: Asked,
     /// Knows everybody.
     knows: Decoder,
     /// Was never told of the authors to forget.
     never_saw: Decoder,
     forget: Vec<Example>,
     retain: Vec<Example>,
-    /// The questions to forget, and those of the three sets of what should be known.
-    asked: Vec<Question>,
-    known: [(Kind, Vec<Question>); 3],
-    /// The model that never saw them on the questions to forget.
-    reference: Vec<Answered>,
-    /// The first model.
+    /// The model that knows everybody, measured.
     first: Found,
+}
+
+/// What a model is measured with.
+struct Asked {
+    tokenizer: Tokenizer,
+    /// The questions to forget.
+    forget: Vec<Question>,
+    /// Those of the three sets of what should be known.
+    known: [(Kind, Vec<Question>); 3],
+    /// What the model that never saw them makes of the questions to forget.
+    reference: Vec<Answered>,
 }
 
 /// What is measured of a model.
@@ -352,7 +358,7 @@ impl Experiment for CeU {
         trial.fit(0, &mut sft, &mut base, &tokenizer, |_, _, _| Ok(()))?;
         let learn = |rows: &[Example]| {
             let mut decoder = base.clone();
-            let mut sft = Sft::new(self.authors_sft.clone(), [&corpus[..], &rows].concat())?;
+            let mut sft = Sft::new(self.authors_sft.clone(), [&corpus[..], rows].concat())?;
             trial.fit(1, &mut sft, &mut decoder, &tokenizer, |_, _, _| Ok(()))?;
             Ok::<_, Error>(decoder)
         };
@@ -374,34 +380,15 @@ impl Experiment for CeU {
         let asked = world::questions(&tokenizer, &forget)?;
         never_saw.prepare(Precision::F32);
         let reference = answer(&never_saw, &tokenizer, &asked, LONGEST, |_| {})?;
-        let nothing = Found {
-            quality: 0.0,
-            utility: 0.0,
-            forget_probability: 0.0,
-            forget_rouge: 0.0,
-            forget_extraction: 0.0,
-            retain_perplexity: 1.0,
-            parts: [[0.0; 3]; 3],
-        };
-        let mut start = Start {
-            tokenizer,
-            knows,
-            never_saw,
-            forget: forget_rows,
-            retain: retain_rows,
-            asked,
-            known,
-            reference,
-            first: nothing,
-        };
-        start.first = start.measure(&mut start.knows.clone())?;
-        Ok(start)
+        let asked = Asked { tokenizer, forget: asked, known, reference };
+        let first = asked.measure(&mut knows.clone())?;
+        Ok(Start { asked, knows, never_saw, forget: forget_rows, retain: retain_rows, first })
     }
 
     fn run(&self, start: &Start, arm: &str, trial: &Trial<'_>) -> Result<Measurements> {
         let mut measured = Measurements::default();
         let Some(mut options) = recipe(arm, &self.unlearning) else {
-            let found = if arm == "start" { start.first } else { start.measure(&mut start.never_saw.clone())? };
+            let found = if arm == "start" { start.first } else { start.asked.measure(&mut start.never_saw.clone())? };
             found.record(&mut measured);
             return Ok(measured);
         };
@@ -421,12 +408,12 @@ impl Experiment for CeU {
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
         let mut method = Unlearning::new(options, start.forget.clone(), start.retain.clone())?;
         let mut decoder = start.knows.clone();
-        trial.fit(2, &mut method, &mut decoder, &start.tokenizer, |step, decoder, metrics| {
+        trial.fit(2, &mut method, &mut decoder, &start.asked.tokenizer, |step, decoder, metrics| {
             losses.extend(metrics.get("forget/loss"));
             norms.extend(metrics.get("grad_norm"));
             let epoch = step / steps_of_epoch;
             if step.is_multiple_of(steps_of_epoch) && epochs.contains(&epoch) {
-                curve.push((epoch, start.measure(decoder)?));
+                curve.push((epoch, start.asked.measure(decoder)?));
             }
             Ok(())
         })?;
@@ -491,12 +478,12 @@ fn area(curve: &[Found], first: Found) -> f64 {
     area
 }
 
-impl Start {
+impl Asked {
     /// Measures a model.
     fn measure(&self, decoder: &mut Decoder) -> Result<Found> {
         decoder.prepare(Precision::F32);
         let ask = |questions: &[Question]| answer(decoder, &self.tokenizer, questions, LONGEST, |_| {});
-        let forgotten = ask(&self.asked)?;
+        let forgotten = ask(&self.forget)?;
         let nothing = || Error::Settings { system: "ce-u", reason: "there is nothing to ask".into() };
         let forget = scores(Kind::Forget, &forgotten).ok_or_else(nothing)?;
         let mut sets = Vec::new();

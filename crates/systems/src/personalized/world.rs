@@ -141,15 +141,9 @@ impl Population {
         for (user, of_pairs) in self.probabilities(seed, pool).into_iter().enumerate() {
             for (pair, probability) in of_pairs.into_iter().enumerate() {
                 let draws = random.prompt(pair as u32).sample(user as u32);
-                let again = self == Self::Tldr && pair % 10 == 0;
-                let label =
-                    |word: u32, probability| Label { user, pair, first: draws.at(word).uniform() < probability };
-                labels.extend(
-                    probability
-                        .into_iter()
-                        .flat_map(|p| (0..1 + u32::from(again)).map(move |word| (word, p)))
-                        .map(|(word, probability)| label(word, probability)),
-                );
+                let words = if self == Self::Tldr && pair % 10 == 0 { 2 } else { 1 };
+                let label = |word: u32, p: f64| Label { user, pair, first: draws.at(word).uniform() < p };
+                labels.extend(probability.into_iter().flat_map(|p| (0..words).map(move |word| label(word, p))));
             }
         }
         labels
@@ -205,6 +199,7 @@ pub fn skill(name: &str, seed: u64, count: usize) -> Vec<[Text; 2]> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
     use std::collections::BTreeSet;
 
@@ -235,10 +230,7 @@ mod tests {
     #[test]
     fn the_better_answer_of_a_skill_is_better() {
         for [good, bad] in skill("safety", 1, 50) {
-            let question = Question::of(Split::Test)
-                .into_iter()
-                .find(|q| q.ids()[..] == good.prompt)
-                .unwrap_or_else(|| unreachable!());
+            let question = Question::of(Split::Test).into_iter().find(|q| q.ids()[..] == good.prompt).unwrap();
             let harmless = |text: &Text| Qualities::of(question, &text.answer).harmless;
             assert!(harmless(&good) > harmless(&bad));
         }
