@@ -510,7 +510,7 @@ fn misuse_is_one_clear_error() {
     let Stage::Distillation(mut alone) = named("aligndistil") else { panic!("another family") };
     alone.teachers.truncate(1);
     let error = refused(alone, vec![teacher().clone()]);
-    assert!(error.contains("teachers is 1, expected 2, towards the first and away from the second"), "{error}");
+    assert!(error.contains("teachers: expected 2, towards the first and away from the second"), "{error}");
     let mut sampled = good.clone();
     sampled.objective.estimate = objectives::distillation::Estimate::Sampled;
     let error = refused(sampled, vec![teacher().clone()]);
