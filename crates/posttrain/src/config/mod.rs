@@ -379,6 +379,11 @@ impl Config {
             let failure = Failure::new("the recipe has nothing to train on: expected `[[tasks]]` or `data.train`");
             return Err(failure.hint("name your files: `--set data.train=['rows.jsonl']`"));
         }
+        if self.value_model.is_some() && !self.data.test.is_empty() {
+            let failure =
+                Failure::new("`data.test` would not be measured: a value model is measured by what it guides");
+            return Err(failure.hint("leave it out, and measure the answers of `posttrain generate --guide`"));
+        }
         if self.unlearning.is_some() && self.data.forget.is_empty() {
             let failure = Failure::new("the recipe has nothing to forget: `[unlearning]` expects `data.forget`");
             return Err(failure.hint("name your files: `--set data.forget=['rows.jsonl']`"));
