@@ -100,7 +100,7 @@ pub fn descriptors(users: usize, labels: &[Label]) -> Descriptors {
         })
         .collect();
     let room: Vec<f64> = consistency.iter().zip(&majority_accuracy).map(|(own, shared)| own - shared).collect();
-    let matrix = |of: &dyn Fn(&[(bool, bool)]) -> Option<f64>| {
+    let matrix = |of: Likeness| {
         let entry = |u: usize, v: usize| {
             let both = said[u].iter().filter_map(|(pair, words)| Some((words[0], said[v].get(pair)?[0])));
             of(&both.collect::<Vec<_>>())
@@ -112,14 +112,17 @@ pub fn descriptors(users: usize, labels: &[Label]) -> Descriptors {
         divergence: share(&|votes| smaller(votes) > 0),
         high_divergence: share(&|votes| smaller(votes) * 10 >= (votes[0] + votes[1]) * 3),
         ties: votes.values().filter(|[first, second]| first == second).count(),
-        agreement: matrix(&agreement),
-        kappa: matrix(&kappa),
+        agreement: matrix(agreement),
+        kappa: matrix(kappa),
         minority: (0..users).filter(|&user| majority_accuracy[user] < 0.5).collect(),
         consistency,
         majority_accuracy,
         room: mean(&room),
     }
 }
+
+/// How alike two users are, from what both said of the pairs that they share.
+type Likeness = fn(&[(bool, bool)]) -> Option<f64>;
 
 fn agreement(both: &[(bool, bool)]) -> Option<f64> {
     let same = both.iter().filter(|(one, other)| one == other).count();

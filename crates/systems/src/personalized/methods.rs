@@ -352,7 +352,7 @@ struct VplNetwork {
 impl VplNetwork {
     /// Mean and log-variance of the user who made these choices, `[1, size]` each, within [-1, 1].
     fn encode(&self, [chosen, rejected]: &[Tensor; 2]) -> Result<[Tensor; 2]> {
-        let leaky = |x: Tensor| Ok::<_, candle_core::Error>((x.relu()? - (x.neg()?.relu()? * 0.2)?)?);
+        let leaky = |x: Tensor| -> candle_core::Result<Tensor> { x.relu()? - (x.neg()?.relu()? * 0.2)? };
         let pairs = leaky(self.pair.forward(&Tensor::cat(&[chosen, rejected], 1)?)?)?;
         let [query, key, value] = &self.attention;
         let width = pairs.dim(1)? as f64;
