@@ -215,7 +215,7 @@ mod tests {
         };
         let (policy, value) = tilted(&log_probs, &worth, eta);
         assert!(close(objective(&policy), value));
-        for move_by in [-0.05, 0.05] {
+        for move_by in [-0.02, 0.02] {
             let mut other: Vec<f64> = policy.iter().map(|log_prob| log_prob.exp()).collect();
             other[0] += move_by;
             other[2] -= move_by;

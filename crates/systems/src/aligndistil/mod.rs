@@ -62,7 +62,7 @@ pub const SYSTEM: System = System {
     tiny: include_str!("tiny.toml"),
     quick: include_str!("quick.toml"),
     readme: include_str!("README.md"),
-    recipes: &["smollm2", "paper"],
+    recipes: &["smollm2", "reverse", "paper"],
     data: None,
     schema: || schemars::schema_for!(AlignDistil).to_value(),
     open: |settings| open::<AlignDistil>("aligndistil", settings),
