@@ -76,8 +76,11 @@ const ARMS: &[Arm] = &[
     Arm::new("ppo", Role::Baseline, "PPO with a value model on the same reward"),
     Arm::new("ppo-fast", Role::Baseline, "the same at twice the learning rate"),
     Arm::new("gkd", Role::Baseline, "distillation from the DPO model"),
+    Arm::new("aligndistil-0.5", Role::Method, "on its own answers, α = 0.5"),
+    Arm::new("aligndistil-1", Role::Method, "on its own answers, α = 1"),
     Arm::new("aligndistil-5", Role::Method, "on its own answers, α = 5"),
     Arm::new("aligndistil-15", Role::Method, "on its own answers, α = 15"),
+    Arm::new("aligndistil-off-1", Role::Method, "on the chosen answers, α = 1"),
     Arm::new("aligndistil-off-10", Role::Method, "on the chosen answers, α = 10"),
     Arm::new("theorem1-2", Role::Ablation, "DPO and reference, w = 2"),
     Arm::new("theorem1-4", Role::Ablation, "DPO and reference, w = 4"),
@@ -88,7 +91,8 @@ const ARMS: &[Arm] = &[
     Arm::new("contrast-4", Role::Ablation, "DPO and reverse DPO, w = 4"),
 ];
 
-const METHOD: &[&str] = &["aligndistil-5", "aligndistil-15"];
+const METHOD: &[&str] = &["aligndistil-0.5", "aligndistil-1", "aligndistil-5", "aligndistil-15"];
+const OFF_POLICY: &[&str] = &["aligndistil-off-1", "aligndistil-off-10"];
 const THEOREM: &[&str] = &["theorem1-2", "theorem1-4"];
 const CONTRAST: &[&str] = &["contrast-0.5", "contrast-1", "contrast-2", "contrast-4"];
 const SCALAR: &[&str] = &["reinforce", "reinforce-fast", "ppo", "ppo-fast"];
@@ -158,7 +162,7 @@ const CLAIMS: &[Claim] = &[
         id: "2d",
         statement: "on the chosen answers of the data it wins at least as often as DPO",
         bound: Bound::AtLeast(0.0),
-        measure: |seed| lead(seed, &["aligndistil-off-10"], &["dpo"]),
+        measure: |seed| lead(seed, OFF_POLICY, &["dpo"]),
     },
     Claim {
         id: "3",
@@ -189,6 +193,7 @@ const FIGURES: &[Figure] = &[
             "ppo",
             "ppo-fast",
             "gkd",
+            "aligndistil-0.5",
             "aligndistil-5",
             "aligndistil-15",
             "theorem1-2",
@@ -201,6 +206,8 @@ const FIGURES: &[Figure] = &[
         y: "utility",
         curve: "utility",
         arms: &[
+            "aligndistil-0.5",
+            "aligndistil-1",
             "aligndistil-15",
             "aligndistil-off-10",
             "adaptive-15",
