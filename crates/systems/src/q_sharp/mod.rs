@@ -11,8 +11,8 @@
 //! [`mod@train::methods::value_model`]). Controlled decoding, the baseline, has `E z` in place of `Q`.
 //!
 //! **Worlds.** `tree`: three tokens four times, the return at every leaf known; everything can be solved and is compared with what is
-//! solved ([`tree`]). `star`: the path to one end of a star, where the reference takes an arm at random. `chain`: sums of products of digits,
-//! where the reference errs on purpose ([`world`]).
+//! solved (`tree.rs`). `star`: the path to one end of a star, where the reference takes an arm at random. `chain`: sums of products of digits,
+//! where the reference errs on purpose (`world.rs`).
 //!
 //! **Experiment.** In the tree laws are counted over walks of the reference and of the data loop's second round. In the other worlds a reference learns to
 //! imitate; each arm then makes a value model, or trains the reference itself (REINFORCE, DPO) on as many sampled answers as the value model
