@@ -6,7 +6,8 @@
 //!
 //! Three rules hold everywhere here:
 //!
-//! 1. A step is a function of the weights, the optimiser's state and the step's number. Nothing else is carried along.
+//! 1. A step is a function of the weights, the optimiser's state, the step's number and what its method writes into checkpoints
+//!    ([`Method::save`]). Nothing else is carried along.
 //! 2. Wall-clock values go to `timing.jsonl` and to the `timing` part of `summary.json`, and nowhere else.
 //! 3. What is logged is folded in f64, sequence by sequence in order, whatever the cut of the batch.
 
