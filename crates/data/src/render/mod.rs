@@ -122,6 +122,11 @@ pub struct PreferencePair {
 }
 
 impl PreferencePair {
+    /// A pair and nothing more: no margin, no others, no reference completion.
+    pub fn new(chosen: Example, rejected: Example) -> Self {
+        Self { chosen, rejected, others: Vec::new(), margin: 0.0, reference: None }
+    }
+
     /// The completions: chosen, rejected, others, reference.
     pub fn completions(&self) -> impl Iterator<Item = &Example> {
         [&self.chosen, &self.rejected].into_iter().chain(&self.others).chain(&self.reference)

@@ -112,13 +112,7 @@ impl Labelled {
     /// The pair as a row to train on.
     pub fn pair(&self, row: u32) -> PreferencePair {
         let example = |answer: &[u32]| example("pairs", row, &self.task.ids(), answer);
-        PreferencePair {
-            chosen: example(&self.chosen),
-            rejected: example(&self.rejected),
-            others: Vec::new(),
-            margin: 0.0,
-            reference: None,
-        }
+        PreferencePair::new(example(&self.chosen), example(&self.rejected))
     }
 
     /// The label of a pair: the first is preferred with probability `σ(κ (U(first) - U(second)))`. Pairs of equal worth are left out.

@@ -378,13 +378,7 @@ impl Answers<'_> {
             let of = |wanted: bool| group.iter().zip(right).filter(move |(_, right)| **right == wanted);
             for ((chosen, _), (rejected, _)) in of(true).zip(of(false)) {
                 let example = |episode: &Episode| example("pairs", 0, &episode.prompt, &episode.completion);
-                pairs.push(data::PreferencePair {
-                    chosen: example(chosen),
-                    rejected: example(rejected),
-                    others: Vec::new(),
-                    margin: 0.0,
-                    reference: None,
-                });
+                pairs.push(data::PreferencePair::new(example(chosen), example(rejected)));
             }
         }
         pairs

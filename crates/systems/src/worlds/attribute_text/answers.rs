@@ -96,13 +96,7 @@ impl Preference {
     /// The pair as a row to train on.
     pub fn pair(&self, row: u32) -> PreferencePair {
         let example = |answer: &[u32]| example("preferences", row, &self.question.ids(), answer);
-        PreferencePair {
-            chosen: example(&self.chosen),
-            rejected: example(&self.rejected),
-            others: Vec::new(),
-            margin: 0.0,
-            reference: None,
-        }
+        PreferencePair::new(example(&self.chosen), example(&self.rejected))
     }
 }
 

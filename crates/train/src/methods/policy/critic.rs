@@ -65,11 +65,12 @@ impl Critic {
     ) -> model::Result<Self> {
         let mut decoder = match init {
             Some(init) => init.clone(),
-            None => policy.without_adapter(),
+            None => {
+                let mut decoder = policy.without_adapter();
+                decoder.add_score(ScoreHead::REWARD, 0.0, seed)?;
+                decoder
+            }
         };
-        if init.is_none() {
-            decoder.add_score(ScoreHead::REWARD, 0.0, seed)?;
-        }
         if let (Some(config), None) = (policy.adapter_config(), decoder.adapter_config()) {
             decoder.attach_lora(config, seed ^ 1)?;
         }
