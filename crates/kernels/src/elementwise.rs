@@ -122,3 +122,39 @@ multiversion! {
         x.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT)) ^ true
     }
 }
+
+/// Rows of one array, and the array that some of them are copied to.
+#[derive(Debug)]
+pub struct RowCopy<'a> {
+    /// Elements of a row.
+    pub width: usize,
+    /// Where rows come from.
+    pub from: &'a [f32],
+    /// Where they go.
+    pub to: &'a mut [f32],
+}
+
+/// Copies the same rows in several arrays: for each pair of `rows`, the first is where it comes from and the second where it goes.
+///
+/// # Panics
+/// If a row lies outside an array, or two go to the same place.
+pub fn copy_rows(arrays: &mut [RowCopy<'_>], rows: &[(usize, usize)]) {
+    let mut places: Vec<usize> = rows.iter().map(|&(_, to)| to).collect();
+    places.sort_unstable();
+    assert!(places.is_sorted_by(|a, b| a < b), "copy_rows: two rows go to the same place");
+    let (last_from, last_to) = (rows.iter().map(|&(from, _)| from).max(), places.last());
+    for RowCopy { width, from, to } in &*arrays {
+        let fits = |row: Option<&usize>, len: usize| row.is_none_or(|row| (row + 1) * width <= len);
+        assert!(fits(last_from.as_ref(), from.len()) && fits(last_to, to.len()), "copy_rows: a row outside an array");
+    }
+    let work = rows.len() * arrays.iter().map(|array| array.width).sum::<usize>();
+    let arrays: Vec<(usize, &[f32], SharedMut<f32>)> =
+        arrays.iter_mut().map(|array| (array.width, array.from, SharedMut::new(array.to))).collect();
+    each(rows.len(), work, |index| {
+        let (row, place) = rows[index];
+        for &(width, from, to) in &arrays {
+            // SAFETY: the place lies inside the array, and no other call has it.
+            unsafe { to.slice(place * width, width) }.copy_from_slice(&from[row * width..][..width]);
+        }
+    });
+}

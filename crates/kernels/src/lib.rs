@@ -39,7 +39,7 @@ mod simd;
 pub use adamw::{AdamW, AdamWStep};
 pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, attention_backward, attention_decode};
 pub use buffer::{Floats, zeros};
-pub use elementwise::{add, add_bias, bias_backward, finite, scale, sum_of_squares};
+pub use elementwise::{RowCopy, add, add_bias, bias_backward, copy_rows, finite, scale, sum_of_squares};
 pub use gated::{Activation, gated, gated_backward};
 pub use half::round_to_bf16;
 pub use head::{Normalizer, RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};

@@ -168,7 +168,7 @@ fn decoding_gives_the_bits_of_the_forward() {
         if precision == Precision::Bf16 {
             round_to_bf16(&mut qkv, width, out_width..width);
         }
-        let (expected, _) = forward(shape, &segments(), &qkv);
+        let (expected, sums) = forward(shape, &segments(), &qkv);
         for segment in segments() {
             let mut prefix = KvBlock::new(shape, precision, 0);
             if let Some(index) = segment.prefix {
@@ -191,7 +191,11 @@ fn decoding_gives_the_bits_of_the_forward() {
                     own.extend(qkv);
                     let mut out = vec![f32::NAN; rows.len() * out_width];
                     let context = &[(&prefix, shared), (&middle, cut), (&own, own.len())];
-                    attention_decode(shape, &mut [DecodeQuery { qkv, context, out: &mut out }]);
+                    let mut log_sum_exp = vec![f32::NAN; rows.len() * shape.heads];
+                    let query = DecodeQuery { qkv, context, out: &mut out, log_sum_exp: &mut log_sum_exp };
+                    attention_decode(shape, &mut [query]);
+                    let sums = &sums[rows.start * shape.heads..rows.end * shape.heads];
+                    assert_eq!(bits(&log_sum_exp), bits(sums), "{shape:?} in {precision:?}, sums of rows {rows:?}");
                     let expected = &expected[rows.start * out_width..rows.end * out_width];
                     assert_eq!(bits(&out), bits(expected), "{shape:?} in {precision:?}, rows {rows:?}, cut at {cut}");
                 }

@@ -184,6 +184,8 @@ pub struct DecodeQuery<'a> {
     pub context: &'a [(&'a KvBlock, usize)],
     /// The result: rows of `heads * head_dim` elements.
     pub out: &'a mut [f32],
+    /// Rows of `heads`: the log of the sum of the exponentials of the scaled scores, as [`attention`](super::attention) has it.
+    pub log_sum_exp: &'a mut [f32],
 }
 
 /// Rows of one task.
@@ -208,6 +210,7 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
         let rows = query.qkv.len() / width;
         assert_eq!(query.qkv.len(), rows * width, "attention_decode: the queries' rows");
         assert_eq!(query.out.len(), rows * out_width, "attention_decode: the queries' results");
+        assert_eq!(query.log_sum_exp.len(), rows * shape.heads, "attention_decode: the queries' sums");
         for (block, len) in query.context {
             let same = (block.shape.heads, block.shape.kv_heads, block.shape.head_dim);
             assert_eq!(same, (shape.heads, shape.kv_heads, shape.head_dim), "attention_decode: a block's shape");
@@ -221,7 +224,8 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
         work += rows * context * out_width;
     }
     let isa = Isa::current();
-    let outs: Vec<SharedMut<f32>> = queries.iter_mut().map(|query| SharedMut::new(query.out)).collect();
+    let outs: Vec<[SharedMut<f32>; 2]> =
+        (queries.iter_mut()).map(|query| [SharedMut::new(query.out), SharedMut::new(query.log_sum_exp)]).collect();
     let queries: &[DecodeQuery<'_>] = queries;
     let run_task = |task: usize| {
         let (index, kv_head, rows) = tasks[task].clone();
@@ -230,7 +234,8 @@ pub fn attention_decode(shape: AttentionShape, queries: &mut [DecodeQuery<'_>]) 
         let next = tasks.get(task + 1).filter(|_| rows.len() == 1);
         let next = next.map(|&(next, kv_head, _)| (&queries[next], kv_head));
         let before = context_len(context) - qkv.len() / width;
-        let lanes = Lanes { isa, shape, qkv, context, kv_head, next, out: outs[index] };
+        let [out, log_sum_exp] = outs[index];
+        let lanes = Lanes { isa, shape, qkv, context, kv_head, next, out, log_sum_exp };
         let heads = kv_head * shape.group()..(kv_head + 1) * shape.group();
         if rows.len() == 1 {
             lanes.run(rows.start, heads.start, heads.len(), shape.head_dim, shape.head_dim, before + rows.start + 1, 0);
@@ -279,6 +284,7 @@ struct Lanes<'a, 'q> {
     /// Whose keys and values come next: they are asked for while these are read.
     next: Option<(&'a DecodeQuery<'q>, usize)>,
     out: SharedMut<f32>,
+    log_sum_exp: SharedMut<f32>,
 }
 
 impl Lanes<'_, '_> {
@@ -345,7 +351,10 @@ impl Lanes<'_, '_> {
             {
                 let visible = visible + lane * advance;
                 let first = shape.first_visible(visible - 1);
-                (*inverse_total, _) = softmax(isa, &mut scores[first..visible], shape.scale);
+                let log_sum_exp;
+                (*inverse_total, log_sum_exp) = softmax(isa, &mut scores[first..visible], shape.scale);
+                // SAFETY: there is one for each head of each row, and these belong to this task alone.
+                unsafe { *self.log_sum_exp.get().add((out_start + lane * out_stride) / head_dim) = log_sum_exp };
                 // What is computed but not visible weighs nothing.
                 scores[..first].fill(0.0);
                 scores[visible..].fill(0.0);

@@ -9,7 +9,9 @@ use kernels::{DecodeQuery, KvBlock, Precision};
 
 use super::device::{Slots, Span};
 use super::identity::WeightsId;
-use super::{Decoder, Workspace};
+use super::layer::Layer;
+use super::workspace::Activations;
+use super::{Decoder, Tape, Workspace};
 use crate::error::{Error, Result};
 
 /// Rows of prompts that are best computed together; more would only take more memory.
@@ -180,6 +182,14 @@ pub struct DecodeRow<'a> {
     pub cache: &'a mut SequenceCache,
 }
 
+/// A tape, and what goes there.
+pub struct Recording<'a> {
+    /// The tape, which was started.
+    pub tape: &'a mut Tape,
+    /// For each token that is to be recorded, its number in the pass and its row on the tape.
+    pub rows: &'a [(usize, usize)],
+}
+
 /// A run that new tokens follow: an old one, or the one that another extension of the same pass appends to.
 #[derive(Clone)]
 enum Known {
@@ -251,6 +261,21 @@ impl Decoder {
         prompts: &[Prompt<'_>],
         workspace: &mut Workspace,
     ) -> Result<Vec<Prefill>> {
+        self.extend_onto(None, rows, prompts, workspace)
+    }
+
+    /// [`Decoder::extend`], after which a tape holds what was computed of some of the tokens. Those of prompts come after those of
+    /// `rows`, as far as they are not known; with a tape, prompts share nothing with each other.
+    ///
+    /// # Errors
+    /// As [`Decoder::extend`]; a tape on a device.
+    pub fn extend_onto(
+        &self,
+        recording: Option<Recording<'_>>,
+        rows: &mut [DecodeRow<'_>],
+        prompts: &[Prompt<'_>],
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Prefill>> {
         let weights = self.weights_id();
         for row in rows.iter() {
             row.cache.prompt.check(weights)?;
@@ -274,7 +299,9 @@ impl Decoder {
         }
         let decoded = extensions.iter().map(|extension| extension.tokens.len()).sum::<usize>();
         for (index, prompt) in prompts.iter().enumerate() {
-            extensions.push(match (index.checked_sub(1).map(|before| &prompts[before]), extensions.last()) {
+            // What goes onto a tape is computed, though another prompt may have it too.
+            let before = index.checked_sub(1).filter(|_| recording.is_none()).map(|before| &prompts[before]);
+            extensions.push(match (before, extensions.last()) {
                 (Some(before), Some(extension)) => prompt.after(before, extension, extensions.len() - 1),
                 _ => prompt.alone(),
             });
@@ -284,9 +311,10 @@ impl Decoder {
             extensions[of_prompts..].iter().map(|extension| Run::new(self, extension.tokens.len())).collect();
         own.extend(&mut new);
         let ids = self.place(&extensions, &own, workspace)?;
-        match self.device.is_some() {
-            true => self.append_on_device(&ids, &extensions, &mut own, workspace)?,
-            false => self.append(&ids, &extensions, &mut own, workspace)?,
+        match (self.device.is_some(), recording) {
+            (true, None) => self.append_on_device(&ids, &extensions, &mut own, workspace)?,
+            (true, Some(_)) => return Err(Error::unsupported("a tape on a device", "do without one")),
+            (false, recording) => self.append(&ids, &extensions, &mut own, workspace, recording)?,
         }
         for (extension, own) in extensions.iter().zip(own) {
             own.len += extension.tokens.len();
@@ -367,8 +395,9 @@ impl Decoder {
         extensions: &[Extension<'_>],
         own: &mut [&mut Run],
         workspace: &mut Workspace,
+        recording: Option<Recording<'_>>,
     ) -> Result<()> {
-        self.run(ids, self.generation, workspace, false, None, |layer, kept| {
+        let attend = |layer: &Layer, kept: &mut Activations| {
             let (width, out_width) = (layer.qkv.outputs, layer.output.inputs);
             // All keys and values come first: a prompt may see those of another.
             let mut rest = &kept.qkv[..];
@@ -387,14 +416,19 @@ impl Decoder {
             });
             let contexts: Vec<Vec<(&KvBlock, usize)>> = contexts.collect();
             let (mut rest, mut rest_out) = (&kept.qkv[..], &mut kept.attention[..]);
+            let mut rest_sums = &mut kept.log_sum_exp[..];
             let queries = extensions.iter().zip(&contexts).map(|(extension, context)| {
-                let (qkv, out);
-                (qkv, rest) = rest.split_at(extension.tokens.len() * width);
-                (out, rest_out) = std::mem::take(&mut rest_out).split_at_mut(extension.tokens.len() * out_width);
-                DecodeQuery { qkv, context, out }
+                let rows = extension.tokens.len();
+                let (qkv, out, log_sum_exp);
+                (qkv, rest) = rest.split_at(rows * width);
+                (out, rest_out) = std::mem::take(&mut rest_out).split_at_mut(rows * out_width);
+                (log_sum_exp, rest_sums) = std::mem::take(&mut rest_sums).split_at_mut(rows * layer.shape.heads);
+                DecodeQuery { qkv, context, out, log_sum_exp }
             });
             kernels::attention_decode(layer.shape, &mut queries.collect::<Vec<_>>());
-        })
+        };
+        let recording = recording.map(|recording| (recording.tape, recording.rows));
+        self.run(ids, self.generation, workspace, false, None, attend, recording)
     }
 
     /// The logits of rows of hidden states: rows × vocabulary. With full weights, they have the bits of those inside the

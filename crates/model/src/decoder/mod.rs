@@ -20,6 +20,7 @@ mod linear;
 mod non_finite;
 mod parameters;
 mod score;
+mod tape;
 mod tokens;
 mod workspace;
 
@@ -44,7 +45,9 @@ use score::Score;
 use workspace::{Activations, Kept};
 
 pub use arithmetic::TaskVectors;
-pub use decode::{DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, SHARED_FROM, SequenceCache, common_beginning};
+pub use decode::{
+    DecodeRow, KvCache, PREFILL_ROWS, Prefill, Prompt, Recording, SHARED_FROM, SequenceCache, common_beginning,
+};
 pub use estimate::Estimate;
 pub use head::{LogProbs, LogitRow, Target};
 pub use identity::WeightsId;
@@ -52,6 +55,7 @@ pub use linear::WeightFormat;
 pub use non_finite::NonFinite;
 pub use parameters::{Gradients, ParameterInfo};
 pub use score::ScoreGradients;
+pub use tape::Tape;
 pub use tokens::PackedTokens;
 pub use workspace::Workspace;
 
@@ -601,10 +605,12 @@ impl Decoder {
         }
         workspace.positions = tokens.positions();
         let attend = |layer: &Layer, kept: &mut Activations| layer.attend(tokens.segments(), kept);
-        self.run(tokens.ids(), WeightFormat::Full, workspace, keep, change, attend)
+        self.run(tokens.ids(), WeightFormat::Full, workspace, keep, change, attend, None)
     }
 
-    /// The stack over rows at `workspace.positions`; `change` sees every row's embedding first, `attend` turns a layer's queries, keys and values into its attention.
+    /// The stack over rows at `workspace.positions`; `change` sees every row's embedding first, `attend` turns a layer's queries,
+    /// keys and values into its attention, and a tape takes in rows: for each pair, the first from here to the second there.
+    #[allow(clippy::too_many_arguments, reason = "what forward and generation do differently")]
     fn run(
         &self,
         ids: &[u32],
@@ -613,6 +619,7 @@ impl Decoder {
         keep: bool,
         change: Option<EmbeddingChange<'_>>,
         mut attend: impl FnMut(&Layer, &mut Activations),
+        mut tape: Option<(&mut Tape, &[(usize, usize)])>,
     ) -> Result<()> {
         let precision = self.ready()?;
         if ids.is_empty() {
@@ -645,11 +652,17 @@ impl Decoder {
             {
                 return Err(found.into());
             }
+            if let Some((tape, rows)) = &mut tape {
+                tape.take_layer(layer.index, input, kept, rows);
+            }
         }
         let norm = &self.base[self.final_norm.clone()];
         let (offset, eps) = (self.config.norm_weight_offset, self.config.eps);
         let input = &stream[keeps.input(self.layers.len())];
         kernels::rms_norm(input, norm, offset, eps, &mut workspace.hidden, &mut workspace.final_inverse_rms);
+        if let Some((tape, rows)) = tape {
+            tape.take_end(self.layers.len(), [input, &workspace.hidden, &workspace.final_inverse_rms], rows);
+        }
         NonFinite::find(None, "final hidden state", &workspace.hidden, d).map_or(Ok(()), |found| Err(found.into()))
     }
 

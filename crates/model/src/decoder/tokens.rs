@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// Each segment starts at an even row, so that the pairs of rows that a bf16 product reduces together never belong to two
 /// sequences; a row between segments is padding, its outputs mean nothing and its gradient is exactly zero.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PackedTokens {
     ids: Vec<u32>,
     segments: Vec<Segment>,

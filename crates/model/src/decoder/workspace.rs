@@ -162,6 +162,14 @@ impl Workspace {
         }
     }
 
+    /// The buffers that a forward leaves for backward, see [`Kept`].
+    pub(super) fn recorded(&mut self, layers: usize) -> impl Iterator<Item = &mut Vec<f32>> {
+        let kept = if self.kept == Kept::Everything { layers } else { 0 };
+        let activations = self.layers[..kept].iter_mut().flat_map(Activations::buffers_mut);
+        let stream = &mut self.stream[..layers + 1];
+        stream.iter_mut().chain(activations).chain([&mut self.hidden, &mut self.final_inverse_rms])
+    }
+
     /// Sizes what only backward uses.
     pub(super) fn fit_backward(&mut self, config: &ModelConfig, low_rank: [usize; 4]) {
         let rows = self.rows;
@@ -224,21 +232,24 @@ impl Activations {
         }
     }
 
+    /// All buffers, in one order.
+    pub(super) fn buffers(&self) -> impl Iterator<Item = &Vec<f32>> {
+        let Self { qkv, q_input, k_input, q_inverse_rms, k_inverse_rms, attention, log_sum_exp, .. } = self;
+        let Self { attention_output, mlp_output, middle, gate_up, low_rank, .. } = self;
+        let own = [qkv, q_input, k_input, q_inverse_rms, k_inverse_rms, attention, log_sum_exp];
+        own.into_iter().chain([attention_output, mlp_output, middle, gate_up]).chain(low_rank)
+    }
+
+    /// [`Activations::buffers`], to be written to.
+    pub(super) fn buffers_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        let Self { qkv, q_input, k_input, q_inverse_rms, k_inverse_rms, attention, log_sum_exp, .. } = self;
+        let own = [qkv, q_input, k_input, q_inverse_rms, k_inverse_rms, attention, log_sum_exp];
+        let Self { attention_output, mlp_output, middle, gate_up, low_rank, .. } = self;
+        own.into_iter().chain([attention_output, mlp_output, middle, gate_up]).chain(low_rank)
+    }
+
     fn len(&self) -> usize {
-        let buffers = [
-            &self.qkv,
-            &self.q_input,
-            &self.k_input,
-            &self.q_inverse_rms,
-            &self.k_inverse_rms,
-            &self.attention,
-            &self.log_sum_exp,
-            &self.attention_output,
-            &self.mlp_output,
-            &self.middle,
-            &self.gate_up,
-        ];
-        buffers.into_iter().chain(&self.low_rank).map(|buffer| buffer.capacity()).sum()
+        self.buffers().map(Vec::capacity).sum()
     }
 }
 
