@@ -54,14 +54,10 @@ fn record(decoder: &Decoder, groups: &[Group], tape: &mut Tape, memory: &mut Wor
         .collect();
     tape.start(decoder, rows, memory);
     let mut workspace = Workspace::new();
-    let (mut recorded, mut token) = (Vec::new(), 0);
-    for (group, (start, _)) in groups.iter().zip(&places) {
-        recorded.extend((0..group.prompt.len()).map(|position| (token + position, start + position)));
-        token += group.prompt.len();
-    }
     let prompts: Vec<Prompt<'_>> =
         groups.iter().map(|group| Prompt { tokens: &group.prompt, known: KvCache::default() }).collect();
-    let recording = Recording { tape: &mut *tape, rows: &recorded };
+    let starts_of_prompts: Vec<Option<usize>> = places.iter().map(|(start, _)| Some(*start)).collect();
+    let recording = Recording { tape: &mut *tape, tokens: &[], prompts: &starts_of_prompts };
     let prefills = decoder.extend_onto(Some(recording), &mut [], &prompts, &mut workspace).unwrap();
     let mut sequences = Vec::new();
     for ((group, (_, starts)), prefill) in groups.iter().zip(&places).zip(&prefills) {
@@ -80,7 +76,7 @@ fn record(decoder: &Decoder, groups: &[Group], tape: &mut Tape, memory: &mut Wor
         if rows.is_empty() {
             break;
         }
-        let recording = Recording { tape: &mut *tape, rows: &recorded };
+        let recording = Recording { tape: &mut *tape, tokens: &recorded, prompts: &[] };
         decoder.extend_onto(Some(recording), &mut rows, &[], &mut workspace).unwrap();
     }
     starts

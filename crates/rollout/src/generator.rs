@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use base::Random;
 use kernels::log_softmax_row;
-use model::decoder::{DecodeRow, Decoder, Workspace};
+use model::decoder::{DecodeRow, Decoder, KvCache, Recording, Tape, Workspace};
 use model::tokenizer::Tokenizer;
 
 use crate::answers::Answers;
@@ -124,7 +124,23 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Episode>> {
         // Each prompt has most in common with the one before it in the queue, so no more than that one is kept.
         let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
-        self.answer(decoder, tokenizer, requests, None, cache, on_progress)
+        self.answer(decoder, tokenizer, requests, (None, None), cache, on_progress)
+    }
+
+    /// [`Generator::generate`], which leaves on a tape what the decoder computed of some requests.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`]; a decoder on a device.
+    pub fn generate_onto(
+        &self,
+        on_tape: OnTape<'_>,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        on_progress: impl FnMut(Progress<'_>),
+    ) -> Result<Vec<Episode>> {
+        let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
+        self.answer(decoder, tokenizer, requests, (None, Some(on_tape)), cache, on_progress)
     }
 
     /// Holds conversations: [`Generator::generate`], where the turns of request `i` are answered as conversation `i` of
@@ -142,7 +158,7 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Episode>> {
         conversation::check(dialogue, requests)?;
         let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
-        self.answer(decoder, tokenizer, requests, Some(dialogue), cache, on_progress)
+        self.answer(decoder, tokenizer, requests, (Some(dialogue), None), cache, on_progress)
     }
 
     /// [`Generator::generate`], where prompts continue what `cache` knows from earlier calls, and where it takes in the
@@ -159,7 +175,7 @@ impl<'a> Generator<'a> {
         on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
         let cache = Cache { prefixes: cache, keep_completions: true };
-        self.answer(decoder, tokenizer, requests, None, cache, on_progress)
+        self.answer(decoder, tokenizer, requests, (None, None), cache, on_progress)
     }
 
     fn answer(
@@ -167,7 +183,7 @@ impl<'a> Generator<'a> {
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         requests: &[Request],
-        dialogue: Option<&Dialogue<'_>>,
+        (dialogue, on_tape): (Option<&Dialogue<'_>>, Option<OnTape<'_>>),
         cache: Cache<'_>,
         mut on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
@@ -184,6 +200,7 @@ impl<'a> Generator<'a> {
             decoder,
             tokenizer,
             dialogue,
+            on_tape,
             stop_tokens: &stop_tokens,
             queue: Queue::new(requests),
             cache,
@@ -227,6 +244,23 @@ impl<'a> Generator<'a> {
     }
 }
 
+/// Requests whose activations are kept.
+pub struct OnTape<'a> {
+    /// Where they go; it was started.
+    pub tape: &'a mut Tape,
+    /// For the first requests of the list, where on the tape their tokens begin. Requests after these are not recorded.
+    pub rows: &'a [TapeRows],
+}
+
+/// Where a request's tokens go on a tape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TapeRows {
+    /// The row of the first token of its prompt; requests with the same prompt have the same.
+    pub prompt: usize,
+    /// The row of the first token of its completion.
+    pub completion: usize,
+}
+
 /// What is known of prompts from before.
 struct Cache<'a> {
     prefixes: &'a mut PrefixCache,
@@ -249,6 +283,7 @@ struct Round<'a> {
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
     dialogue: Option<&'a Dialogue<'a>>,
+    on_tape: Option<OnTape<'a>>,
     stop_tokens: &'a [u32],
     queue: Queue<'a>,
     cache: Cache<'a>,
@@ -286,24 +321,41 @@ impl Round<'_> {
         // Conversations that wait keep their memory: no more of them than there are slots.
         let free = (self.batch_size() - self.slots.len()).saturating_sub(self.waiting.len());
         let admission = self.queue.take(free, self.cache.prefixes);
-        let prompts = self.queue.missing(&admission);
+        let mut prompts = self.queue.missing(&admission);
+        let places: &[TapeRows] = self.on_tape.as_ref().map_or(&[], |on_tape| on_tape.rows);
+        // The tokens of running completions that are recorded: their numbers among all, and their rows on the tape.
+        let mut recorded = Vec::new();
         let mut rows = Vec::with_capacity(self.slots.len());
         // The rows of hidden states that are needed, among those of all tokens.
         let mut needed = Vec::new();
         let mut fed = 0;
         for (index, slot) in self.slots.iter_mut().enumerate() {
-            let next = slot.next_position();
+            let (next, request) = (slot.next_position(), slot.index);
             let (tokens, cache, first) = slot.feed(FORCED_PER_ROUND);
             for position in (first + 1..=first + tokens.len()).filter(|&position| position >= next) {
                 self.heads.push(Head { slot: index, position });
                 needed.push(fed + position - first - 1);
             }
+            if let Some(place) = places.get(request) {
+                recorded.extend((0..tokens.len()).map(|token| (fed + token, place.completion + first + token)));
+            }
             fed += tokens.len();
             rows.push(DecodeRow { tokens, cache });
         }
+        let on_tape: Vec<Option<usize>> =
+            self.queue.first_requests(&admission).map(|request| Some(places.get(request)?.prompt)).collect();
+        for (prompt, _) in prompts.iter_mut().zip(&on_tape).filter(|(_, row)| row.is_some()) {
+            // What goes onto the tape has to be computed, known or not.
+            prompt.known = KvCache::default();
+        }
         let mut computed = Vec::new();
         if !(rows.is_empty() && prompts.is_empty()) {
-            computed = self.decoder.extend(&mut rows, &prompts, &mut self.workspace)?;
+            let recording = (self.on_tape.as_mut()).map(|own| Recording {
+                tape: &mut *own.tape,
+                tokens: &recorded,
+                prompts: &on_tape,
+            });
+            computed = self.decoder.extend_onto(recording, &mut rows, &prompts, &mut self.workspace)?;
             let width = self.decoder.config().hidden_size;
             let hidden = self.workspace.hidden();
             needed.into_iter().for_each(|row| self.hidden.extend_from_slice(&hidden[row * width..][..width]));

@@ -25,6 +25,8 @@ pub(crate) struct Queue<'a> {
 /// A prompt of one or several requests.
 struct Shared<'a> {
     ids: &'a Arc<[u32]>,
+    /// The first request in the list that has it.
+    first: usize,
     waiting: usize,
     prefill: Option<Prefill>,
 }
@@ -47,7 +49,7 @@ impl<'a> Queue<'a> {
         let mut prompts: Vec<Shared<'a>> = Vec::with_capacity(ranks.len());
         for &request in &waiting {
             if prompt_of[request] == prompts.len() {
-                prompts.push(Shared { ids: &requests[request].prompt, waiting: 0, prefill: None });
+                prompts.push(Shared { ids: &requests[request].prompt, first: request, waiting: 0, prefill: None });
             }
             prompts[prompt_of[request]].waiting += 1;
         }
@@ -84,6 +86,11 @@ impl<'a> Queue<'a> {
         let prompt =
             |(index, known): &(usize, KvCache)| Prompt { tokens: self.prompts[*index].ids, known: known.clone() };
         admission.missing.iter().map(prompt).collect()
+    }
+
+    /// For each prompt that an admission has to compute, the first request in the list that has it.
+    pub fn first_requests(&self, admission: &Admission) -> impl Iterator<Item = usize> {
+        admission.missing.iter().map(|(index, _)| self.prompts[*index].first)
     }
 
     /// Starts the requests of an admission, given its missing prompts.

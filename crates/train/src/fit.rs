@@ -5,7 +5,7 @@
 
 use base::{Purpose, Random};
 use kernels::Precision;
-use model::decoder::{Decoder, Workspace};
+use model::decoder::{Decoder, Tape, Workspace};
 use model::tokenizer::Tokenizer;
 
 use crate::error::Error;
@@ -53,7 +53,7 @@ pub fn fit<E: From<Error>>(
     let noise = Random::new(fit.seed, Purpose::Rounding).sample(fit.stage as u32);
     let mut optimizer = Optimizer::new(method.training(), fit.decoder, noise);
     let mut gradients = fit.decoder.gradients();
-    let mut workspace = Workspace::new();
+    let (mut workspace, mut tape) = (Workspace::new(), Tape::new());
     workspace.set_checkpointing(method.training().gradient_checkpointing == GradientCheckpointing::On);
     let mut clock = Clock::start();
     for index in 0..steps {
@@ -71,6 +71,7 @@ pub fn fit<E: From<Error>>(
             optimizer: &mut optimizer,
             gradients: &mut gradients,
             workspace: &mut workspace,
+            tape: &mut tape,
             clock: &mut clock,
             observer: &mut (),
         })?;

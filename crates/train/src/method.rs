@@ -6,7 +6,7 @@ use std::time::Instant;
 use base::Random;
 use eval::play::World;
 use kernels::Precision;
-use model::decoder::{Decoder, Gradients, Workspace};
+use model::decoder::{Decoder, Gradients, Tape, Workspace};
 use model::tokenizer::Tokenizer;
 
 use crate::error::{Error, Result};
@@ -103,6 +103,8 @@ pub struct Step<'a> {
     pub gradients: &'a mut Gradients,
     /// Scratch memory of the engine.
     pub workspace: &'a mut Workspace,
+    /// What sampling computed for the update that follows.
+    pub tape: &'a mut Tape,
     /// Where the time goes.
     pub clock: &'a mut Clock,
     /// Who wants to know.

@@ -31,18 +31,18 @@ use data::Prompt;
 use envs::environment::Trace;
 use envs::{Answer, Reward, Score, Status};
 use eval::play::{self, PlayError, World, play};
-use model::decoder::{Decoder, WeightFormat};
+use model::decoder::{Decoder, PackedTokens, WeightFormat};
 use model::tokenizer::Tokenizer;
 use rollout::{
-    Episode, Fidelity, Finish, Generator, Guidance, GuidanceOptions, LogitsHook, Progress, PromptTokens, Request,
-    Returns, SamplingOptions,
+    Episode, Fidelity, Finish, Generator, Guidance, GuidanceOptions, LogitsHook, OnTape, Progress, PromptTokens,
+    Request, Returns, SamplingOptions, TapeRows,
 };
 
 use crate::error::{Error, Result};
 use crate::method::Step;
 use crate::metrics::{Metrics, mean, standard_deviation};
 use crate::observer::{Event, Observer};
-use crate::pass::{Sequence, Unit};
+use crate::pass::{Pass, Sequence, Unit};
 use crate::table::{Column, Table};
 use crate::timing::Phase;
 
@@ -57,6 +57,40 @@ pub struct Rollouts<'a> {
     pub decode_batch_size: usize,
     /// The weights that sample.
     pub weights: WeightFormat,
+    /// What of the sampler's work is recorded for the update that follows.
+    pub record: Record,
+}
+
+/// How much of what sampling computes is recorded on the step's tape, where an update finds it that begins with the first groups of the
+/// sample, and needs no forward for them ([`update::Reading::recorded`](crate::update::Reading)).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Record {
+    /// Groups, at most.
+    pub groups: usize,
+    /// Rows of their prompts and of their completions, were they as long as can be; at most. It is what memory is taken for.
+    pub rows: usize,
+}
+
+/// Where groups go on a tape: in the order of training, each completion with room for all it may become.
+#[derive(Default)]
+struct TapePlan {
+    groups: usize,
+    rows: usize,
+    places: Vec<TapeRows>,
+}
+
+impl TapePlan {
+    /// The groups that were planned, as they are packed for training, and for each of these sequences its first row on the tape.
+    fn packed(&self, groups: &Groups<'_>) -> model::Result<(PackedTokens, Vec<usize>)> {
+        let tokens = Pass::pack(&groups.units()[..self.groups])?.tokens;
+        let mut starts = Vec::with_capacity(tokens.segments().len());
+        for (episodes, places) in groups.episodes.chunks(groups.size).zip(self.places.chunks(groups.size)) {
+            starts.push(places[0].prompt);
+            let fed = episodes.iter().zip(places).filter(|(episode, _)| episode.completion.len() > 1);
+            starts.extend(fed.map(|(_, place)| place.completion));
+        }
+        Ok((tokens, starts))
+    }
 }
 
 impl Rollouts<'_> {
@@ -81,10 +115,46 @@ impl Rollouts<'_> {
     ) -> Result<Groups<'p>> {
         step.decoder.prepare_for_generation(step.precision, self.weights);
         let started = Instant::now();
-        let found =
-            self.generate(step.decoder, hook, (step.tokenizer, step.world), step.observer, random, (prompts, &[]));
+        let plan = match step.world.is_none() && step.decoder.one_forward(self.weights) {
+            true => self.tape_plan(prompts),
+            false => TapePlan::default(),
+        };
+        let language = (step.tokenizer, step.world);
+        let found = match plan.groups {
+            0 => self.generate(step.decoder, (hook, None), language, step.observer, random, (prompts, &[])),
+            _ => {
+                step.tape.start(step.decoder, plan.rows, step.workspace);
+                let on_tape = OnTape { tape: &mut *step.tape, rows: &plan.places };
+                self.generate(step.decoder, (hook, Some(on_tape)), language, step.observer, random, (prompts, &[]))
+            }
+        };
         step.spent(Phase::Rollout, started);
-        found.map_err(failed(step.number))
+        let mut found = found.map_err(failed(step.number))?;
+        if plan.groups > 0 {
+            let (tokens, starts) = plan.packed(&found).map_err(step.model_error())?;
+            step.tape.finish(step.decoder, tokens, &starts);
+            found.recorded = plan.groups;
+        }
+        Ok(found)
+    }
+
+    /// What is kept of these prompts' groups. A prompt that comes a second time ends it: it is computed once, and learnt from twice.
+    fn tape_plan(&self, prompts: &[&Prompt]) -> TapePlan {
+        let mut plan = TapePlan::default();
+        // The last token of a completion goes through no model.
+        let longest = (self.sampling.max_new_tokens - 1).next_multiple_of(2);
+        for prompt in prompts.iter().take(self.record.groups) {
+            let first = plan.rows + prompt.ids.len().next_multiple_of(2);
+            let end = first.saturating_add(self.num_generations.saturating_mul(longest));
+            if end > self.record.rows || prompts[..plan.groups].iter().any(|other| other.ids == prompt.ids) {
+                break;
+            }
+            let places = (0..self.num_generations)
+                .map(|sample| TapeRows { prompt: plan.rows, completion: first + sample * longest });
+            plan.places.extend(places);
+            (plan.groups, plan.rows) = (plan.groups + 1, end);
+        }
+        plan
     }
 
     /// Samples with another model, `reference`, guided by the one that is trained. Both must be prepared.
@@ -103,7 +173,7 @@ impl Rollouts<'_> {
         let hook = Guidance::new(step.decoder, returns, guidance, self.sampling);
         let found = hook.map_err(PlayError::from).and_then(|hook| {
             let language = (step.tokenizer, step.world);
-            self.generate(reference, Some(&hook), language, step.observer, random, (prompts, &[]))
+            self.generate(reference, (Some(&hook), None), language, step.observer, random, (prompts, &[]))
         });
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
@@ -137,7 +207,7 @@ impl Rollouts<'_> {
     ) -> Result<Groups<'p>> {
         let started = Instant::now();
         let language = (step.tokenizer, step.world);
-        let found = self.generate(decoder, None, language, step.observer, random, (prompts, beginnings));
+        let found = self.generate(decoder, (None, None), language, step.observer, random, (prompts, beginnings));
         step.spent(Phase::Rollout, started);
         found.map_err(failed(step.number))
     }
@@ -145,7 +215,7 @@ impl Rollouts<'_> {
     fn generate<'p>(
         &self,
         decoder: &Decoder,
-        hook: Option<&dyn LogitsHook>,
+        (hook, on_tape): (Option<&dyn LogitsHook>, Option<OnTape<'_>>),
         (tokenizer, world): (&Tokenizer, Option<World<'_>>),
         observer: &mut dyn Observer,
         random: Random,
@@ -174,7 +244,12 @@ impl Rollouts<'_> {
         };
         let mut found = Groups { prompts: prompts.to_vec(), size: self.num_generations, ..Groups::default() };
         match world {
-            None => found.episodes = generator.generate(decoder, tokenizer, &requests, on_progress)?,
+            None => {
+                found.episodes = match on_tape {
+                    None => generator.generate(decoder, tokenizer, &requests, on_progress)?,
+                    Some(on_tape) => generator.generate_onto(on_tape, decoder, tokenizer, &requests, on_progress)?,
+                }
+            }
             Some(world) => {
                 let rows: Vec<&Prompt> = (0..requests.len()).map(|index| found.prompt_of(index)).collect();
                 let played = play(&generator, decoder, tokenizer, world, &requests, &rows, on_progress)?;
@@ -207,6 +282,8 @@ pub struct Groups<'p> {
     pub episodes: Vec<Episode>,
     /// What the prompts cost.
     pub prompt_tokens: PromptTokens,
+    /// How many of the first groups are on the step's tape.
+    pub recorded: usize,
     /// In a run with an environment its name, and what it made of each episode.
     pub traces: Option<(&'static str, Vec<Trace>)>,
 }

@@ -24,7 +24,7 @@ use base::{Purpose, Random};
 use eval::play::World;
 use kernels::Precision;
 use model::chat::ChatTemplate;
-use model::decoder::{Decoder, Workspace};
+use model::decoder::{Decoder, Tape, Workspace};
 use model::tokenizer::Tokenizer;
 use model::weights::safetensors;
 
@@ -189,6 +189,7 @@ struct Session<'a> {
     timing: Log,
     clock: Clock,
     workspace: Workspace,
+    tape: Tape,
     /// Tokens trained on since the last line of timing.
     tokens: u64,
     /// Watches the current stage.
@@ -231,6 +232,7 @@ impl<'a> Session<'a> {
             timing: Log::open(&directory.timing(), timing)?,
             clock: Clock::start(),
             workspace: Workspace::new(),
+            tape: Tape::new(),
             tokens: 0,
             referee: None,
             alarms: Vec::new(),
@@ -366,6 +368,7 @@ impl<'a> Session<'a> {
                 optimizer: &mut optimizer,
                 gradients: &mut gradients,
                 workspace: &mut self.workspace,
+                tape: &mut self.tape,
                 clock: &mut self.clock,
                 observer: self.run.observer,
             })?;
@@ -447,6 +450,7 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         // An evaluation has no use for what training keeps, and needs memory of its own.
         self.workspace.release();
+        self.tape.release();
         self.run.decoder.prepare(self.run.precision);
         let observer = &mut self.run.observer;
         let mut progress = |done, total| observer.observe(Event::Progress { phase: Phase::Evaluate, done, total });

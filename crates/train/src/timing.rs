@@ -35,6 +35,9 @@ pub struct StepTiming {
     pub phases: BTreeMap<Phase, f64>,
     /// Tokens the model saw in training passes.
     pub tokens: u64,
+    /// Rows whose forward pass for an update was made while sampling.
+    #[serde(default)]
+    pub reused_rows: u64,
     /// Most memory the process ever held, in bytes, where the system tells.
     pub peak_memory_bytes: Option<u64>,
 }
@@ -44,12 +47,13 @@ pub struct StepTiming {
 pub struct Clock {
     started: Instant,
     phases: BTreeMap<Phase, f64>,
+    reused_rows: u64,
 }
 
 impl Clock {
     /// Starts now.
     pub fn start() -> Self {
-        Self { started: Instant::now(), phases: BTreeMap::new() }
+        Self { started: Instant::now(), phases: BTreeMap::new(), reused_rows: 0 }
     }
 
     /// Runs `work` and adds its duration to `phase`.
@@ -65,6 +69,11 @@ impl Clock {
         *self.phases.entry(phase).or_default() += started.elapsed().as_secs_f64();
     }
 
+    /// Counts rows that needed no forward pass.
+    pub fn reuse(&mut self, rows: usize) {
+        self.reused_rows += rows as u64;
+    }
+
     /// Reads the stopwatch and starts it again.
     pub fn lap(&mut self, step: u64, tokens: u64) -> StepTiming {
         let lap = std::mem::replace(self, Self::start());
@@ -73,6 +82,7 @@ impl Clock {
             step_time: lap.started.elapsed().as_secs_f64(),
             phases: lap.phases,
             tokens,
+            reused_rows: lap.reused_rows,
             peak_memory_bytes: peak_memory_bytes(),
         }
     }

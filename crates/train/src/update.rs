@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each piece of the batch that fits in memory:
-//!     forward              hidden states, kept for backward
+//!     forward              hidden states, kept for backward; none where sampling kept them
 //!     log-probs            of the loss tokens, unless they are known already
 //!     objective            loss and statistics; candle's autodiff gives d loss / d log-prob
 //!     backward             from there to the gradients of the weights
@@ -186,12 +186,14 @@ pub struct Reading {
     pub values: bool,
     /// Whether the hidden states are asked for ([`Gathered::hidden`]).
     pub hidden: bool,
+    /// Units at the beginning of the update whose forward is on the step's tape, where sampling left it. They are one piece.
+    pub recorded: usize,
 }
 
 impl Reading {
     /// At temperature 1, log-probabilities alone.
     pub fn plain(micro_batch_tokens: usize) -> Self {
-        Self { temperature: 1.0, micro_batch_tokens, entropy: false, values: false, hidden: false }
+        Self { temperature: 1.0, micro_batch_tokens, entropy: false, values: false, hidden: false, recorded: 0 }
     }
 }
 
@@ -324,7 +326,11 @@ pub fn gradients(
     let started = Instant::now();
     // Entropies come from the model alone.
     let known = if reading.entropy { Known::Nothing } else { known };
-    let pieces = batch.pieces(part.clone(), reading.micro_batch_tokens);
+    let recorded = part.start..part.start + reading.recorded.min(part.len());
+    let mut pieces = batch.pieces(recorded.end..part.end, reading.micro_batch_tokens);
+    if !recorded.is_empty() {
+        pieces.insert(0, recorded);
+    }
     let mut losses = Vec::new();
     let mut all = LogProbs::default();
     let mut hidden = Vec::new();
@@ -356,7 +362,10 @@ pub fn gradients(
         let pass = batch.pack(piece.clone()).map_err(step.model_error())?;
         let learns = !pass.targets.is_empty();
         if learns {
-            step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?;
+            match step.tape.recall(step.decoder, &pass.tokens, step.workspace) {
+                true => step.clock.reuse(pass.tokens.rows()),
+                false => step.decoder.forward(&pass.tokens, step.workspace, true).map_err(step.model_error())?,
+            }
         }
         if reading.hidden {
             hidden.extend(pass.hidden_sums(step.workspace, step.decoder.config().hidden_size));

@@ -15,7 +15,8 @@ use model::weights::safetensors;
 use objectives::{Baseline, ClipKind, KlEstimator};
 use posttrain_train as train;
 use train::methods::policy::{OldPolicy, PRESETS, Policy, PolicyOptions, ReplayOptions, ValueModel};
-use train::options::{RunOptions, TrainingOptions};
+use train::options::{GradientCheckpointing, RunOptions, TrainingOptions};
+use train::timing::StepTiming;
 use train::{Event, Observer, Outcome};
 
 /// The settings of a published method, on a task of a few tokens.
@@ -214,6 +215,33 @@ fn cuts_and_threads_do_not_matter() {
             on_threads(threads, || cut.finish(&other));
             assert_same(&whole, &other, &format!("{name}, {micro_batch_tokens} tokens"));
         }
+    }
+}
+
+#[test]
+fn an_update_of_what_was_just_sampled_needs_no_forward() {
+    let rows = |setup: &Setup, folder: &Path| -> Vec<u64> {
+        setup.finish(folder);
+        let timing = std::fs::read_to_string(folder.join("timing.jsonl")).unwrap();
+        let steps = timing.lines().map(|line| serde_json::from_str::<StepTiming>(line).unwrap());
+        steps.filter(|timing| timing.tokens > 0).map(|timing| timing.reused_rows).collect()
+    };
+    for (precision, lora, minibatches, budget) in
+        [(Precision::F32, false, 1, 4096), (Precision::Bf16, true, 2, 4096), (Precision::Bf16, false, 1, 60)]
+    {
+        let mut options = PolicyOptions { num_minibatches: minibatches, num_iterations: 2, ..preset("grpo") };
+        options.training.micro_batch_tokens = budget;
+        options.objective.beta = 0.1;
+        options.training.gradient_checkpointing =
+            if lora { GradientCheckpointing::On } else { GradientCheckpointing::Off };
+        let setup =
+            |reuse_forward| Setup { precision, lora, ..setup(PolicyOptions { reuse_forward, ..options.clone() }) };
+        let folder = tempfile::tempdir().unwrap();
+        let (with, without) = (folder.path().join("with"), folder.path().join("without"));
+        let reused = rows(&setup(true), &with);
+        assert!(reused.len() == 4 && reused.iter().all(|&rows| rows > 0), "{precision:?}: {reused:?}");
+        assert_eq!(rows(&setup(false), &without), [0; 4]);
+        assert_same(&with, &without, &format!("{precision:?}, {minibatches} minibatches, {budget} tokens"));
     }
 }
 

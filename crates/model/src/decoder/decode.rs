@@ -186,8 +186,11 @@ pub struct DecodeRow<'a> {
 pub struct Recording<'a> {
     /// The tape, which was started.
     pub tape: &'a mut Tape,
-    /// For each token that is to be recorded, its number in the pass and its row on the tape.
-    pub rows: &'a [(usize, usize)],
+    /// Of the tokens that are appended to sequences: pairs of a token's number among them and its row on the tape.
+    pub tokens: &'a [(usize, usize)],
+    /// For each prompt the row of its first token, if it is to be recorded. It is then computed, though the one before it may have
+    /// begun alike, and nothing may be known of it.
+    pub prompts: &'a [Option<usize>],
 }
 
 /// A run that new tokens follow: an old one, or the one that another extension of the same pass appends to.
@@ -264,8 +267,7 @@ impl Decoder {
         self.extend_onto(None, rows, prompts, workspace)
     }
 
-    /// [`Decoder::extend`], after which a tape holds what was computed of some of the tokens. Those of prompts come after those of
-    /// `rows`, as far as they are not known; with a tape, prompts share nothing with each other.
+    /// [`Decoder::extend`], after which a tape holds what was computed of some of the tokens.
     ///
     /// # Errors
     /// As [`Decoder::extend`]; a tape on a device.
@@ -299,8 +301,8 @@ impl Decoder {
         }
         let decoded = extensions.iter().map(|extension| extension.tokens.len()).sum::<usize>();
         for (index, prompt) in prompts.iter().enumerate() {
-            // What goes onto a tape is computed, though another prompt may have it too.
-            let before = index.checked_sub(1).filter(|_| recording.is_none()).map(|before| &prompts[before]);
+            let recorded = recording.as_ref().is_some_and(|recording| recording.prompts[index].is_some());
+            let before = index.checked_sub(1).filter(|_| !recorded).map(|before| &prompts[before]);
             extensions.push(match (before, extensions.last()) {
                 (Some(before), Some(extension)) => prompt.after(before, extension, extensions.len() - 1),
                 _ => prompt.alone(),
@@ -427,8 +429,17 @@ impl Decoder {
             });
             kernels::attention_decode(layer.shape, &mut queries.collect::<Vec<_>>());
         };
-        let recording = recording.map(|recording| (recording.tape, recording.rows));
-        self.run(ids, self.generation, workspace, false, None, attend, recording)
+        let Some(Recording { tape, tokens, prompts }) = recording else {
+            return self.run(ids, self.generation, workspace, false, None, attend, None);
+        };
+        let mut rows = tokens.to_vec();
+        let mut end = ids.len();
+        for (extension, &row) in extensions.iter().rev().zip(prompts.iter().rev()) {
+            let count = extension.tokens.len();
+            end -= count;
+            rows.extend(row.into_iter().flat_map(|row| (0..count).map(move |token| (end + token, row + token))));
+        }
+        self.run(ids, self.generation, workspace, false, None, attend, Some((tape, &rows)))
     }
 
     /// The logits of rows of hidden states: rows × vocabulary. With full weights, they have the bits of those inside the

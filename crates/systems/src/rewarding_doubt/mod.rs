@@ -48,7 +48,7 @@ use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::TrainingOptions;
 use train::order::Order;
-use train::rollouts::Rollouts;
+use train::rollouts::{Record, Rollouts};
 
 use crate::error::{Error, Result};
 use crate::experiment::{Experiment, Trial, open};
@@ -307,7 +307,13 @@ fn answered(
     let rows = Order::new(questions.len(), step.seed, step.stage).batch(step.index, size);
     let chosen: Vec<&Prompt> = rows.iter().map(|&row| &questions[row]).collect();
     let random = Random::new(step.seed, Purpose::Sampling).step(ANSWERS + step.number as u32);
-    let rollouts = Rollouts { sampling, num_generations: 1, decode_batch_size: 64, weights: WeightFormat::Full };
+    let rollouts = Rollouts {
+        sampling,
+        num_generations: 1,
+        decode_batch_size: 64,
+        weights: WeightFormat::Full,
+        record: Record::default(),
+    };
     let groups = rollouts.sample(step, random, &chosen)?;
     Ok(chosen
         .iter()

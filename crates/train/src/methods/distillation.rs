@@ -47,7 +47,7 @@ use crate::metrics::Metrics;
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::Order;
 use crate::pass::Unit;
-use crate::rollouts::{Groups, Rollouts};
+use crate::rollouts::{Groups, Record, Rollouts};
 use crate::rows::{self, Other, RowPass};
 use crate::timing::Phase;
 use crate::update::{self, Batch, Folds, Known, Reading, Scope};
@@ -334,7 +334,7 @@ impl Distillation {
         let chosen: Vec<&Prompt> = match self.options.prompts_per_step() {
             0 => {
                 let (episodes, prompt_tokens) = (Vec::new(), PromptTokens::default());
-                return Ok(Groups { prompts: Vec::new(), size, episodes, prompt_tokens, traces: None });
+                return Ok(Groups { prompts: Vec::new(), size, episodes, prompt_tokens, recorded: 0, traces: None });
             }
             count => {
                 let rows = Order::new(prompts.len(), step.seed, step.stage).batch(step.index, count);
@@ -346,6 +346,7 @@ impl Distillation {
             num_generations: size,
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
+            record: Record::default(),
         };
         let (random, share) = (step.random(Purpose::Sampling), self.options.teacher_mix);
         let mixture = (self.teachers.first().filter(|_| share > 0.0))

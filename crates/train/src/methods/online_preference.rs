@@ -54,7 +54,7 @@ use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::Order;
 use crate::pass::{Sequence, Unit};
 use crate::reference::{MovingReference, Reference, SyncOptions};
-use crate::rollouts::{self, Groups, Rollouts};
+use crate::rollouts::{self, Groups, Record, Rollouts};
 use crate::timing::Phase;
 use crate::update::{self, Batch, Folds, Known, Reading, Scope};
 
@@ -226,6 +226,7 @@ impl OnlinePreference {
             num_generations,
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
+            record: Record::default(),
         };
         let random = step.random(Purpose::Sampling);
         let other = step.random(Purpose::Opponent);
@@ -268,7 +269,7 @@ impl OnlinePreference {
         let traces = ours.traces.zip(theirs.traces).map(|((environment, ours), (_, theirs))| {
             (environment, ours.into_iter().zip(theirs).flat_map(|(ours, theirs)| [ours, theirs]).collect())
         });
-        Ok(Groups { prompts: prompts.to_vec(), size: 2, episodes, prompt_tokens, traces })
+        Ok(Groups { prompts: prompts.to_vec(), size: 2, episodes, prompt_tokens, recorded: 0, traces })
     }
 
     fn reading(&self) -> Reading {

@@ -44,7 +44,7 @@ use crate::method::{Method, Report, Step};
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::Order;
 use crate::pass::{Sequence, Unit};
-use crate::rollouts::{Groups, Rollouts, values};
+use crate::rollouts::{Groups, Record, Rollouts, values};
 use crate::update::Batch;
 
 /// The published methods of the family.
@@ -313,6 +313,7 @@ impl Rejection {
             num_generations: self.options.num_generations,
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
+            record: Record::default(),
         };
         let random = step.random(purpose);
         match (self.options.sampler, step.reference) {

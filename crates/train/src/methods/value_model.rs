@@ -55,7 +55,7 @@ use crate::method::{Method, Report, Step};
 use crate::metrics::Metrics;
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::{Order, even_parts};
-use crate::rollouts::{Groups, Rollouts, values};
+use crate::rollouts::{Groups, Record, Rollouts, values};
 use crate::scoring::{self, Batch, Scored, Unit};
 use crate::table::Table;
 use crate::update::Scope;
@@ -288,6 +288,7 @@ impl ValueModel {
             num_generations: options.num_generations,
             decode_batch_size: options.decode_batch_size,
             weights: WeightFormat::Full,
+            record: Record::default(),
         };
         let (mut beginnings, mut sampled) = (Vec::new(), 0);
         if round > 0 {

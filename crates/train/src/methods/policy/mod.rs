@@ -124,6 +124,8 @@ pub struct Policy {
     saved: Option<Saved>,
     /// What the value model starts from, if not from the policy.
     value_init: Option<Decoder>,
+    /// How many of the step's first groups are on its tape.
+    recorded: usize,
 }
 
 /// What is carried from step to step beside weights, as it is written down.
@@ -154,7 +156,16 @@ impl Policy {
         let coefficient = options.objective.entropy_coef;
         let entropy = options.objective.entropy_target.map(|_| AdaptiveEntropy { coefficient, entropy: None });
         let state = State { kl, entropy, ..State::default() };
-        Ok(Self { options, prompts: prompts.into(), reward, state, critic: None, saved: None, value_init: None })
+        Ok(Self {
+            options,
+            prompts: prompts.into(),
+            reward,
+            state,
+            critic: None,
+            saved: None,
+            value_init: None,
+            recorded: 0,
+        })
     }
 
     /// With a value model that starts as this model ([`ValueOptions::init`]) and not as the policy.
@@ -552,7 +563,8 @@ impl Policy {
         };
         let scope = if objective.needs_whole_update() { Scope::Batch } else { Scope::Piece };
         let values = self.options.shares_value_model();
-        let reading = Reading { entropy: objective.needs_entropy(), values, ..self.reading() };
+        let recorded = if first { self.recorded } else { 0 };
+        let reading = Reading { entropy: objective.needs_entropy(), values, recorded, ..self.reading() };
         let (mut moved, mut measured) = (0.0, 0);
         let tokens = batch.tokens_of(&part).len();
         let gathered = update::gradients(step, batch, part, reading, (scope, known), statistics, |piece| {

@@ -65,6 +65,10 @@ pub struct PolicyOptions {
     /// as large as bf16's and not faster. `old_policy` is then `trainer`, the loss is corrected by
     /// `objective.importance_sampling_mode`, and `sampling/sampling_logp_difference/*` says how far the copy is off.
     pub rollout_weights: WeightFormat,
+    /// Keep what sampling computes of the groups that fit into `training.micro_batch_tokens`, were their completions as long as
+    /// can be: the first update of the step then needs no forward for them. Nothing else changes, not a bit; it takes the
+    /// memory of that forward, from sampling on.
+    pub reuse_forward: bool,
     /// How long the stage lasts and how the weights move.
     pub training: TrainingOptions,
 }
@@ -167,6 +171,7 @@ impl Default for PolicyOptions {
             sampling: rollout::SamplingOptions::default(),
             decode_batch_size: 32,
             rollout_weights: WeightFormat::Full,
+            reuse_forward: true,
             training: TrainingOptions::default(),
         }
     }

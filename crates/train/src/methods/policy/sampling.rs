@@ -12,8 +12,8 @@ use super::Policy;
 use super::collected::{Collected, Sampled};
 use crate::error::Result;
 use crate::method::Step;
-use crate::order::Order;
-use crate::rollouts::{Groups, Rollouts};
+use crate::order::{Order, even_parts};
+use crate::rollouts::{Groups, Record, Rollouts};
 
 impl Policy {
     /// What this step learns from. Samples the batch of `staleness` steps on, and in the first step all before it.
@@ -30,7 +30,7 @@ impl Policy {
     }
 
     /// Samples and scores the groups of a batch, and others in place of those without variance.
-    fn collect(&self, step: &mut Step<'_>, prompts: &[Prompt], batch: u64) -> Result<Sampled> {
+    fn collect(&mut self, step: &mut Step<'_>, prompts: &[Prompt], batch: u64) -> Result<Sampled> {
         let size = self.options.prompts_per_step;
         let mut order = Order::new(prompts.len(), step.seed, step.stage);
         // A draw is named by the step that learns from it.
@@ -65,7 +65,7 @@ impl Policy {
 
     /// Samples and scores a group for each of these rows.
     fn sample(
-        &self,
+        &mut self,
         step: &mut Step<'_>,
         prompts: &[Prompt],
         rows: Vec<usize>,
@@ -74,8 +74,12 @@ impl Policy {
     ) -> Result<Collected> {
         let asked: Vec<&Prompt> = rows.iter().map(|&row| &prompts[row]).collect();
         let random = Random::new(step.seed, Purpose::Sampling).step(number as u32);
-        let rollouts = self.rollouts(&self.options.sampling, self.options.num_generations);
+        let rollouts = Rollouts {
+            record: self.record(step.index),
+            ..self.rollouts(&self.options.sampling, self.options.num_generations)
+        };
         let groups = rollouts.sample(step, random, &asked)?;
+        let recorded = groups.recorded;
         let scores = groups.score(step, &*self.reward)?;
         cost.computed += groups.prompt_tokens.computed;
         cost.reused += groups.prompt_tokens.reused;
@@ -86,6 +90,7 @@ impl Policy {
             let scores = found.score(step, &*self.reward)?;
             greedy = self.shaped(&found.episodes, &scores).iter().map(|score| score.unwrap_or(0.0)).collect();
         }
+        self.recorded = recorded;
         let Groups { size, episodes, .. } = groups;
         Ok(Collected { steps: vec![step.number; rows.len()], rows, size, episodes, scores, greedy })
     }
@@ -96,6 +101,20 @@ impl Policy {
             num_generations,
             decode_batch_size: self.options.decode_batch_size,
             weights: self.options.rollout_weights,
+            record: Record::default(),
         }
+    }
+
+    /// What the first update of a step finds of its forward on the tape: its groups, as far as they fit into one piece, if they are
+    /// the very ones that are sampled in this step.
+    fn record(&self, index: u64) -> Record {
+        let options = &self.options;
+        let learns = !options.has_value_model() || index >= options.value.warmup_steps;
+        if !options.reuse_forward || !learns || options.staleness > 0 || options.max_resampling_rounds > 0 {
+            return Record::default();
+        }
+        let first =
+            even_parts(options.prompts_per_step, options.num_minibatches).first().map_or(0, ExactSizeIterator::len);
+        Record { groups: first, rows: options.training.micro_batch_tokens }
     }
 }
