@@ -16,6 +16,10 @@
 //! { model = "runs/reverse_dpo" }]`, where the second has learnt from the same pairs with `data.columns = { chosen = "rejected", rejected =
 //! "chosen" }`. Weights of teachers are then not read. Both have the student's vocabulary, and three models are in memory.
 //!
+//! With the estimate `sampled`, the student's log-probabilities are those that sampling recorded, and its forward, as far as it fits
+//! into `training.micro_batch_tokens`, is the one that sampling made: beside sampling a step takes the teachers' forward and a
+//! backward pass.
+//!
 //! Deviations from GKD (arXiv 2306.13649) and TRL's trainers:
 //! 1. λ (`on_policy_fraction`, TRL's `lmbda`) is a fixed share of the rows of every step, not the chance of a whole batch.
 //! 2. MiniLLM's (arXiv 2306.08543) loss of language modelling on other text (its `L_PT`) is left out, and a step makes one
@@ -27,7 +31,6 @@
 //! - `divergence`, `entropy`, `teacher_agreement`: see [`objectives::distillation::statistics`]. With the estimate `sampled`,
 //!   `divergence` is the mean of `log p(y_t) - log q(y_t)`, and stands alone.
 
-use std::ops::Range;
 use std::time::Instant;
 
 use base::Purpose;
@@ -290,7 +293,6 @@ impl Method for Distillation {
 
         let drawn = self.importance(&groups.episodes);
         let mut units = groups.units();
-        let sampled = units.len();
         units.extend(self.examples(step).into_iter().map(Unit::of));
         let batch = Batch::new(units);
         let started = Instant::now();
@@ -298,15 +300,15 @@ impl Method for Distillation {
         step.spent(Phase::Train, started);
         let mut folds = Folds::default();
         let losses = match self.options.objective.estimate {
-            Estimate::Full => self.full(step, &batch, sampled, &drawn, &mut folds)?,
-            Estimate::Sampled => self.sampled(step, &batch, &drawn, &mut folds)?,
+            Estimate::Full => self.full(step, &batch, &groups, &drawn, &mut folds)?,
+            Estimate::Sampled => self.sampled(step, &batch, &groups, &drawn, &mut folds)?,
         };
         check_losses(step.number, &losses, batch.lengths())?;
         let grad_norm = step.update()?;
         metrics.set("loss", losses.iter().sum());
         metrics.set("grad_norm", grad_norm);
         folds.record(&mut metrics);
-        let episodes = (sampled > 0).then(|| groups.table(step.number, &scores, &[]));
+        let episodes = (!groups.prompts.is_empty()).then(|| groups.table(step.number, &scores, &[]));
         Ok(Report { metrics, tokens: batch.all_tokens(), episodes })
     }
 }
@@ -346,7 +348,11 @@ impl Distillation {
             num_generations: size,
             decode_batch_size: self.options.decode_batch_size,
             weights: WeightFormat::Full,
-            record: Record::default(),
+            record: match self.options.objective.estimate {
+                // It learns from whole distributions of several models, row by row.
+                Estimate::Full => Record::default(),
+                Estimate::Sampled => Record { groups: usize::MAX, rows: self.options.training.micro_batch_tokens },
+            },
         };
         let (random, share) = (step.random(Purpose::Sampling), self.options.teacher_mix);
         let mixture = (self.teachers.first().filter(|_| share > 0.0))
@@ -391,21 +397,31 @@ impl Distillation {
         episodes.iter().flat_map(of).collect()
     }
 
-    /// The gradients with every position's divergence over the whole vocabulary. The first `sampled` units are the student's own,
+    /// What the student gave the tokens that it sampled, where sampling has recorded it as training would compute it.
+    fn recorded_log_probs(&self, step: &Step<'_>, groups: &Groups<'_>) -> Option<Vec<f32>> {
+        let same = self.reading().temperature == self.options.sampling.log_prob_temperature();
+        let of = |episode: &Episode| {
+            let counted = episode.log_probs.iter().zip(&episode.loss_mask).filter(|(_, counted)| **counted);
+            counted.map(|(log_prob, _)| *log_prob).collect::<Vec<f32>>()
+        };
+        (same && step.decoder.one_forward(WeightFormat::Full)).then(|| groups.episodes.iter().flat_map(of).collect())
+    }
+
+    /// The gradients with every position's divergence over the whole vocabulary. The first units are the student's own groups,
     /// whose tokens have the importance weights `drawn`, if not all of them are 1.
     fn full(
         &self,
         step: &mut Step<'_>,
         batch: &Batch<'_>,
-        sampled: usize,
+        groups: &Groups<'_>,
         drawn: &[f64],
         folds: &mut Folds,
     ) -> Result<Vec<f64>> {
         let objective = &self.options.objective;
         let mut weights = self.weights(batch);
         let mut coefficients = match objective.discount > 0.0 {
-            true => self.returns(step, batch, 0..sampled)?.1,
-            false => vec![0.0; batch.tokens_of(&(0..sampled)).len()],
+            true => self.returns(step, batch, groups)?.1,
+            false => vec![0.0; batch.tokens_of(&(0..groups.prompts.len())).len()],
         };
         objective.weigh(&mut weights, &mut coefficients, drawn);
         folds.extend(&ratio_statistics(drawn));
@@ -425,16 +441,24 @@ impl Distillation {
     }
 
     /// The gradients with every position's divergence from the sampled token alone.
-    fn sampled(&self, step: &mut Step<'_>, batch: &Batch<'_>, drawn: &[f64], folds: &mut Folds) -> Result<Vec<f64>> {
+    fn sampled(
+        &self,
+        step: &mut Step<'_>,
+        batch: &Batch<'_>,
+        groups: &Groups<'_>,
+        drawn: &[f64],
+        folds: &mut Folds,
+    ) -> Result<Vec<f64>> {
         let all = 0..batch.units();
-        let (log_probs, mut returns) = self.returns(step, batch, all.clone())?;
+        let (log_probs, mut returns) = self.returns(step, batch, groups)?;
         let mut weights = self.weights(batch);
         self.options.objective.weigh(&mut weights, &mut returns, drawn);
         folds.extend(&ratio_statistics(drawn));
         let factors: Vec<f64> = weights.iter().zip(returns).map(|(weight, value)| weight * value).collect();
         let known = Known::LogProbs(&log_probs.student);
+        let reading = Reading { recorded: groups.recorded, ..self.reading() };
         let mut losses = Vec::new();
-        update::gradients(step, batch, all, self.reading(), (Scope::Piece, known), folds, |piece| {
+        update::gradients(step, batch, all, reading, (Scope::Piece, known), folds, |piece| {
             let batch = SftBatch {
                 log_probs: piece.log_probs.clone(),
                 weights: piece.of_tokens(&factors)?,
@@ -457,23 +481,29 @@ impl Distillation {
         }
     }
 
-    /// The log-probabilities of the sampled tokens of these units, and what each of them answers for.
+    /// The log-probabilities of the tokens that the student sampled, in the first units, and what each of them answers for.
     fn returns(
         &self,
         step: &mut Step<'_>,
         batch: &Batch<'_>,
-        units: Range<usize>,
+        groups: &Groups<'_>,
     ) -> Result<(SampledLogProbs, Vec<f64>)> {
+        let units = 0..groups.prompts.len();
         let objective = &self.options.objective;
         let others: Vec<Other<'_>> = self.teachers.iter().map(Other::Model).collect();
         let teachers = rows::read(step, batch, units.clone(), self.row_pass(&others), |token, logits| {
             let targets = objective.targets(logits, &self.shares)?;
             Ok(targets.iter().map(|(share, q)| share * q.log_probs()[token as usize]).sum::<f64>())
         })?;
-        let started = Instant::now();
-        let student = batch.log_probs(step.decoder, step.workspace, units.clone(), self.reading());
-        let student = student.map_err(step.model_error())?.log_prob;
-        step.spent(Phase::Train, started);
+        let student = match self.recorded_log_probs(step, groups) {
+            Some(recorded) => recorded,
+            None => {
+                let started = Instant::now();
+                let found = batch.log_probs(step.decoder, step.workspace, units.clone(), self.reading());
+                step.spent(Phase::Train, started);
+                found.map_err(step.model_error())?.log_prob
+            }
+        };
         let rewards: Vec<f64> = teachers.iter().zip(&student).map(|(q, p)| q - f64::from(*p)).collect();
         let lengths = &batch.lengths()[batch.sequences_of(&units)];
         let returns = objective.returns(&rewards, lengths).map_err(step.objective_error())?;
