@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::isa::{Isa, multiversion};
 use crate::parallel::{SharedMut, each, each_chunk};
+use crate::simd::stream;
 
 /// Elements of one task.
 const CHUNK: usize = 1 << 15;
@@ -134,7 +135,7 @@ pub struct RowCopy<'a> {
     pub to: &'a mut [f32],
 }
 
-/// Copies the same rows in several arrays: for each pair of `rows`, the first is where it comes from and the second where it goes.
+/// Copies the same rows in several arrays, past the caches: for each pair of `rows`, the first is where it comes from and the second where it goes.
 ///
 /// # Panics
 /// If a row lies outside an array, or two go to the same place.
@@ -154,7 +155,7 @@ pub fn copy_rows(arrays: &mut [RowCopy<'_>], rows: &[(usize, usize)]) {
         let (row, place) = rows[index];
         for &(width, from, to) in &arrays {
             // SAFETY: the place lies inside the array, and no other call has it.
-            unsafe { to.slice(place * width, width) }.copy_from_slice(&from[row * width..][..width]);
+            stream(&from[row * width..][..width], unsafe { to.slice(place * width, width) });
         }
     });
 }

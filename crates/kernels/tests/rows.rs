@@ -320,3 +320,31 @@ fn small_elementwise_kernels() {
     kernels::add(&mut d_bias, &[1.0; 3]);
     assert_eq!(d_bias, [11.0, 13.0, 17.0]);
 }
+
+#[test]
+fn rows_go_to_their_places_and_nothing_else_changes() {
+    // Widths and starts that no vector divides.
+    for width in [1, 3, 9, 16, 37, 576] {
+        let from = noise(width as u64, 9 * width);
+        let mut to = noise(99, 1 + 12 * width);
+        let before = to.clone();
+        let rows = [(8, 3), (0, 11), (4, 0), (5, 5)];
+        let mut arrays = [kernels::RowCopy { width, from: &from, to: &mut to[1..] }];
+        kernels::copy_rows(&mut arrays, &rows);
+        assert_eq!(to[0], before[0]);
+        for place in 0..12 {
+            let expected = match rows.iter().find(|(_, to)| *to == place) {
+                Some((row, _)) => &from[row * width..][..width],
+                None => &before[1 + place * width..][..width],
+            };
+            assert_eq!(&to[1 + place * width..][..width], expected, "place {place} of width {width}");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "two rows go to the same place")]
+fn rows_that_meet_are_refused() {
+    let mut to = [0.0; 4];
+    kernels::copy_rows(&mut [kernels::RowCopy { width: 2, from: &[1.0; 4], to: &mut to }], &[(0, 1), (1, 1)]);
+}
