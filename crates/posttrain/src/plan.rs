@@ -108,7 +108,8 @@ impl Memory {
             let new_tokens = stage.sampling().map_or(0, |sampling| sampling.max_new_tokens);
             // A batch is cut into pieces of so many tokens, but never within the sequences of a prompt.
             let unit = work.longest + done.sequences_per_row * new_tokens;
-            let rows = training.micro_batch_tokens.min(done.rows_per_step * unit).max(unit);
+            let rows = training.micro_batch_tokens.max(stage.recorded_tokens());
+            let rows = rows.min(done.rows_per_step * unit).max(unit);
             // Weights that are trained are packed as they are used, unless they also sample.
             let packed = if config.lora.is_some() || stage.sampling().is_some() { one.packed } else { 0 };
             let slots = done.decode_batch_size.min(done.rows_per_step * done.sequences_per_row);

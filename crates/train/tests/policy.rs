@@ -226,21 +226,27 @@ fn an_update_of_what_was_just_sampled_needs_no_forward() {
         let steps = timing.lines().map(|line| serde_json::from_str::<StepTiming>(line).unwrap());
         steps.filter(|timing| timing.tokens > 0).map(|timing| timing.reused_rows).collect()
     };
-    for (precision, lora, minibatches, budget) in
-        [(Precision::F32, false, 1, 4096), (Precision::Bf16, true, 2, 4096), (Precision::Bf16, false, 1, 60)]
-    {
+    for (precision, lora, minibatches, budget, tokens) in [
+        (Precision::F32, false, 1, 4096, None),
+        (Precision::Bf16, true, 2, 4096, None),
+        (Precision::Bf16, false, 1, 60, None),
+        (Precision::Bf16, false, 1, 1, Some(100)),
+    ] {
         let mut options = PolicyOptions { num_minibatches: minibatches, num_iterations: 2, ..preset("grpo") };
         options.training.micro_batch_tokens = budget;
         options.objective.beta = 0.1;
         options.training.gradient_checkpointing =
             if lora { GradientCheckpointing::On } else { GradientCheckpointing::Off };
-        let setup =
-            |reuse_forward| Setup { precision, lora, ..setup(PolicyOptions { reuse_forward, ..options.clone() }) };
+        let setup = |tokens| Setup {
+            precision,
+            lora,
+            ..setup(PolicyOptions { reuse_forward_tokens: tokens, ..options.clone() })
+        };
         let folder = tempfile::tempdir().unwrap();
         let (with, without) = (folder.path().join("with"), folder.path().join("without"));
-        let reused = rows(&setup(true), &with);
+        let reused = rows(&setup(tokens), &with);
         assert!(reused.len() == 4 && reused.iter().all(|&rows| rows > 0), "{precision:?}: {reused:?}");
-        assert_eq!(rows(&setup(false), &without), [0; 4]);
+        assert_eq!(rows(&setup(Some(0)), &without), [0; 4]);
         assert_same(&with, &without, &format!("{precision:?}, {minibatches} minibatches, {budget} tokens"));
     }
 }

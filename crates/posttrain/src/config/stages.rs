@@ -179,6 +179,14 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// Tokens of a step whose activations sampling keeps for training, at most.
+    pub fn recorded_tokens(self) -> usize {
+        match self {
+            Self::Policy(options) => options.recorded_tokens(),
+            _ => 0,
+        }
+    }
+
     /// The weights it samples with.
     pub fn rollout_weights(self) -> WeightFormat {
         match self {

@@ -42,7 +42,7 @@
 //! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
 //! 2. π_old comes from the sampler, with no second pass: sampler and trainer run the same kernels, so with equal weights the
 //!    two agree to the last bit. So do all activations, and the first update starts from those that sampling left
-//!    (`reuse_forward`). `sampling/sampling_logp_difference/*` measures this in every step (of the head alone, where the forward
+//!    (`reuse_forward_tokens`). `sampling/sampling_logp_difference/*` measures this in every step (of the head alone, where the forward
 //!    is the sampler's) and must be 0 unless the sampler is behind. With `rollout_weights = "int8"` or on a GPU, π_old is what the trainer's forward gives before the
 //!    weights move (without a pass of its own, if the step has one update).
 //! 3. The reference model is the one the stage started from; with an adapter it is the model without the adapter.

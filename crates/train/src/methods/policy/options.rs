@@ -65,10 +65,12 @@ pub struct PolicyOptions {
     /// as large as bf16's and not faster. `old_policy` is then `trainer`, the loss is corrected by
     /// `objective.importance_sampling_mode`, and `sampling/sampling_logp_difference/*` says how far the copy is off.
     pub rollout_weights: WeightFormat,
-    /// Keep what sampling computes of the groups that fit into `training.micro_batch_tokens`, were their completions as long as
-    /// can be: the first update of the step then needs no forward for them. Nothing else changes, not a bit; it takes the
-    /// memory of that forward, from sampling on.
-    pub reuse_forward: bool,
+    /// Keep what sampling computes of the first groups of a step, as many as fit into so many tokens, were their completions as
+    /// long as can be: the first update then needs no forward for them. Nothing else changes, not a bit. It takes the memory
+    /// of a forward of as many tokens. Absent, `training.micro_batch_tokens`, which takes no more than training does
+    /// anyway; 0 keeps nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reuse_forward_tokens: Option<usize>,
     /// How long the stage lasts and how the weights move.
     pub training: TrainingOptions,
 }
@@ -171,7 +173,7 @@ impl Default for PolicyOptions {
             sampling: rollout::SamplingOptions::default(),
             decode_batch_size: 32,
             rollout_weights: WeightFormat::Full,
-            reuse_forward: true,
+            reuse_forward_tokens: None,
             training: TrainingOptions::default(),
         }
     }
@@ -193,6 +195,15 @@ impl PolicyOptions {
         let remembers = self.staleness > 0 || self.replay.steps > 0;
         let critic = self.has_value_model() && !self.shares_value_model();
         remembers || critic || self.objective.kl_target.is_some() || self.objective.entropy_target.is_some()
+    }
+
+    /// Tokens of the first groups of a step for which sampling keeps room for a forward, at most.
+    pub fn recorded_tokens(&self) -> usize {
+        match self.staleness > 0 || self.max_resampling_rounds > 0 {
+            // What is learnt from is not what is sampled in the same step, or only some of it.
+            true => 0,
+            false => self.reuse_forward_tokens.unwrap_or(self.training.micro_batch_tokens),
+        }
     }
 
     /// Refuses values that mean nothing.

@@ -105,16 +105,12 @@ impl Policy {
         }
     }
 
-    /// What the first update of a step finds of its forward on the tape: its groups, as far as they fit into one piece, if they are
-    /// the very ones that are sampled in this step.
+    /// What the first update of a step finds of its forward on the tape.
     fn record(&self, index: u64) -> Record {
         let options = &self.options;
         let learns = !options.has_value_model() || index >= options.value.warmup_steps;
-        if !options.reuse_forward || !learns || options.staleness > 0 || options.max_resampling_rounds > 0 {
-            return Record::default();
-        }
         let first =
             even_parts(options.prompts_per_step, options.num_minibatches).first().map_or(0, ExactSizeIterator::len);
-        Record { groups: first, rows: options.training.micro_batch_tokens }
+        Record { groups: if learns { first } else { 0 }, rows: options.recorded_tokens() }
     }
 }
