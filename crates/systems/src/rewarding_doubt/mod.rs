@@ -10,7 +10,8 @@
 //! ```
 //!
 //! The logarithmic score `n` is largest, in expectation, where `c / 10` is the probability of being right; and since answers carry no
-//! loss, they stay what they were. `Doubt` is the method: sample answers, then PPO with the answered questions as prompts.
+//! loss, they stay what they were, up to the weights that both share. `Doubt` is the method: sample answers, then PPO with the answered questions as
+//! prompts.
 //!
 //! **Worlds** ([`world`]). *Memory*: a model is told facts, often, seldom, in contradiction or never, and states a confidence that has
 //! nothing to do with them, mostly 9. Confidence is trained on two relations of half of the entities and measured on the other half, and on a third relation that no
@@ -22,15 +23,18 @@
 //! Deviations from the paper:
 //! 1. Of each answer several confidences are sampled and compared with their mean (GRPO's baseline); the paper samples one and compares it with a
 //!    value head. For bets on one outcome the mean is the better baseline, and the two-layer body has no value loss to serve beside.
-//! 2. Rewards are on the paper's scale of 1; its code multiplies them by 10, and advantages are scaled by their deviation either way. The weight of
+//! 2. What shared weights do to the answers is large in a body of two layers, where little belongs to confidence alone. Every update therefore adds
+//!    `λ KL(π_ref ‖ π)` at the tokens of the answers that were sampled in the step ([`mod@train::retained`]); the arm `no-retention` does without. Only
+//!    answers to questions that confidence is trained on are kept this way. A bonus for entropy keeps trying the levels.
+//! 3. Rewards are on the paper's scale of 1; its code multiplies them by 10, and advantages are scaled by their deviation either way. The weight of
 //!    the divergence is constant; theirs follows the divergence.
-//! 3. Minibatches are consecutive prompts of a step.
-//! 4. One answer a question.
+//! 4. Minibatches are consecutive prompts of a step.
+//! 5. One answer a question.
 
 pub mod world;
 
 use base::{Purpose, Random};
-use data::Prompt;
+use data::{Example, Prompt};
 use envs::reward::confidence::{ConfidenceOptions, LEVELS, Scoring};
 use envs::{Answer, Reward, RewardError, Score, Status};
 use eval::calibration::{Calibration, calibration};
@@ -54,7 +58,7 @@ use crate::error::{Error, Result};
 use crate::experiment::{Experiment, Trial, open};
 use crate::measurements::Measurements;
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
-use world::{CONFIDENCE, Fact, MARKS, Memory, MemoryOptions, Part};
+use world::{CONFIDENCE, EOS, Fact, MARKS, Memory, MemoryOptions, Part};
 
 /// The table.
 pub const SYSTEM: System = System {
@@ -86,6 +90,7 @@ const ARMS: &[Arm] = &[
     Arm::new("rewarding-doubt", Role::Method, "PPO on the confidence, paid by the logarithmic score"),
     Arm::new("brier", Role::Ablation, "paid by Brier's score"),
     Arm::new("linear", Role::Ablation, "paid by the linear score, which is not proper"),
+    Arm::new("no-retention", Role::Ablation, "nothing keeps the answers what they are"),
     Arm::new("joint", Role::Ablation, "answers are trained too"),
     Arm::new("odds", Role::Method, "known odds, paid by the logarithmic score"),
     Arm::new("odds-linear", Role::Ablation, "known odds, paid by the linear score"),
@@ -163,7 +168,7 @@ const CLAIMS: &[Claim] = &[
 ];
 
 const READ: &[&str] = &["verbalise", "probability", "scaled-probability", "self-consistency", "rewarding-doubt"];
-const BETS: &[&str] = &["rewarding-doubt", "brier", "linear", "joint"];
+const BETS: &[&str] = &["rewarding-doubt", "brier", "linear", "no-retention", "joint"];
 
 const FIGURES: &[Figure] = &[
     Figure {
@@ -230,6 +235,9 @@ pub struct RewardingDoubt {
     pub lora: LoraConfig,
     /// PPO on the confidence.
     pub ppo: PolicyOptions,
+    /// Weight of the divergence that keeps the answers what they are.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub retain_weight: f64,
     /// The world of known odds.
     pub odds: OddsOptions,
 }
@@ -267,6 +275,8 @@ struct Doubt<'a> {
     rows: usize,
     ask: Ask<'a>,
     bet: ConfidenceOptions,
+    /// Weight of the divergence that keeps the answers what they are, if anything does.
+    retain_weight: Option<f64>,
 }
 
 impl Method for Doubt<'_> {
@@ -287,13 +297,18 @@ impl Method for Doubt<'_> {
     }
 
     fn needs_reference(&self) -> bool {
-        self.options.objective.needs_reference()
+        self.options.objective.needs_reference() || self.retain_weight.is_some()
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> train::Result<Report> {
         let prompts = (self.ask)(step)?;
+        let answers: Vec<Example> = prompts.iter().map(answer).collect();
         // With a baseline made of the group, nothing is carried from step to step that the decoder does not carry.
-        Policy::new(self.options.clone(), prompts, Box::new(Bet(self.bet.clone())))?.step(step)
+        let mut policy = Policy::new(self.options.clone(), prompts, Box::new(Bet(self.bet.clone())))?;
+        if let Some(weight) = self.retain_weight {
+            policy = policy.with_retained(answers, weight)?;
+        }
+        policy.step(step)
     }
 }
 
@@ -324,6 +339,12 @@ fn continued(question: &Prompt, episode: &Episode, tokenizer: &Tokenizer) -> Pro
     prompt
 }
 
+/// An answered question as a row whose loss is about the answer.
+fn answer(prompt: &Prompt) -> Example {
+    let loss_mask = (0..prompt.ids.len()).map(|index| index >= world::QUESTION_LENGTH).collect();
+    Example { ids: prompt.ids.to_vec(), loss_mask, source: prompt.source.clone() }
+}
+
 /// Whether a completion begins with the value that the question asks for.
 fn is_right(question: &Prompt, completion: &[u32]) -> bool {
     let value = question.columns.get("value").and_then(serde_json::Value::as_u64);
@@ -346,7 +367,7 @@ impl Reward for Bet {
                 .and_then(serde_json::Value::as_bool)
                 .ok_or_else(|| RewardError::MissingColumn { reward: "bet".into(), row, column: "right".into() })?;
             // A confidence is a level and the end.
-            let level = world::level(answer.completion_ids).filter(|_| answer.completion_ids.len() == 2);
+            let level = world::level(answer.completion_ids).filter(|_| answer.completion_ids[1..] == [EOS]);
             Ok(Some(paid(&self.0, level, right)))
         };
         answers.iter().enumerate().map(score).collect()
@@ -398,6 +419,11 @@ impl Experiment for RewardingDoubt {
     fn validate(&self) -> Result<()> {
         self.sft.validate().map_err(|error| error.within("sft"))?;
         self.answers.validate()?;
+        self.lora.validate()?;
+        if !(self.retain_weight.is_finite() && self.retain_weight > 0.0) {
+            let reason = format!("retain_weight is {}, expected a number above 0", self.retain_weight);
+            return Err(Error::Settings { system: "rewarding-doubt", reason });
+        }
         if self.ppo.has_value_model() {
             let reason = "ppo.objective.baseline is \"value\", expected one that needs no value model".into();
             return Err(Error::Settings { system: "rewarding-doubt", reason });
@@ -429,12 +455,24 @@ impl Experiment for RewardingDoubt {
             "self-consistency" => self.read(start, trial, |facts, asked| self.agreement(start, trial, facts, asked)),
             "odds" => self.odds(start, trial, Scoring::Log),
             "odds-linear" => self.odds(start, trial, Scoring::Linear),
-            "brier" => self.bet(start, trial, Scoring::Brier, false),
-            "linear" => self.bet(start, trial, Scoring::Linear, false),
-            "joint" => self.bet(start, trial, Scoring::Log, true),
-            _ => self.bet(start, trial, Scoring::Log, false),
+            "brier" => self.bet(start, trial, Scoring::Brier, Answers::Retained),
+            "linear" => self.bet(start, trial, Scoring::Linear, Answers::Retained),
+            "no-retention" => self.bet(start, trial, Scoring::Log, Answers::Free),
+            "joint" => self.bet(start, trial, Scoring::Log, Answers::Trained),
+            _ => self.bet(start, trial, Scoring::Log, Answers::Retained),
         }
     }
+}
+
+/// What training on bets does about the answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answers {
+    /// Keeps them what they are.
+    Retained,
+    /// Nothing.
+    Free,
+    /// Trains them too.
+    Trained,
 }
 
 /// An answer that was asked for, with everything a confidence can be read from.
@@ -565,8 +603,8 @@ impl RewardingDoubt {
         Ok(asked.iter().enumerate().map(share).collect())
     }
 
-    /// Trains on bets and measures; `joint` trains answers too.
-    fn bet(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring, joint: bool) -> Result<Measurements> {
+    /// Trains on bets and measures.
+    fn bet(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring, answers: Answers) -> Result<Measurements> {
         let bet = ConfidenceOptions { scoring, ..self.bet.clone() };
         let facts = start.memory.facts(Part::Train);
         let questions: Vec<Prompt> = facts.iter().map(|fact| start.memory.prompt(*fact, &start.tokenizer)).collect();
@@ -574,16 +612,17 @@ impl RewardingDoubt {
         let steps = options.training.steps(questions.len(), options.prompts_per_step);
         let size = options.prompts_per_step;
         let sampling = self.answers();
-        let mut method: Box<dyn Method + '_> = match joint {
-            true => {
+        let mut method: Box<dyn Method + '_> = match answers {
+            Answers::Trained => {
                 options.sampling.max_new_tokens += self.answers.max_new_tokens;
                 Box::new(Policy::new(options, questions, Box::new(JointBet(bet)))?)
             }
-            false => Box::new(Doubt {
+            Answers::Retained | Answers::Free => Box::new(Doubt {
                 options,
                 rows: questions.len(),
                 ask: Box::new(move |step| answered(step, &questions, size, &sampling)),
                 bet,
+                retain_weight: (answers == Answers::Retained).then_some(self.retain_weight),
             }),
         };
         let mut decoder = start.decoder.clone();
@@ -632,7 +671,7 @@ impl RewardingDoubt {
             Ok((0..rows as u32).map(prompt).collect())
         };
         let bet = ConfidenceOptions { scoring, ..self.bet.clone() };
-        let mut method = Doubt { options, rows, ask: Box::new(ask), bet };
+        let mut method = Doubt { options, rows, ask: Box::new(ask), bet, retain_weight: None };
         trial.fit(1, &mut method, &mut decoder, tokenizer, |_, _, _| Ok(()))?;
         self.measure_odds(start, &mut decoder, trial.seed)
     }
@@ -691,7 +730,8 @@ impl RewardingDoubt {
 }
 
 /// What is measured: its name, the facts, and the round of its draws.
-const PARTS: [(&str, Part, u32); 2] = [("test", Part::Test, 1), ("transfer", Part::Transfer, 2)];
+const PARTS: [(&str, Part, u32); 3] =
+    [("train", Part::Train, 3), ("test", Part::Test, 1), ("transfer", Part::Transfer, 2)];
 
 /// The calibration of the confidences that could be read.
 fn fit(asked: &[Asked], stated: &[Option<f64>]) -> Option<Calibration> {
