@@ -31,34 +31,34 @@
 //! 4. Minibatches are consecutive prompts of a step.
 //! 5. One answer a question.
 
+mod bets;
+mod odds;
 pub mod world;
 
 use base::{Purpose, Random};
-use data::{Example, Prompt};
+use data::Prompt;
 use envs::reward::confidence::{ConfidenceOptions, LEVELS, Scoring};
-use envs::{Answer, Reward, RewardError, Score, Status};
 use eval::calibration::{Calibration, calibration};
 use eval::metrics::mean;
 use kernels::Precision;
-use model::decoder::{Decoder, WeightFormat};
+use model::decoder::Decoder;
 use model::lora::LoraConfig;
 use model::tokenizer::Tokenizer;
 use rollout::{Episode, Generator, Request, SamplingOptions};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::Method;
-use train::method::{Report, Step};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
-use train::options::TrainingOptions;
-use train::order::Order;
-use train::rollouts::Rollouts;
 
 use crate::error::{Error, Result};
 use crate::experiment::{Experiment, Trial, open};
 use crate::measurements::Measurements;
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
-use world::{CONFIDENCE, EOS, Fact, MARKS, Memory, MemoryOptions, Part};
+use bets::{Doubt, JointBet, answered, is_right};
+use world::{CONFIDENCE, Fact, Memory, MemoryOptions, Part};
+
+pub use odds::OddsOptions;
 
 /// The table.
 pub const SYSTEM: System = System {
@@ -242,168 +242,8 @@ pub struct RewardingDoubt {
     pub odds: OddsOptions,
 }
 
-/// Settings of the world of known odds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct OddsOptions {
-    /// The probability of being right for each mark.
-    pub probabilities: [f64; MARKS],
-    /// Steps of imitation before the bets.
-    #[schemars(range(min = 1))]
-    pub warm_up_steps: u64,
-    /// Steps of PPO.
-    #[schemars(range(min = 1))]
-    pub steps: u64,
-    /// Its learning rate, of all weights.
-    #[schemars(range(min = 0))]
-    pub learning_rate: f64,
-}
-
-// ---- The method ----
-
-/// Draws of answers are named by steps from here on, apart from those of confidences.
-const ANSWERS: u32 = 1 << 30;
-/// Draws of measurements, likewise.
+/// Draws of measurements are named by steps from here on, apart from those of training.
 const MEASUREMENTS: u32 = 1 << 31;
-
-/// Where the answered questions of a step come from: prompts that end where the confidence is asked for, with the column `right`.
-type Ask<'a> = Box<dyn FnMut(&mut Step<'_>) -> train::Result<Vec<Prompt>> + 'a>;
-
-/// PPO on the confidence alone.
-struct Doubt<'a> {
-    options: PolicyOptions,
-    rows: usize,
-    ask: Ask<'a>,
-    bet: ConfidenceOptions,
-    /// Weight of the divergence that keeps the answers what they are, if anything does.
-    retain_weight: Option<f64>,
-}
-
-impl Method for Doubt<'_> {
-    fn name(&self) -> &str {
-        "rewarding_doubt"
-    }
-
-    fn training(&self) -> &TrainingOptions {
-        &self.options.training
-    }
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn rows_per_step(&self) -> usize {
-        self.options.prompts_per_step
-    }
-
-    fn needs_reference(&self) -> bool {
-        self.options.objective.needs_reference() || self.retain_weight.is_some()
-    }
-
-    fn step(&mut self, step: &mut Step<'_>) -> train::Result<Report> {
-        let prompts = (self.ask)(step)?;
-        let answers: Vec<Example> = prompts.iter().map(answer).collect();
-        // With a baseline made of the group, nothing is carried from step to step that the decoder does not carry.
-        let mut policy = Policy::new(self.options.clone(), prompts, Box::new(Bet(self.bet.clone())))?;
-        if let Some(weight) = self.retain_weight {
-            policy = policy.with_retained(answers, weight)?;
-        }
-        policy.step(step)
-    }
-}
-
-/// Samples an answer to each question of a step, and puts it behind the question.
-fn answered(
-    step: &mut Step<'_>,
-    questions: &[Prompt],
-    size: usize,
-    sampling: &SamplingOptions,
-) -> train::Result<Vec<Prompt>> {
-    let rows = Order::new(questions.len(), step.seed, step.stage).batch(step.index, size);
-    let chosen: Vec<&Prompt> = rows.iter().map(|&row| &questions[row]).collect();
-    let random = Random::new(step.seed, Purpose::Sampling).step(ANSWERS + step.number as u32);
-    let rollouts = Rollouts { sampling, num_generations: 1, decode_batch_size: 64, weights: WeightFormat::Full };
-    let groups = rollouts.sample(step, random, &chosen)?;
-    Ok(chosen
-        .iter()
-        .zip(&groups.episodes)
-        .map(|(question, episode)| continued(question, episode, step.tokenizer))
-        .collect())
-}
-
-/// A question with its answer, and whether that is right.
-fn continued(question: &Prompt, episode: &Episode, tokenizer: &Tokenizer) -> Prompt {
-    let ids = [&question.ids[..], &episode.completion].concat();
-    let mut prompt = Prompt { text: tokenizer.decode(&ids), ids: ids.into(), ..question.clone() };
-    prompt.columns.insert("right".into(), is_right(question, &episode.completion).into());
-    prompt
-}
-
-/// An answered question as a row whose loss is about the answer.
-fn answer(prompt: &Prompt) -> Example {
-    let loss_mask = (0..prompt.ids.len()).map(|index| index >= world::QUESTION_LENGTH).collect();
-    Example { ids: prompt.ids.to_vec(), loss_mask, source: prompt.source.clone() }
-}
-
-/// Whether a completion begins with the value that the question asks for.
-fn is_right(question: &Prompt, completion: &[u32]) -> bool {
-    let value = question.columns.get("value").and_then(serde_json::Value::as_u64);
-    completion.first().is_some_and(|&first| value == Some(first.into()))
-}
-
-/// Pays a confidence that follows an answer.
-struct Bet(ConfidenceOptions);
-
-impl Reward for Bet {
-    fn name(&self) -> &str {
-        "bet"
-    }
-
-    fn score(&self, answers: &[Answer]) -> std::result::Result<Vec<Option<Score>>, RewardError> {
-        let score = |(row, answer): (usize, &Answer<'_>)| {
-            let right = answer
-                .columns
-                .get("right")
-                .and_then(serde_json::Value::as_bool)
-                .ok_or_else(|| RewardError::MissingColumn { reward: "bet".into(), row, column: "right".into() })?;
-            // A confidence is a level and the end.
-            let level = world::level(answer.completion_ids).filter(|_| answer.completion_ids[1..] == [EOS]);
-            Ok(Some(paid(&self.0, level, right)))
-        };
-        answers.iter().enumerate().map(score).collect()
-    }
-}
-
-/// Pays answer and confidence in one.
-struct JointBet(ConfidenceOptions);
-
-impl Reward for JointBet {
-    fn name(&self) -> &str {
-        "bet"
-    }
-
-    fn score(&self, answers: &[Answer]) -> std::result::Result<Vec<Option<Score>>, RewardError> {
-        let score = |answer: &Answer<'_>| {
-            let value = answer.columns.get("value").and_then(serde_json::Value::as_u64);
-            let right = answer.completion_ids.first().is_some_and(|&first| value == Some(first.into()));
-            let stated = answer.completion_ids.iter().position(|&token| token == CONFIDENCE);
-            let level = stated.and_then(|at| world::level(&answer.completion_ids[at + 1..]));
-            Some(paid(&self.0, level, right))
-        };
-        Ok(answers.iter().map(score).collect())
-    }
-}
-
-fn paid(bet: &ConfidenceOptions, level: Option<u8>, right: bool) -> Score {
-    let status = match (level, right) {
-        (None, _) => Status::Malformed,
-        (Some(_), true) => Status::Ok,
-        (Some(_), false) => Status::Wrong,
-    };
-    Score::new(bet.pay(level, right), status)
-}
-
-// ---- The experiment ----
 
 /// What all arms of a seed start from.
 pub struct Start {
@@ -644,86 +484,6 @@ impl RewardingDoubt {
             let asked = self.ask(start, &mut decoder, &start.memory.facts(part), self.samples, (trial.seed, round))?;
             let stated: Vec<Option<f64>> = asked.iter().map(Asked::stated).collect();
             note(&mut measured, name, &asked, &stated);
-        }
-        Ok(measured)
-    }
-
-    /// Known odds: imitation of confidences at random, then bets.
-    fn odds(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring) -> Result<Measurements> {
-        let (memory, tokenizer, odds) = (&start.memory, &start.tokenizer, self.odds.probabilities);
-        let mut decoder = Decoder::random(memory.model(), trial.seed)?;
-        let mut sft = self.sft.clone();
-        sft.training.max_steps = Some(self.odds.warm_up_steps);
-        trial.fit(0, &mut Sft::new(sft, memory.odds_corpus(4096))?, &mut decoder, tokenizer, |_, _, _| Ok(()))?;
-
-        let mut options = self.ppo.clone();
-        options.training.max_steps = Some(self.odds.steps);
-        options.training.learning_rate = self.odds.learning_rate;
-        let (rows, half) = (options.prompts_per_step, self.memory.entities / 2);
-        let random = Random::new(trial.seed, Purpose::Task).step(2);
-        let ask = move |step: &mut Step<'_>| {
-            let prompt = |row: u32| {
-                let random = random.prompt(row).sample(step.number as u32);
-                let mark = random.at(0).below(MARKS as u64) as usize;
-                let right = random.at(1).uniform() < odds[mark];
-                memory.odds(row, mark, random.at(2).below(half as u64) as usize, right, step.tokenizer)
-            };
-            Ok((0..rows as u32).map(prompt).collect())
-        };
-        let bet = ConfidenceOptions { scoring, ..self.bet.clone() };
-        let mut method = Doubt { options, rows, ask: Box::new(ask), bet, retain_weight: None };
-        trial.fit(1, &mut method, &mut decoder, tokenizer, |_, _, _| Ok(()))?;
-        self.measure_odds(start, &mut decoder, trial.seed)
-    }
-
-    /// What is stated for each mark, on entities that no bet was about.
-    fn measure_odds(&self, start: &Start, decoder: &mut Decoder, seed: u64) -> Result<Measurements> {
-        let (memory, half) = (&start.memory, self.memory.entities / 2);
-        decoder.prepare(Precision::F32);
-        let random = Random::new(seed, Purpose::Sampling).step(MEASUREMENTS);
-        let (mut measured, mut stated) = (Measurements::default(), Vec::new());
-        let (mut largest, mut regret) = (0.0f64, Vec::new());
-        for (mark, &odds) in self.odds.probabilities.iter().enumerate() {
-            let outcome =
-                |entity: usize| random.prompt(entity as u32).sample(u32::MAX).at(mark as u32).uniform() < odds;
-            let prompt = |entity: usize| {
-                memory.odds((mark * half + entity) as u32, mark, half + entity, outcome(entity), &start.tokenizer)
-            };
-            let prompts: Vec<Prompt> = (0..half).map(prompt).collect();
-            let requests: Vec<Request> =
-                prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, 1)).collect();
-            let episodes = Generator::new(&self.ppo.sampling, 64, random).generate(
-                decoder,
-                &start.tokenizer,
-                &requests,
-                |_| {},
-            )?;
-            let levels: Vec<Option<u8>> = episodes.iter().map(|episode| world::level(&episode.completion)).collect();
-            let count = |level: u8| levels.iter().filter(|stated| **stated == Some(level)).count();
-            let expected =
-                |level: u8, p: f64| p * Scoring::Log.value(level, true) + (1.0 - p) * Scoring::Log.value(level, false);
-            let largest_of =
-                |value: &dyn Fn(u8) -> f64| (0..=LEVELS).reduce(|a, b| if value(b) > value(a) { b } else { a });
-            let most_frequent = largest_of(&|level| count(level) as f64).unwrap_or(0);
-            let best = largest_of(&|level| expected(level, odds)).unwrap_or(0);
-            largest = largest.max((f64::from(most_frequent) - f64::from(best)).abs());
-            let entropy = -(odds * odds.ln() + (1.0 - odds) * (1.0 - odds).ln());
-            for (entity, level) in levels.iter().enumerate() {
-                let Some(level) = *level else { continue };
-                let p = (f64::from(level) / f64::from(LEVELS)).clamp(0.001, 0.999);
-                regret.push((odds * p.ln() + (1.0 - odds) * (1.0 - p).ln() + entropy, entropy));
-                stated.push((f64::from(level) / f64::from(LEVELS), outcome(entity)));
-            }
-            let said: Vec<f64> = levels.iter().flatten().map(|level| f64::from(*level) / f64::from(LEVELS)).collect();
-            measured.point("odds", odds, mean(&said));
-        }
-        measured.set("largest_distance", largest);
-        if let Some(found) = calibration(&stated) {
-            measured.set("ece", found.ece);
-            measured.set("extreme", extreme(&stated.iter().map(|stated| stated.0).collect::<Vec<_>>()));
-            let [lost, entropy] =
-                [regret.iter().map(|pair| -pair.0).sum::<f64>(), regret.iter().map(|pair| pair.1).sum()];
-            measured.set("regret", lost / entropy);
         }
         Ok(measured)
     }
