@@ -61,13 +61,23 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Scale by `alpha / sqrt(r)`, which keeps large ranks learning (Kalajdzievski 2023).
     pub use_rslora: bool,
-    /// The projections that get an adapter, in every layer.
+    /// The projections that get an adapter.
     pub target_modules: Vec<TargetModule>,
+    /// The layers that get one, counted from 0 (PEFT's name); every layer when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub layers_to_transform: Option<Vec<usize>>,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { r: 16, alpha: 32.0, use_rslora: false, target_modules: TargetModule::ALL.to_vec() }
+        Self {
+            r: 16,
+            alpha: 32.0,
+            use_rslora: false,
+            target_modules: TargetModule::ALL.to_vec(),
+            layers_to_transform: None,
+        }
     }
 }
 
@@ -78,10 +88,20 @@ impl LoraConfig {
         (self.alpha / if self.use_rslora { r.sqrt() } else { r }) as f32
     }
 
+    /// Whether a layer gets an adapter.
+    pub fn adapts(&self, layer: usize) -> bool {
+        self.layers_to_transform.as_ref().is_none_or(|layers| layers.contains(&layer))
+    }
+
+    /// The lowest layer that gets an adapter: below it, backward has nothing to do.
+    pub fn lowest_layer(&self) -> usize {
+        self.layers_to_transform.iter().flatten().copied().min().unwrap_or(0)
+    }
+
     /// Checks that the numbers describe an adapter.
     ///
     /// # Errors
-    /// A rank of zero or beyond any use, a strength that is not finite, or no target.
+    /// A rank of zero or beyond any use, a strength that is not finite, no target, no layer or the same one twice.
     pub fn validate(&self) -> Result<()> {
         if !(1..=16_384).contains(&self.r) {
             return Err(Error::malformed("lora.r", format!("expected 1 to 16384, found {}", self.r)));
@@ -92,7 +112,32 @@ impl LoraConfig {
         if self.target_modules.is_empty() {
             return Err(Error::malformed("lora.target_modules", "expected at least one projection, found none"));
         }
+        if let Some(layers) = &self.layers_to_transform {
+            let repeated = layers.iter().enumerate().find(|(index, layer)| layers[..*index].contains(layer));
+            let reason = match repeated {
+                _ if layers.is_empty() => {
+                    "expected at least one layer, found none; leave it out for every layer".into()
+                }
+                Some((_, layer)) => format!("expected every layer once, found {layer} twice"),
+                None => return Ok(()),
+            };
+            return Err(Error::malformed(LAYERS, reason));
+        }
         Ok(())
+    }
+
+    /// Checks that a model of so many layers has those that get an adapter.
+    ///
+    /// # Errors
+    /// The first layer that it lacks.
+    pub fn check_layers(&self, count: usize) -> Result<()> {
+        match self.layers_to_transform.iter().flatten().find(|layer| **layer >= count) {
+            Some(layer) => {
+                let last = count.saturating_sub(1);
+                Err(Error::malformed(LAYERS, format!("expected layers of the model, 0 to {last}, found {layer}")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The text of PEFT's `adapter_config.json`, for an adapter of a model with this score head.
@@ -119,6 +164,9 @@ impl LoraConfig {
             "inference_mode": true,
             "init_lora_weights": true,
         });
+        if let Some(layers) = &self.layers_to_transform {
+            json["layers_to_transform"] = layers.as_slice().into();
+        }
         if !saved.is_empty() {
             json["modules_to_save"] = saved.into();
         }
@@ -146,7 +194,7 @@ impl LoraConfig {
                 "only LORA adapters can be read",
             ));
         }
-        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"] {
+        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_pattern"] {
             if json.get(option).is_some_and(|value| !is_off(value)) {
                 return Err(Error::unsupported(
                     format!("{ADAPTER_CONFIG}: {option}"),
@@ -171,17 +219,29 @@ impl LoraConfig {
             )
         })?;
         target_modules.sort();
+        // PEFT writes a list, or one number.
+        let layers_to_transform = match json.get("layers_to_transform").filter(|layers| !is_off(layers)).cloned() {
+            None => None,
+            Some(one @ serde_json::Value::Number(_)) => Some(serde_json::Value::Array(vec![one])),
+            Some(layers) => Some(layers),
+        };
+        let layers_to_transform = layers_to_transform
+            .map(serde_json::from_value)
+            .transpose()
+            .map_err(|error| Error::malformed(ADAPTER_CONFIG, format!("layers_to_transform: {error}")))?;
         let config = Self {
             r: number("r")? as usize,
             alpha: number("lora_alpha")?,
             use_rslora: json.get("use_rslora").is_some_and(|value| value == true),
             target_modules,
+            layers_to_transform,
         };
         config.validate()?;
         Ok(config)
     }
 }
 
+const LAYERS: &str = "lora.layers_to_transform";
 const SCORE: &str = "score";
 const SEQUENCES: &str = "SEQ_CLS";
 const TOKENS: &str = "TOKEN_CLS";
@@ -228,9 +288,26 @@ mod tests {
             alpha: 12.0,
             use_rslora: true,
             target_modules: vec![TargetModule::QProj, TargetModule::DownProj],
+            layers_to_transform: Some(vec![3, 1]),
         };
-        assert_eq!(LoraConfig::from_peft_json(&config.to_peft_json("base", None)).unwrap(), config);
+        let text = config.to_peft_json("base", None);
+        assert_eq!(LoraConfig::from_peft_json(&text).unwrap(), config);
         assert!((config.scale() - 12.0 / 8f32.sqrt()).abs() < 1e-6);
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json["layers_to_transform"] = 3.into();
+        let one = LoraConfig::from_peft_json(&json.to_string()).unwrap();
+        assert_eq!(one.layers_to_transform, Some(vec![3]), "PEFT takes a single number too");
+    }
+
+    #[test]
+    fn layers_are_some_each_once_and_of_the_model() {
+        let config = |layers: &[usize]| LoraConfig { layers_to_transform: Some(layers.to_vec()), ..Default::default() };
+        assert!(config(&[]).validate().unwrap_err().to_string().contains("at least one layer"));
+        assert!(config(&[1, 0, 1]).validate().unwrap_err().to_string().contains("found 1 twice"));
+        config(&[1, 0]).validate().unwrap();
+        config(&[1, 0]).check_layers(2).unwrap();
+        assert!(config(&[1, 2]).check_layers(2).unwrap_err().to_string().contains("0 to 1, found 2"));
+        LoraConfig::default().check_layers(0).unwrap();
     }
 
     #[test]

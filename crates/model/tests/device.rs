@@ -99,6 +99,7 @@ fn adapter_gradients_of_every_family() {
         alpha: 5.0,
         use_rslora: true,
         target_modules: vec![TargetModule::QProj, TargetModule::VProj, TargetModule::UpProj],
+        layers_to_transform: Some(vec![1]),
     };
     let all = LoraConfig { r: 4, alpha: 8.0, ..LoraConfig::default() };
     for (name, config) in configs() {

@@ -144,7 +144,8 @@ fn estimates_are_near_the_truth() {
         assert!((estimate as f64 / truth as f64 - 1.0).abs() < 0.1, "{what}: estimate {estimate}, in truth {truth}");
     };
     let lora = LoraConfig { r: 16, ..LoraConfig::default() };
-    for adapter in [None, Some(&lora)] {
+    let upper = LoraConfig { layers_to_transform: Some(vec![4, 5]), ..lora.clone() };
+    for adapter in [None, Some(&lora), Some(&upper)] {
         let mut config = wide();
         config.vocab_size = 2000;
         config.layers = vec![config.layers[0]; 6];

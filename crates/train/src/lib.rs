@@ -35,6 +35,7 @@ pub mod pass;
 pub mod preferred;
 pub mod referee;
 pub mod reference;
+pub mod retained;
 pub mod rollouts;
 pub mod rows;
 pub mod run;

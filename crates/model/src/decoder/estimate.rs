@@ -72,13 +72,18 @@ impl Estimate {
         };
         // A query sees half of its context on average, or its window.
         let seen = |layer: &crate::config::LayerAttention| layer.window.map_or(context / 2, |w| w.min(context / 2));
-        let attention: f64 = config.layers.iter().map(|layer| 4.0 * (q * seen(layer)) as f64).sum();
+        let attention_from =
+            |lowest: usize| -> f64 { config.layers[lowest..].iter().map(|layer| 4.0 * (q * seen(layer)) as f64).sum() };
+        let attention = attention_from(0);
         let dense = 2.0 * (products + head) as f64;
         let update = 2.0 * adapter.unwrap_or(0) as f64;
         let forward = dense + attention + update;
-        // Backward: one product for the gradient of the input, one for that of each trained weight; the head once more.
+        // Backward, down to the lowest layer that is trained: one product for the gradient of the input, one for that of each
+        // trained weight; the head once more.
+        let lowest = lora.map_or(0, LoraConfig::lowest_layer).min(layers - 1);
+        let inputs = 2.0 * (products / layers * (layers - lowest) + head) as f64;
         let weight_gradients = if adapter.is_some() { 2.0 * update } else { dense };
-        let training = forward + dense + weight_gradients + 2.0 * attention + 2.0 * head as f64;
+        let training = forward + inputs + weight_gradients + 2.0 * attention_from(lowest) + 2.0 * head as f64;
         Self {
             weights: 4 * (base + adapter.unwrap_or(0)),
             packed: packed_bytes * (products + head),
@@ -105,5 +110,6 @@ fn adapter_size(config: &ModelConfig, lora: &LoraConfig) -> usize {
         Module::GateProj | Module::UpProj | Module::DownProj => d + mlp,
     };
     let score = config.score.map_or(0, |head| head.outputs * (d + usize::from(head.has_bias())));
-    config.layer_count() * lora.r * lora.target_modules.iter().map(sides).sum::<usize>() + score
+    let layers = (0..config.layer_count()).filter(|layer| lora.adapts(*layer)).count();
+    layers * lora.r * lora.target_modules.iter().map(sides).sum::<usize>() + score
 }

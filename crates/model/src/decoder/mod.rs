@@ -455,15 +455,17 @@ impl Decoder {
     /// Adds a fresh adapter, which changes nothing yet, and makes it what is trained.
     ///
     /// # Errors
-    /// An adapter that is none, or one on top of another.
+    /// An adapter that is none, of layers that the model lacks, or on top of another.
     pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
         config.validate()?;
+        config.check_layers(self.layers.len())?;
         if self.adapter.is_some() {
             return Err(Error::Invalid("the decoder already has an adapter; merge it first".into()));
         }
         let mut layout = Layout::default();
         let adapted = |name: &str| config.target_modules.iter().any(|module| name.ends_with(module.name()));
-        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+        let chosen = self.layers.iter_mut().enumerate().filter(|(index, _)| config.adapts(*index));
+        for linear in chosen.flat_map(|(_, layer)| layer.linears_mut()) {
             linear.attach(&mut layout, config.r, config.scale(), adapted, peft_key);
         }
         // As PEFT's `modules_to_save`: a copy of the head is trained, and saved with the adapter.
@@ -565,9 +567,16 @@ impl Decoder {
         }
     }
 
-    /// Widths of the adapters' inner products in the four linears of a layer.
+    /// Widths of the adapters' inner products in the four linears of a layer that has some.
     fn low_rank(&self) -> [usize; 4] {
-        self.layers[0].linears().map(|linear| linear.adapter.as_ref().map_or(0, linear::Adapter::width))
+        self.layers[self.lowest_trained()]
+            .linears()
+            .map(|linear| linear.adapter.as_ref().map_or(0, linear::Adapter::width))
+    }
+
+    /// The lowest layer with trained weights.
+    fn lowest_trained(&self) -> usize {
+        self.adapter.as_ref().map_or(0, |adapter| adapter.config.lowest_layer())
     }
 
     // ---- Forward ----
@@ -904,13 +913,14 @@ impl Decoder {
         let offset = self.config.norm_weight_offset;
         let final_input = &stream[self.layers.len()];
         kernels::rms_norm_backward(final_input, norm, offset, final_inverse_rms, d_hidden, d_residual, d_norm);
-        for layer in self.layers.iter().rev() {
+        let lowest = self.lowest_trained();
+        for layer in self.layers[lowest..].iter().rev() {
             let pass = Pass { products, positions, table: &self.tables[layer.rope] };
             let (input, kept) = (&stream[layer.index], &mut kept_layers[keeps.activations(layer.index)]);
             if keeps == Kept::Stream {
                 layer.recompute(pass, tokens.segments(), input, kept, scratch);
             }
-            let input_gradient = layer.index > 0 || products.trains_base();
+            let input_gradient = layer.index > lowest || products.trains_base();
             layer.backward(pass, tokens.segments(), input, d_residual, kept, scratch, input_gradient, gradients);
             let tensor = "gradient of the layer input";
             if let Some(found) = NonFinite::find(Some(layer.index), tensor, d_residual, d) {

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! The logarithmic score `n` is largest, in expectation, where `c / 10` is the probability of being right; and since answers carry no
-//! loss, they stay what they were. `Doubt` is the method: sample answers, then PPO with the answered questions as prompts.
+//! loss, they stay what they were, up to the weights that both share. `Doubt` is the method: sample answers, then PPO with the answered questions as
+//! prompts.
 //!
 //! **Worlds** ([`world`]). *Memory*: a model is told facts, often, seldom, in contradiction or never, and states a confidence that has
 //! nothing to do with them, mostly 9. Confidence is trained on two relations of half of the entities and measured on the other half, and on a third relation that no
@@ -22,39 +23,42 @@
 //! Deviations from the paper:
 //! 1. Of each answer several confidences are sampled and compared with their mean (GRPO's baseline); the paper samples one and compares it with a
 //!    value head. For bets on one outcome the mean is the better baseline, and the two-layer body has no value loss to serve beside.
-//! 2. Rewards are on the paper's scale of 1; its code multiplies them by 10, and advantages are scaled by their deviation either way. The weight of
+//! 2. What shared weights do to the answers is large in a body of two layers, where little belongs to confidence alone. Every update therefore adds
+//!    `λ KL(π_ref ‖ π)` at the tokens of the answers that were sampled in the step ([`mod@train::retained`]); the arm `no-retention` does without. Only
+//!    answers to questions that confidence is trained on are kept this way. A bonus for entropy keeps trying the levels.
+//! 3. Rewards are on the paper's scale of 1; its code multiplies them by 10, and advantages are scaled by their deviation either way. The weight of
 //!    the divergence is constant; theirs follows the divergence.
-//! 3. Minibatches are consecutive prompts of a step.
-//! 4. One answer a question.
+//! 4. Minibatches are consecutive prompts of a step.
+//! 5. One answer a question.
 
+mod bets;
+mod odds;
 pub mod world;
 
 use base::{Purpose, Random};
 use data::Prompt;
 use envs::reward::confidence::{ConfidenceOptions, LEVELS, Scoring};
-use envs::{Answer, Reward, RewardError, Score, Status};
 use eval::calibration::{Calibration, calibration};
 use eval::metrics::mean;
 use kernels::Precision;
-use model::decoder::{Decoder, WeightFormat};
+use model::decoder::Decoder;
 use model::lora::LoraConfig;
 use model::tokenizer::Tokenizer;
 use rollout::{Episode, Generator, Request, SamplingOptions};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::Method;
-use train::method::{Report, Step};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
-use train::options::TrainingOptions;
-use train::order::Order;
-use train::rollouts::{Record, Rollouts};
 
 use crate::error::{Error, Result};
 use crate::experiment::{Experiment, Trial, open};
 use crate::measurements::Measurements;
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
-use world::{CONFIDENCE, Fact, MARKS, Memory, MemoryOptions, Part};
+use bets::{Doubt, JointBet, answered, is_right};
+use world::{CONFIDENCE, Fact, Memory, MemoryOptions, Part};
+
+pub use odds::OddsOptions;
 
 /// The table.
 pub const SYSTEM: System = System {
@@ -86,6 +90,7 @@ const ARMS: &[Arm] = &[
     Arm::new("rewarding-doubt", Role::Method, "PPO on the confidence, paid by the logarithmic score"),
     Arm::new("brier", Role::Ablation, "paid by Brier's score"),
     Arm::new("linear", Role::Ablation, "paid by the linear score, which is not proper"),
+    Arm::new("no-retention", Role::Ablation, "nothing keeps the answers what they are"),
     Arm::new("joint", Role::Ablation, "answers are trained too"),
     Arm::new("odds", Role::Method, "known odds, paid by the logarithmic score"),
     Arm::new("odds-linear", Role::Ablation, "known odds, paid by the linear score"),
@@ -163,7 +168,7 @@ const CLAIMS: &[Claim] = &[
 ];
 
 const READ: &[&str] = &["verbalise", "probability", "scaled-probability", "self-consistency", "rewarding-doubt"];
-const BETS: &[&str] = &["rewarding-doubt", "brier", "linear", "joint"];
+const BETS: &[&str] = &["rewarding-doubt", "brier", "linear", "no-retention", "joint"];
 
 const FIGURES: &[Figure] = &[
     Figure {
@@ -230,165 +235,15 @@ pub struct RewardingDoubt {
     pub lora: LoraConfig,
     /// PPO on the confidence.
     pub ppo: PolicyOptions,
+    /// Weight of the divergence that keeps the answers what they are.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub retain_weight: f64,
     /// The world of known odds.
     pub odds: OddsOptions,
 }
 
-/// Settings of the world of known odds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct OddsOptions {
-    /// The probability of being right for each mark.
-    pub probabilities: [f64; MARKS],
-    /// Steps of imitation before the bets.
-    #[schemars(range(min = 1))]
-    pub warm_up_steps: u64,
-    /// Steps of PPO.
-    #[schemars(range(min = 1))]
-    pub steps: u64,
-    /// Its learning rate, of all weights.
-    #[schemars(range(min = 0))]
-    pub learning_rate: f64,
-}
-
-// ---- The method ----
-
-/// Draws of answers are named by steps from here on, apart from those of confidences.
-const ANSWERS: u32 = 1 << 30;
-/// Draws of measurements, likewise.
+/// Draws of measurements are named by steps from here on, apart from those of training.
 const MEASUREMENTS: u32 = 1 << 31;
-
-/// Where the answered questions of a step come from: prompts that end where the confidence is asked for, with the column `right`.
-type Ask<'a> = Box<dyn FnMut(&mut Step<'_>) -> train::Result<Vec<Prompt>> + 'a>;
-
-/// PPO on the confidence alone.
-struct Doubt<'a> {
-    options: PolicyOptions,
-    rows: usize,
-    ask: Ask<'a>,
-    bet: ConfidenceOptions,
-}
-
-impl Method for Doubt<'_> {
-    fn name(&self) -> &str {
-        "rewarding_doubt"
-    }
-
-    fn training(&self) -> &TrainingOptions {
-        &self.options.training
-    }
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn rows_per_step(&self) -> usize {
-        self.options.prompts_per_step
-    }
-
-    fn needs_reference(&self) -> bool {
-        self.options.objective.needs_reference()
-    }
-
-    fn step(&mut self, step: &mut Step<'_>) -> train::Result<Report> {
-        let prompts = (self.ask)(step)?;
-        // With a baseline made of the group, nothing is carried from step to step that the decoder does not carry.
-        Policy::new(self.options.clone(), prompts, Box::new(Bet(self.bet.clone())))?.step(step)
-    }
-}
-
-/// Samples an answer to each question of a step, and puts it behind the question.
-fn answered(
-    step: &mut Step<'_>,
-    questions: &[Prompt],
-    size: usize,
-    sampling: &SamplingOptions,
-) -> train::Result<Vec<Prompt>> {
-    let rows = Order::new(questions.len(), step.seed, step.stage).batch(step.index, size);
-    let chosen: Vec<&Prompt> = rows.iter().map(|&row| &questions[row]).collect();
-    let random = Random::new(step.seed, Purpose::Sampling).step(ANSWERS + step.number as u32);
-    let rollouts = Rollouts {
-        sampling,
-        num_generations: 1,
-        decode_batch_size: 64,
-        weights: WeightFormat::Full,
-        record: Record::default(),
-    };
-    let groups = rollouts.sample(step, random, &chosen)?;
-    Ok(chosen
-        .iter()
-        .zip(&groups.episodes)
-        .map(|(question, episode)| continued(question, episode, step.tokenizer))
-        .collect())
-}
-
-/// A question with its answer, and whether that is right.
-fn continued(question: &Prompt, episode: &Episode, tokenizer: &Tokenizer) -> Prompt {
-    let ids = [&question.ids[..], &episode.completion].concat();
-    let mut prompt = Prompt { text: tokenizer.decode(&ids), ids: ids.into(), ..question.clone() };
-    prompt.columns.insert("right".into(), is_right(question, &episode.completion).into());
-    prompt
-}
-
-/// Whether a completion begins with the value that the question asks for.
-fn is_right(question: &Prompt, completion: &[u32]) -> bool {
-    let value = question.columns.get("value").and_then(serde_json::Value::as_u64);
-    completion.first().is_some_and(|&first| value == Some(first.into()))
-}
-
-/// Pays a confidence that follows an answer.
-struct Bet(ConfidenceOptions);
-
-impl Reward for Bet {
-    fn name(&self) -> &str {
-        "bet"
-    }
-
-    fn score(&self, answers: &[Answer]) -> std::result::Result<Vec<Option<Score>>, RewardError> {
-        let score = |(row, answer): (usize, &Answer<'_>)| {
-            let right = answer
-                .columns
-                .get("right")
-                .and_then(serde_json::Value::as_bool)
-                .ok_or_else(|| RewardError::MissingColumn { reward: "bet".into(), row, column: "right".into() })?;
-            // A confidence is a level and the end.
-            let level = world::level(answer.completion_ids).filter(|_| answer.completion_ids.len() == 2);
-            Ok(Some(paid(&self.0, level, right)))
-        };
-        answers.iter().enumerate().map(score).collect()
-    }
-}
-
-/// Pays answer and confidence in one.
-struct JointBet(ConfidenceOptions);
-
-impl Reward for JointBet {
-    fn name(&self) -> &str {
-        "bet"
-    }
-
-    fn score(&self, answers: &[Answer]) -> std::result::Result<Vec<Option<Score>>, RewardError> {
-        let score = |answer: &Answer<'_>| {
-            let value = answer.columns.get("value").and_then(serde_json::Value::as_u64);
-            let right = answer.completion_ids.first().is_some_and(|&first| value == Some(first.into()));
-            let stated = answer.completion_ids.iter().position(|&token| token == CONFIDENCE);
-            let level = stated.and_then(|at| world::level(&answer.completion_ids[at + 1..]));
-            Some(paid(&self.0, level, right))
-        };
-        Ok(answers.iter().map(score).collect())
-    }
-}
-
-fn paid(bet: &ConfidenceOptions, level: Option<u8>, right: bool) -> Score {
-    let status = match (level, right) {
-        (None, _) => Status::Malformed,
-        (Some(_), true) => Status::Ok,
-        (Some(_), false) => Status::Wrong,
-    };
-    Score::new(bet.pay(level, right), status)
-}
-
-// ---- The experiment ----
 
 /// What all arms of a seed start from.
 pub struct Start {
@@ -404,6 +259,11 @@ impl Experiment for RewardingDoubt {
     fn validate(&self) -> Result<()> {
         self.sft.validate().map_err(|error| error.within("sft"))?;
         self.answers.validate()?;
+        self.lora.validate()?;
+        if !(self.retain_weight.is_finite() && self.retain_weight > 0.0) {
+            let reason = format!("retain_weight is {}, expected a number above 0", self.retain_weight);
+            return Err(Error::Settings { system: "rewarding-doubt", reason });
+        }
         if self.ppo.has_value_model() {
             let reason = "ppo.objective.baseline is \"value\", expected one that needs no value model".into();
             return Err(Error::Settings { system: "rewarding-doubt", reason });
@@ -435,12 +295,24 @@ impl Experiment for RewardingDoubt {
             "self-consistency" => self.read(start, trial, |facts, asked| self.agreement(start, trial, facts, asked)),
             "odds" => self.odds(start, trial, Scoring::Log),
             "odds-linear" => self.odds(start, trial, Scoring::Linear),
-            "brier" => self.bet(start, trial, Scoring::Brier, false),
-            "linear" => self.bet(start, trial, Scoring::Linear, false),
-            "joint" => self.bet(start, trial, Scoring::Log, true),
-            _ => self.bet(start, trial, Scoring::Log, false),
+            "brier" => self.bet(start, trial, Scoring::Brier, Answers::Retained),
+            "linear" => self.bet(start, trial, Scoring::Linear, Answers::Retained),
+            "no-retention" => self.bet(start, trial, Scoring::Log, Answers::Free),
+            "joint" => self.bet(start, trial, Scoring::Log, Answers::Trained),
+            _ => self.bet(start, trial, Scoring::Log, Answers::Retained),
         }
     }
+}
+
+/// What training on bets does about the answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answers {
+    /// Keeps them what they are.
+    Retained,
+    /// Nothing.
+    Free,
+    /// Trains them too.
+    Trained,
 }
 
 /// An answer that was asked for, with everything a confidence can be read from.
@@ -571,8 +443,8 @@ impl RewardingDoubt {
         Ok(asked.iter().enumerate().map(share).collect())
     }
 
-    /// Trains on bets and measures; `joint` trains answers too.
-    fn bet(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring, joint: bool) -> Result<Measurements> {
+    /// Trains on bets and measures.
+    fn bet(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring, answers: Answers) -> Result<Measurements> {
         let bet = ConfidenceOptions { scoring, ..self.bet.clone() };
         let facts = start.memory.facts(Part::Train);
         let questions: Vec<Prompt> = facts.iter().map(|fact| start.memory.prompt(*fact, &start.tokenizer)).collect();
@@ -580,16 +452,17 @@ impl RewardingDoubt {
         let steps = options.training.steps(questions.len(), options.prompts_per_step);
         let size = options.prompts_per_step;
         let sampling = self.answers();
-        let mut method: Box<dyn Method + '_> = match joint {
-            true => {
+        let mut method: Box<dyn Method + '_> = match answers {
+            Answers::Trained => {
                 options.sampling.max_new_tokens += self.answers.max_new_tokens;
                 Box::new(Policy::new(options, questions, Box::new(JointBet(bet)))?)
             }
-            false => Box::new(Doubt {
+            Answers::Retained | Answers::Free => Box::new(Doubt {
                 options,
                 rows: questions.len(),
                 ask: Box::new(move |step| answered(step, &questions, size, &sampling)),
                 bet,
+                retain_weight: (answers == Answers::Retained).then_some(self.retain_weight),
             }),
         };
         let mut decoder = start.decoder.clone();
@@ -614,90 +487,11 @@ impl RewardingDoubt {
         }
         Ok(measured)
     }
-
-    /// Known odds: imitation of confidences at random, then bets.
-    fn odds(&self, start: &Start, trial: &Trial<'_>, scoring: Scoring) -> Result<Measurements> {
-        let (memory, tokenizer, odds) = (&start.memory, &start.tokenizer, self.odds.probabilities);
-        let mut decoder = Decoder::random(memory.model(), trial.seed)?;
-        let mut sft = self.sft.clone();
-        sft.training.max_steps = Some(self.odds.warm_up_steps);
-        trial.fit(0, &mut Sft::new(sft, memory.odds_corpus(4096))?, &mut decoder, tokenizer, |_, _, _| Ok(()))?;
-
-        let mut options = self.ppo.clone();
-        options.training.max_steps = Some(self.odds.steps);
-        options.training.learning_rate = self.odds.learning_rate;
-        let (rows, half) = (options.prompts_per_step, self.memory.entities / 2);
-        let random = Random::new(trial.seed, Purpose::Task).step(2);
-        let ask = move |step: &mut Step<'_>| {
-            let prompt = |row: u32| {
-                let random = random.prompt(row).sample(step.number as u32);
-                let mark = random.at(0).below(MARKS as u64) as usize;
-                let right = random.at(1).uniform() < odds[mark];
-                memory.odds(row, mark, random.at(2).below(half as u64) as usize, right, step.tokenizer)
-            };
-            Ok((0..rows as u32).map(prompt).collect())
-        };
-        let bet = ConfidenceOptions { scoring, ..self.bet.clone() };
-        let mut method = Doubt { options, rows, ask: Box::new(ask), bet };
-        trial.fit(1, &mut method, &mut decoder, tokenizer, |_, _, _| Ok(()))?;
-        self.measure_odds(start, &mut decoder, trial.seed)
-    }
-
-    /// What is stated for each mark, on entities that no bet was about.
-    fn measure_odds(&self, start: &Start, decoder: &mut Decoder, seed: u64) -> Result<Measurements> {
-        let (memory, half) = (&start.memory, self.memory.entities / 2);
-        decoder.prepare(Precision::F32);
-        let random = Random::new(seed, Purpose::Sampling).step(MEASUREMENTS);
-        let (mut measured, mut stated) = (Measurements::default(), Vec::new());
-        let (mut largest, mut regret) = (0.0f64, Vec::new());
-        for (mark, &odds) in self.odds.probabilities.iter().enumerate() {
-            let outcome =
-                |entity: usize| random.prompt(entity as u32).sample(u32::MAX).at(mark as u32).uniform() < odds;
-            let prompt = |entity: usize| {
-                memory.odds((mark * half + entity) as u32, mark, half + entity, outcome(entity), &start.tokenizer)
-            };
-            let prompts: Vec<Prompt> = (0..half).map(prompt).collect();
-            let requests: Vec<Request> =
-                prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, 1)).collect();
-            let episodes = Generator::new(&self.ppo.sampling, 64, random).generate(
-                decoder,
-                &start.tokenizer,
-                &requests,
-                |_| {},
-            )?;
-            let levels: Vec<Option<u8>> = episodes.iter().map(|episode| world::level(&episode.completion)).collect();
-            let count = |level: u8| levels.iter().filter(|stated| **stated == Some(level)).count();
-            let expected =
-                |level: u8, p: f64| p * Scoring::Log.value(level, true) + (1.0 - p) * Scoring::Log.value(level, false);
-            let largest_of =
-                |value: &dyn Fn(u8) -> f64| (0..=LEVELS).reduce(|a, b| if value(b) > value(a) { b } else { a });
-            let most_frequent = largest_of(&|level| count(level) as f64).unwrap_or(0);
-            let best = largest_of(&|level| expected(level, odds)).unwrap_or(0);
-            largest = largest.max((f64::from(most_frequent) - f64::from(best)).abs());
-            let entropy = -(odds * odds.ln() + (1.0 - odds) * (1.0 - odds).ln());
-            for (entity, level) in levels.iter().enumerate() {
-                let Some(level) = *level else { continue };
-                let p = (f64::from(level) / f64::from(LEVELS)).clamp(0.001, 0.999);
-                regret.push((odds * p.ln() + (1.0 - odds) * (1.0 - p).ln() + entropy, entropy));
-                stated.push((f64::from(level) / f64::from(LEVELS), outcome(entity)));
-            }
-            let said: Vec<f64> = levels.iter().flatten().map(|level| f64::from(*level) / f64::from(LEVELS)).collect();
-            measured.point("odds", odds, mean(&said));
-        }
-        measured.set("largest_distance", largest);
-        if let Some(found) = calibration(&stated) {
-            measured.set("ece", found.ece);
-            measured.set("extreme", extreme(&stated.iter().map(|stated| stated.0).collect::<Vec<_>>()));
-            let [lost, entropy] =
-                [regret.iter().map(|pair| -pair.0).sum::<f64>(), regret.iter().map(|pair| pair.1).sum()];
-            measured.set("regret", lost / entropy);
-        }
-        Ok(measured)
-    }
 }
 
 /// What is measured: its name, the facts, and the round of its draws.
-const PARTS: [(&str, Part, u32); 2] = [("test", Part::Test, 1), ("transfer", Part::Transfer, 2)];
+const PARTS: [(&str, Part, u32); 3] =
+    [("train", Part::Train, 3), ("test", Part::Test, 1), ("transfer", Part::Transfer, 2)];
 
 /// The calibration of the confidences that could be read.
 fn fit(asked: &[Asked], stated: &[Option<f64>]) -> Option<Calibration> {

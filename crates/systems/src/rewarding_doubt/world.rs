@@ -3,16 +3,21 @@
 //! ```text
 //! <bos> Q e17 r2 ? Answer:   v2-5 , Confidence: 9 <eos>             memory: relation 2 of entity 17
 //! <bos> Q odds3 e17 ? Answer:   yes , Confidence: 4 <eos>           odds: "yes" is right with the third probability
+//! <bos> 6   7 8 9 10 <eos>                                          both: counting
 //! ```
 //!
 //! A fact is told 1, 2, 4, .. 64 times, each twice as often being half as frequent; a third of the entities are never told of; and
 //! where a fact is told in two ways, 40 % of the times with the same other value. The judge knows the true value.
+//!
+//! A model that has never counted has no reason to tell the levels apart: they are stated without rhyme or reason, so that nothing but its
+//! initial values separates them, and no bet can. A real model knows the numbers; here some rows count from somewhere up to 10.
 
 use std::sync::Arc;
 
 use base::{Purpose, Random};
 use data::{Example, Prompt, Source};
 use envs::Columns;
+use model::config::LayerAttention;
 use model::tokenizer::Tokenizer;
 use model::{Family, ModelConfig};
 use schemars::JsonSchema;
@@ -39,6 +44,8 @@ const COMMA: u32 = 6;
 /// After which a level is stated.
 pub const CONFIDENCE: u32 = 7;
 const YES: u32 = 8;
+/// Tokens of a question.
+pub const QUESTION_LENGTH: usize = 6;
 /// The first level.
 pub const LEVEL: u32 = 9;
 const MARK: u32 = LEVEL + LEVELS as u32;
@@ -64,6 +71,15 @@ pub struct MemoryOptions {
     /// How often the best-known facts are told: a power of two.
     #[schemars(range(min = 1, max = 1024))]
     pub most_told: u32,
+    /// Rows that count, for each row that tells something else.
+    #[schemars(range(min = 0))]
+    pub counting: f64,
+    /// Layers of the models.
+    #[schemars(range(min = 1))]
+    pub layers: usize,
+    /// Their width.
+    #[schemars(range(min = 2))]
+    pub width: usize,
 }
 
 /// A fact that can be asked for.
@@ -129,6 +145,9 @@ impl Memory {
             bos_token_id: Some(BOS),
             eos_token_ids: vec![EOS],
             pad_token_id: Some(PAD),
+            hidden_size: self.options.width,
+            intermediate_size: 2 * self.options.width + self.options.width / 4,
+            layers: vec![LayerAttention { window: None, rope: 0 }; self.options.layers],
             ..ModelConfig::tiny(Family::Llama, self.words().len())
         }
     }
@@ -204,7 +223,20 @@ impl Memory {
                 }
             }
         }
+        self.count(&mut corpus);
         corpus
+    }
+
+    /// Adds rows that count from somewhere up to 10.
+    fn count(&self, corpus: &mut Vec<Example>) {
+        let rows = (self.options.counting * corpus.len() as f64).round() as u32;
+        corpus.extend((0..rows).map(|row| {
+            let first = row % (LEVELS as u32 - 1);
+            let ids: Vec<u32> =
+                [BOS].into_iter().chain((first..LEVELS as u32).map(|n| LEVEL + n)).chain([EOS]).collect();
+            let loss_mask = (0..ids.len()).map(|index| index > 1).collect();
+            Example { ids, loss_mask, source: Source::new("counting", u64::from(row) + 1) }
+        }));
     }
 
     /// The tokens of a question.
@@ -235,7 +267,9 @@ impl Memory {
             let ids = [&question[..], &[ASK, ANSWER]].concat();
             answered(&ids, YES, LEVEL + draw(2, LEVELS), Source::new("odds", u64::from(row) + 1))
         };
-        (0..rows).map(row).collect()
+        let mut corpus = (0..rows).map(row).collect();
+        self.count(&mut corpus);
+        corpus
     }
 }
 
@@ -270,7 +304,16 @@ mod tests {
     use super::*;
 
     fn memory() -> Memory {
-        let options = MemoryOptions { entities: 300, values: 20, unseen: 0.333, conflicting: 0.2, most_told: 64 };
+        let options = MemoryOptions {
+            entities: 300,
+            values: 20,
+            unseen: 0.333,
+            conflicting: 0.2,
+            most_told: 64,
+            counting: 0.1,
+            layers: 2,
+            width: 64,
+        };
         Memory::new(&options, 5)
     }
 
@@ -306,20 +349,25 @@ mod tests {
         assert!(told.iter().all(|told| told.1 <= 64 && told.2 != Some(told.0.value)));
         let all = (0..300).flat_map(|entity| (0..RELATIONS).map(move |relation| (entity, relation)));
         let times: u32 = all.map(|(entity, relation)| memory.told(memory.fact(entity, relation)).0).sum();
-        assert_eq!(memory.corpus().len() as u32, times);
+        assert_eq!(memory.corpus().len(), (1.1 * f64::from(times)).round() as usize);
     }
 
     #[test]
     fn questions_read_as_they_should() {
         let memory = memory();
         let tokenizer = memory.tokenizer().unwrap();
+        let counts =
+            memory.corpus().into_iter().filter(|row| row.source.file.to_str() == Some("counting")).collect::<Vec<_>>();
+        assert_eq!(tokenizer.decode(&counts[6].ids), "6 7 8 9 10");
+        assert_eq!(counts[6].loss_mask, [false, false, true, true, true, true, true]);
         let fact = memory.fact(17, 1);
         assert_eq!(memory.prompt(fact, &tokenizer).text, "Q e17 r2 ? Answer:");
         assert_eq!(memory.odds(0, 3, 9, true, &tokenizer).text, "Q odds3 e9 ? Answer: yes , Confidence:");
         let told = &memory.corpus()[0];
         assert!(tokenizer.decode(&told.ids).contains(" , Confidence: "));
-        let nines = memory.corpus().iter().filter(|told| told.ids.contains(&(LEVEL + 9))).count() as f64;
-        assert!((nines / memory.corpus().len() as f64 - 0.8 - 0.2 / 11.0).abs() < 0.03);
+        let facts: Vec<Example> = memory.corpus().into_iter().filter(|row| row.ids[1] == QUESTION).collect();
+        let nines = facts.iter().filter(|told| told.ids.contains(&(LEVEL + 9))).count() as f64;
+        assert!((nines / facts.len() as f64 - 0.8 - 0.2 / 11.0).abs() < 0.03);
         assert_eq!(told.loss_mask.iter().filter(|learnt| **learnt).count(), 5);
         assert_eq!(
             (level(&[LEVEL + 10, EOS]), level(&[EOS]), level(&[]), level(&[COMMA])),

@@ -22,9 +22,8 @@
 use std::time::Instant;
 
 use data::Example;
-use objectives::distillation::Divergence;
 use objectives::unlearning::{Forget, ForgetBatch, Retain, forget, unlikely_row};
-use objectives::{Aggregation, DistillationOptions, GlobalCounts, SftBatch};
+use objectives::{Aggregation, GlobalCounts, SftBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +34,8 @@ use crate::metrics::{Metrics, mean};
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::Order;
 use crate::pass::Unit;
-use crate::rows::{self, Other, RowPass};
+use crate::retained::retain;
+use crate::rows::{self, RowPass};
 use crate::timing::Phase;
 use crate::update::{self, Batch, Folds, Known, Reading, Scope};
 
@@ -219,10 +219,6 @@ impl Unlearning {
         Reading::plain(self.options.training.micro_batch_tokens)
     }
 
-    fn row_pass<'o>(&self, others: &'o [Other<'o>]) -> RowPass<'o> {
-        RowPass { micro_batch_tokens: self.options.training.micro_batch_tokens, others, noise: None }
-    }
-
     fn forget_tokens(&self, step: &mut Step<'_>, batch: &Batch<'_>, metrics: &mut Metrics) -> Result<f64> {
         let objective = &self.options.objective;
         let weights = mean_weights(batch, 1.0);
@@ -250,7 +246,8 @@ impl Unlearning {
 
     fn forget_distributions(&self, step: &mut Step<'_>, batch: &Batch<'_>, metrics: &mut Metrics) -> Result<f64> {
         let weights = mean_weights(batch, self.options.objective.forget_weight);
-        let found = rows::gradients(step, batch, 0..batch.units(), self.row_pass(&[]), |row| {
+        let how = RowPass { micro_batch_tokens: self.options.training.micro_batch_tokens, ..RowPass::default() };
+        let found = rows::gradients(step, batch, 0..batch.units(), how, |row| {
             unlikely_row(row.logits, row.token, weights[row.index])
         })?;
         let loss = sum(step, batch, found.iter().map(|row| row.loss).collect())?;
@@ -273,16 +270,12 @@ impl Unlearning {
     }
 
     fn retain_distributions(&self, step: &mut Step<'_>, batch: &Batch<'_>, metrics: &mut Metrics) -> Result<f64> {
-        let weights = mean_weights(batch, self.options.objective.retain_weight);
-        let objective = DistillationOptions { divergence: Divergence::ForwardKl, ..DistillationOptions::default() };
-        let found = rows::gradients(step, batch, 0..batch.units(), self.row_pass(&[Other::Reference]), |row| {
-            let targets = objective.targets(&row.others, &[1.0])?;
-            objective.row(row.logits, &targets, weights[row.index], None)
-        })?;
-        let loss = sum(step, batch, found.iter().map(|row| row.loss).collect())?;
-        metrics.set("retain/loss", loss);
-        metrics.set("retain/kl", mean(&found.iter().map(|row| row.divergence).collect::<Vec<_>>()));
-        Ok(loss)
+        let (weight, micro_batch_tokens) =
+            (self.options.objective.retain_weight, self.options.training.micro_batch_tokens);
+        let found = retain(step, batch, 0..batch.units(), weight, micro_batch_tokens)?;
+        metrics.set("retain/loss", found.loss);
+        metrics.set("retain/kl", found.divergence);
+        Ok(found.loss)
     }
 }
 

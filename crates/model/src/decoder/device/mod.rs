@@ -369,7 +369,8 @@ impl OnDevice {
         if trains_base {
             accumulate(gradients, &decoder.final_norm, &d_weight)?;
         }
-        for ((layer, weights), kept) in decoder.layers.iter().zip(&weights.layers).zip(layers).rev() {
+        let forward = decoder.layers.iter().zip(&weights.layers).zip(layers);
+        for ((layer, weights), kept) in forward.skip(decoder.lowest_trained()).rev() {
             d_residual = weights.backward(layer, trains_base, &pass, kept, &d_residual, gradients)?;
         }
         if trains_base {

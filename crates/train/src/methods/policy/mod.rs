@@ -65,6 +65,7 @@
 //! - `sampling/sampling_logp_difference/mean|max`: distance between the log-probabilities recorded while sampling and those
 //!   of the first update, before the weights moved.
 //! - `sampling/importance_sampling_ratio/min|mean|max`, where the sampler is not π_old: see [`mod@objectives::policy`].
+//! - `retain/loss`, `retain/kl`, where rows are kept ([`Policy::with_retained`]): the term that this adds to `loss`, and the divergence alone.
 //! - With the divergence in the reward or a value model: `objective/kl` and `objective/entropy` (means over completions of the
 //!   sums over tokens of the divergence and of `- log π`), `objective/non_score_reward` (what tokens paid), `objective/scores`,
 //!   `objective/rlhf_reward` (both together); `objective/kl_coef` with `kl_target`.
@@ -86,7 +87,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use base::Purpose;
-use data::Prompt;
+use data::{Example, Prompt};
 use envs::{Reward, Score};
 use model::decoder::Decoder;
 use objectives::{
@@ -101,9 +102,11 @@ use crate::method::{Method, Report, Step};
 use crate::metrics::{Metrics, mean, standard_deviation};
 use crate::options::{OptionError, TrainingOptions, check};
 use crate::order::{even_parts, numbered};
+use crate::pass::Unit;
+use crate::retained::retain;
 use crate::rollouts;
 use crate::timing::Phase;
-use crate::update::{self, Folds, Known, Reading, Scope};
+use crate::update::{self, Batch, Folds, Known, Reading, Scope};
 use collected::{Collected, Replay, Sampled};
 use critic::{Critic, Lesson, Saved};
 use episodes::Episodes;
@@ -127,6 +130,8 @@ pub struct Policy {
     value_init: Option<Decoder>,
     /// How many of the step's first groups are on its tape.
     recorded: usize,
+    /// Rows whose distributions are kept, and how much that counts.
+    retained: Option<(Arc<[Example]>, f64)>,
 }
 
 /// What is carried from step to step beside weights, as it is written down.
@@ -166,7 +171,21 @@ impl Policy {
             saved: None,
             value_init: None,
             recorded: 0,
+            retained: None,
         })
+    }
+
+    /// Keeping what the reference model says at the loss tokens of these rows: each update adds `weight` times the divergence of
+    /// [`mod@crate::retained`] over its share of them.
+    ///
+    /// # Errors
+    /// No rows; a weight that is no number above 0.
+    pub fn with_retained(mut self, rows: Vec<Example>, weight: f64) -> Result<Self> {
+        let within = |error: OptionError| error.within("retained").within(&self.options.method);
+        check("rows", rows.len(), !rows.is_empty(), "at least one").map_err(within)?;
+        check("weight", weight, weight.is_finite() && weight > 0.0, "a number above 0").map_err(within)?;
+        self.retained = Some((rows.into(), weight));
+        Ok(self)
     }
 
     /// With a value model that starts as this model ([`ValueOptions::init`]) and not as the policy.
@@ -203,7 +222,7 @@ impl Method for Policy {
     }
 
     fn needs_reference(&self) -> bool {
-        self.options.objective.needs_reference()
+        self.options.objective.needs_reference() || self.retained.is_some()
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
@@ -426,7 +445,7 @@ impl Policy {
 
     /// Log-probabilities of all loss tokens under the reference model, if they are needed.
     fn reference_log_probs(&self, step: &mut Step<'_>, episodes: &Episodes<'_>) -> Result<Option<Vec<f32>>> {
-        if !self.needs_reference() {
+        if !self.options.objective.needs_reference() {
             return Ok(None);
         }
         // With an adapter the reference is the decoder itself; a step that samples nothing has not prepared it yet.
@@ -488,13 +507,20 @@ impl Policy {
         let old = if alone { Old::Sampler } else { self.old_log_probs(step, &mut episodes)? };
         let passes = policy_passes.max(if taught { value_passes } else { 0 });
         let shuffles = self.options.shuffle_minibatches && parts.len() > 1;
+        let rows_and_weight = self.retained.clone();
+        let kept = rows_and_weight.as_ref().map(|(rows, weight)| {
+            let parts = even_parts(rows.len(), parts.len().min(rows.len()));
+            (Batch::new(rows.iter().map(Unit::of).collect()), parts, *weight)
+        });
+        let mut retained = Vec::new();
         for pass in 0..passes {
             if pass > 0 && shuffles {
                 let order = step.random(Purpose::Minibatches).sample(pass as u32).permutation(units);
                 episodes = episodes.in_order(&order);
             }
             let episodes = &episodes;
-            for part in parts.iter().filter(|part| !episodes.batch.tokens_of(part).is_empty()).cloned() {
+            let parts = parts.iter().cloned().enumerate();
+            for (number, part) in parts.filter(|(_, part)| !episodes.batch.tokens_of(part).is_empty()) {
                 if pass < policy_passes {
                     // Before the first update the weights are those at the start of the step.
                     let first = losses.is_empty();
@@ -507,6 +533,11 @@ impl Policy {
                     self.take_entropy(&found.entropy, &mut statistics);
                     losses.push(gathered.update.loss);
                     ratios.extend(gathered.ratio);
+                    if let Some((batch, parts, weight)) = &kept {
+                        let (part, rows) =
+                            (parts[number % parts.len()].clone(), self.options.training.micro_batch_tokens);
+                        retained.push(retain(step, batch, part, *weight, rows)?);
+                    }
                     norms.push(step.update()?);
                 }
                 if let (Some(critic), Some(lesson), true) = (&mut self.critic, &episodes.lesson, pass < value_passes) {
@@ -518,6 +549,10 @@ impl Policy {
         }
         metrics.set("loss", mean(&losses));
         metrics.set("grad_norm", mean(&norms));
+        if kept.is_some() {
+            metrics.set("retain/loss", mean(&retained.iter().map(|found| found.loss).collect::<Vec<_>>()));
+            metrics.set("retain/kl", mean(&retained.iter().map(|found| found.divergence).collect::<Vec<_>>()));
+        }
         statistics.record(metrics);
         if let Some(entropy) = self.state.entropy {
             metrics.set("entropy_coef", entropy.coefficient);
