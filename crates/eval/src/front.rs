@@ -3,6 +3,8 @@
 //! A *point* is what a model reaches in each objective; more is better in all of them. A point *dominates* another that it
 //! reaches or exceeds everywhere and exceeds somewhere. The points that none dominates are the *front*.
 
+use crate::metrics::standard_deviation;
+
 /// Whether `a` is at least as good everywhere and better somewhere.
 pub fn dominates(a: &[f64], b: &[f64]) -> bool {
     a.iter().zip(b).all(|(a, b)| a >= b) && a.iter().zip(b).any(|(a, b)| a > b)
@@ -17,6 +19,32 @@ pub fn front<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
         })
     };
     (0..points.len()).filter(|&index| !beaten(index)).collect()
+}
+
+/// How far each point is from being beaten by none: by how much it would have to rise in every objective, in standard deviations of the points
+/// (the additive ε of Zitzler et al., "Performance assessment of multiobjective optimizers", 2003, for one point).
+///
+/// ```text
+/// ε_i = max_{j ≠ i} min_k (J_k^j - J_k^i) / σ_k
+/// ```
+///
+/// Not above 0 on the front, not below 0 elsewhere; -∞ for a point that is alone.
+pub fn shortfalls<P: AsRef<[f64]>>(points: &[P]) -> Vec<f64> {
+    let unit = |objective: usize| {
+        let values: Vec<f64> = points.iter().map(|point| point.as_ref()[objective]).collect();
+        let deviation = standard_deviation(&values);
+        if deviation > 0.0 { deviation } else { 1.0 }
+    };
+    let units: Vec<f64> = (0..points.first().map_or(0, |point| point.as_ref().len())).map(unit).collect();
+    let behind = |own: &[f64], other: &[f64]| {
+        let gaps = own.iter().zip(other).zip(&units).map(|((own, other), unit)| (other - own) / unit);
+        gaps.fold(f64::INFINITY, f64::min)
+    };
+    let shortfall = |(i, own): (usize, &P)| {
+        let others = points.iter().enumerate().filter(|(j, _)| *j != i);
+        others.map(|(_, other)| behind(own.as_ref(), other.as_ref())).fold(f64::NEG_INFINITY, f64::max)
+    };
+    points.iter().enumerate().map(shortfall).collect()
 }
 
 /// The area of what the points dominate above `reference` (Zitzler and Thiele, "Multiobjective evolutionary algorithms", 1999), in
@@ -111,6 +139,23 @@ mod tests {
         assert_eq!(hypervolume(&[[1.0, 1.0]], [0.5, 0.75]), 0.125);
         // Points of equal height or width.
         assert_eq!(hypervolume(&[[2.0, 1.0], [3.0, 1.0], [2.0, 2.0]], reference), 5.0);
+    }
+
+    #[test]
+    fn shortfalls_say_how_far_the_front_is() {
+        // Deviations of 2 and 4: of the last point, the second is 2 / 2 and 4 / 4 away.
+        let points = [[0.0, 8.0], [4.0, 8.0], [2.0, 4.0], [2.0, 4.0], [4.0, 0.0]];
+        let deviations = [0, 1].map(|k| standard_deviation(&points.map(|point| point[k])));
+        let found = shortfalls(&points);
+        assert_eq!(found[0], 0.0, "as high as the best, and beaten in the other objective");
+        assert!(found[1] < 0.0, "alone on the front: {found:?}");
+        let expected = (2.0 / deviations[0]).min(4.0 / deviations[1]);
+        assert!((found[2] - expected).abs() < 1e-12 && found[2] == found[3]);
+        let on_front = |index: usize| front(&points).contains(&index);
+        assert!((0..5).all(|index| if on_front(index) { found[index] <= 0.0 } else { found[index] >= 0.0 }));
+        assert_eq!(shortfalls(&[[1.0, 2.0]]), [f64::NEG_INFINITY]);
+        let level = shortfalls(&[[1.0, 2.0], [1.0, 3.0]]);
+        assert!(level[0] == 0.0 && level[1] < 0.0, "an objective in which all are equal decides nothing: {level:?}");
     }
 
     #[test]

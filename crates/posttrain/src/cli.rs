@@ -268,7 +268,7 @@ pub struct Frontier {
     /// Prompts to measure on, taken evenly from the rows to train on
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub prompts: u32,
-    /// Answers to each prompt
+    /// Answers to each prompt where a candidate is measured most surely
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub samples: u32,
     /// Smallest value added to the coefficients of the even average
@@ -286,6 +286,9 @@ pub struct Frontier {
     /// Rounds of half steps around what is left
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10))]
     pub refinements: u32,
+    /// How often the better half of the candidates is measured again with twice the answers; each time halves those of the first look
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=10))]
+    pub halvings: u32,
     /// Drop candidates that are more than so many times as perplexed by the first model's answers as that model is
     #[arg(long, value_name = "RATIO", default_value_t = 1.5)]
     pub max_perplexity_ratio: f64,

@@ -9,7 +9,7 @@ use kernels::Precision;
 use model::decoder::{Decoder, TaskVectors};
 use model::tokenizer::Tokenizer;
 use model::{Family, ModelConfig};
-use posttrain_train::frontier::{Frontier, Probe, ProbeError, ProbeOptions, SearchOptions};
+use posttrain_train::frontier::{Frontier, Look, Probe, ProbeError, ProbeOptions, SearchOptions};
 use posttrain_train::mixing::{PoolOptions, Proposal, pool, weights};
 use rollout::SamplingOptions;
 
@@ -64,22 +64,50 @@ fn with_probe<T>(options: &ProbeOptions, then: impl FnOnce(&Probe<'_>) -> T) -> 
 #[test]
 fn the_model_before_training_is_where_measurements_begin() {
     with_probe(&options(), |probe| {
-        let scores = probe.scores(&mut model(1), 0).unwrap();
+        let scores = probe.scores(&mut model(1), Look::whole(0)).unwrap();
         assert_eq!((scores.divergence, scores.perplexity_ratio), (0.0, 1.0));
         let objectives = probe.objectives();
         let means: Vec<f64> = objectives.iter().map(|objective| objective.mean).collect();
         assert_eq!(scores.objectives, means, "the same draws give the same answers");
         assert!(objectives.iter().all(|objective| objective.standard_deviation > 0.0));
-        assert_ne!(probe.scores(&mut model(1), 1).unwrap().objectives, means, "another round has other draws");
-        let other = probe.scores(&mut model(2), 0).unwrap();
+        assert_ne!(
+            probe.scores(&mut model(1), Look::whole(1)).unwrap().objectives,
+            means,
+            "another round has other draws"
+        );
+        let other = probe.scores(&mut model(2), Look::whole(0)).unwrap();
         assert!(other.divergence > 0.0 && other.perplexity_ratio > 1.0);
+    });
+}
+
+#[test]
+fn a_look_takes_its_share_of_the_answers() {
+    with_probe(&options(), |probe| {
+        let answers = |share| probe.measure(&model(2), Look { round: 1, share }).unwrap().episodes;
+        let whole = answers(1.0);
+        assert_eq!(whole.len(), 3 * 4);
+        // Fewer answers to each of the three prompts, then fewer prompts, at least one. What is asked has the same draws.
+        let completions = |episodes: &[rollout::Episode]| -> Vec<Vec<u32>> {
+            episodes.iter().map(|episode| episode.completion.clone()).collect()
+        };
+        let of = |places: &[usize]| -> Vec<Vec<u32>> {
+            places.iter().map(|&place| whole[place].completion.clone()).collect()
+        };
+        assert_eq!(completions(&answers(0.5)), of(&[0, 1, 4, 5, 8, 9]));
+        assert_eq!(completions(&answers(0.25)), of(&[0, 4, 8]));
+        assert_eq!(completions(&answers(0.125)), of(&[0, 4]));
+        assert_eq!(completions(&answers(1e-3)), of(&[0]));
+        let same = probe.scores(&mut model(1), Look { round: 0, share: 0.125 }).unwrap();
+        assert_eq!((same.divergence, same.perplexity_ratio), (0.0, 1.0), "the first model against its own answers");
     });
 }
 
 #[test]
 fn measurements_do_not_depend_on_the_batch() {
     let of = |batch_size| {
-        with_probe(&ProbeOptions { batch_size, ..options() }, |probe| probe.scores(&mut model(2), 0).unwrap())
+        with_probe(&ProbeOptions { batch_size, ..options() }, |probe| {
+            probe.scores(&mut model(2), Look::whole(0)).unwrap()
+        })
     };
     assert_eq!(of(1), of(64));
 }
@@ -92,8 +120,8 @@ fn a_frontier_is_found_by_measuring() {
     let mut measured = 0;
     let frontier =
         with_probe(&options(), |probe| Frontier::find(&vectors, probe, &search, |count| measured = count).unwrap());
-    // Three averages, four corners of the grid, and the survivors once more.
-    assert!((8..=14).contains(&measured) && (1..=measured - 7).contains(&frontier.policies.len()), "{measured}");
+    // Three averages and four corners of the grid, the better four, two or more of these, and the front once more.
+    assert!((14..=28).contains(&measured) && (1..=measured - 13).contains(&frontier.policies.len()), "{measured}");
     assert_eq!(frontier.objectives[1].name, "small");
 }
 

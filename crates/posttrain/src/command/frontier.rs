@@ -41,6 +41,7 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
         grid: arguments.grid as usize,
         averages: arguments.averages as usize,
         refinements: arguments.refinements,
+        halvings: arguments.halvings,
         max_perplexity_ratio: arguments.max_perplexity_ratio,
     };
     search.validate().map_err(|error| Failure::usage(error.to_string()))?;
@@ -72,8 +73,8 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
     let vectors = TaskVectors::new(base.decoder, opened.into_iter().map(|model| model.decoder).collect())?;
     let context = (config.model.precision.into(), config.seed);
     let probe = Probe::new(vectors.base().clone(), &base.tokenizer, &prompts, &objectives, &probing, context)?;
-    let mut progress = opener.terminal.progress("searching", "candidate", 0);
-    let frontier = Frontier::find(&vectors, &probe, &search, |measured| progress.update(measured as u64, ""))?;
+    let mut progress = opener.terminal.progress("searching", "look", 0);
+    let frontier = Frontier::find(&vectors, &probe, &search, |looks| progress.update(looks as u64, ""))?;
     progress.clear();
     let text = table(&frontier);
     FrontierFile::new(config.seed, base_part, parts, frontier).write(&arguments.out)?;

@@ -14,9 +14,13 @@
 //! [258 sequences](mod@enumerable), in which everything is known exactly: the best weights, the law of the mixture, what the decoders make of it.
 //!
 //! **Experiment.** A model imitates the corpus; pairs of its answers, labelled by each objective, make three specialists by DPO. The
-//! weights come from 32 responses to each of the 84 prompts that are trained on; everything is measured on the 28 held-out ones. The baselines are the
+//! weights come from 32 responses to each of the 64 prompts that are trained on; everything is measured on the 28 held-out ones. The baselines are the
 //! specialists themselves, averages of their weights, and policies that REINFORCE trains from the reference for the same rewards `β s_k`: for
 //! their mean (MORLHF), and for the worst of them (MaxMin-RLHF), by weights that follow the rewards.
+//!
+//! Whatever is trained is trained with three learning rates, and the best is kept, by answers to 20 prompts that are there for nothing else: a
+//! specialist by its win rate in its own objective, the policies of REINFORCE by the least expected log-ratio. The mixture and the averages are of the
+//! specialists that are kept, and have nothing more to choose.
 //!
 //! An answer *wins* against the reference's answer to the same prompt if the objective is better met; ties count half.
 //!
@@ -24,6 +28,7 @@
 //! 1. What the mixture saves is counted in tokens that went through a model, a backward pass counted as two: clocks do not repeat.
 //! 2. MaxMin-RLHF has the paper's rewards and problem, and REINFORCE in the place of PPO.
 //! 3. How the paper samples the mixture is not known. The method's arm resamples one of several whole answers.
+//! 4. The design of the miniature had 84 prompts for the pool; 20 of them choose the settings here.
 
 pub mod enumerable;
 
@@ -47,6 +52,7 @@ use train::mixing::{PoolOptions, pool};
 
 use crate::error::Result;
 use crate::experiment::{Experiment, Trial, open};
+use crate::grid::Grid;
 use crate::measurements::{Measurements, Seed};
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
 use crate::worlds::attribute_text::{self as world, Question, Sampled, Split, Utility};
@@ -81,7 +87,7 @@ const ARMS: &[Arm] = &[
     Arm::new("maxmin-rlhf", Role::Baseline, "REINFORCE for the least of the rewards"),
     Arm::new("mpo", Role::Method, "whole answers by the law of the mixture, resampled"),
     Arm::new("by-token", Role::Ablation, "mixed token by token"),
-    Arm::new("beta-0.1", Role::Ablation, "of specialists with β = 0.1"),
+    Arm::new("beta-0.1", Role::Ablation, "of specialists with β = 0.1 and the same learning rates"),
     Arm::new("uniform", Role::Ablation, "equal weights"),
     Arm::new("without-help", Role::Ablation, "of the other two specialists"),
     Arm::new("without-harmless", Role::Ablation, "of the other two specialists"),
@@ -248,6 +254,11 @@ pub struct Mpo {
     pub reinforce: PolicyOptions,
     /// Step size of MaxMin-RLHF's weights.
     pub maxmin_rate: f64,
+    /// Learning rates that are tried, over those of `dpo` and `reinforce`.
+    pub rates: Grid,
+    /// Answers to each prompt that they are chosen by.
+    #[schemars(range(min = 1))]
+    pub validation_samples: usize,
     /// Answers to each held-out prompt.
     #[schemars(range(min = 1))]
     pub samples: usize,
@@ -266,11 +277,15 @@ pub struct Start {
     /// The prompts that are trained on.
     prompts: Vec<Prompt>,
     specialists: Vec<Decoder>,
+    /// The learning rate of each, over that of `dpo`, and what its choice was made by.
+    rates: Vec<f64>,
+    tried: Vec<Measurements>,
     pool: Pool,
     /// Passes of the pool's tokens through a model.
     pool_passes: f64,
-    /// The reference's answers to the held-out prompts.
-    answers: Sampled,
+    /// The reference's answers to the prompts that settings are chosen by, and to the held-out ones.
+    validation: Sampled,
+    test: Sampled,
 }
 
 /// What answers.
@@ -293,10 +308,13 @@ impl Experiment for Mpo {
 
     fn start(&self, trial: &Trial<'_>) -> Result<Start> {
         let (tokenizer, mut reference) = world::imitation(trial, &self.sft, self.corpus)?;
-        let (train, test) = (Question::of(Split::Train), Question::of(Split::Test));
-        let answers = world::sample(&mut reference, &tokenizer, &train, 2 * self.pairs, (trial.seed, 0))?;
-        let pairs = world::pairs(&answers);
-        let answers = world::sample(&mut reference, &tokenizer, &test, self.samples, (trial.seed, 1))?;
+        let (train, validation) = Question::train_and_validation();
+        let mut answers = |questions: &[Question], size, round| {
+            world::sample(&mut reference, &tokenizer, questions, size, (trial.seed, round))
+        };
+        let pairs = world::pairs(&answers(&train, 2 * self.pairs, 0)?);
+        let validation = answers(&validation, self.validation_samples, 1)?;
+        let test = answers(&Question::of(Split::Test), self.samples, 1)?;
         let prompts = train.iter().map(|question| question.prompt(&tokenizer)).collect();
         let mut start = Start {
             tokenizer,
@@ -304,11 +322,25 @@ impl Experiment for Mpo {
             pairs,
             prompts,
             specialists: Vec::new(),
+            rates: Vec::new(),
+            tried: Vec::new(),
             pool: Pool::default(),
             pool_passes: 0.0,
-            answers,
+            validation,
+            test,
         };
-        start.specialists = self.specialists(&start, trial, self.dpo.objective.beta)?;
+        for objective in OBJECTIVES {
+            let mut tried = Measurements::default();
+            let (specialist, rate) = self.rates.best(&mut tried, |rate| {
+                let mut model = self.specialist(&start, trial, objective.1, self.dpo.objective.beta, rate)?;
+                let answering = Answering::Model(&mut model);
+                let (answers, _) = self.answers(&start, &start.validation, answering, trial.seed)?;
+                Ok((model, world::win_rate(&answers, &start.validation, objective.1)))
+            })?;
+            start.specialists.push(specialist);
+            start.rates.push(rate);
+            start.tried.push(tried);
+        }
         (start.pool, start.pool_passes) = self.pool_of(&start, &start.specialists, trial.seed)?;
         Ok(start)
     }
@@ -328,6 +360,7 @@ impl Experiment for Mpo {
             let answering = Answering::Model(&mut start.reference.clone());
             self.report(start, &start.specialists, answering, trial, &mut measured)?;
         } else if let Some(place) = place(arm) {
+            measured = start.tried[place].clone();
             let answering = Answering::Model(&mut start.specialists[place].clone());
             self.report(start, &start.specialists, answering, trial, &mut measured)?;
         } else if let Some(dropped) = arm.strip_prefix("without-").and_then(place) {
@@ -343,10 +376,20 @@ impl Experiment for Mpo {
             )?;
         } else if let "morlhf" | "maxmin-rlhf" = arm {
             let rate = if arm == "morlhf" { 0.0 } else { self.maxmin_rate };
-            let mut trained = self.trained(start, trial, rate, &mut measured)?;
+            let ((mut trained, noted), _) = self.rates.best(&mut measured, |times| {
+                let (mut trained, noted) = self.trained(start, trial, rate, times)?;
+                let answering = Answering::Model(&mut trained);
+                let (answers, _) = self.answers(start, &start.validation, answering, trial.seed)?;
+                let ratios = log_ratios(start, &start.specialists, &answers)?;
+                Ok(((trained, noted), ratios.into_iter().fold(f64::INFINITY, f64::min)))
+            })?;
+            measured.values.extend(noted.values);
             self.report(start, &start.specialists, Answering::Model(&mut trained), trial, &mut measured)?;
         } else if arm == "beta-0.1" {
-            let specialists = self.specialists(start, trial, 0.1)?;
+            let specialist =
+                |((_, utility), rate): (&(&str, Utility), &f64)| self.specialist(start, trial, *utility, 0.1, *rate);
+            let specialists: Vec<Decoder> =
+                OBJECTIVES.iter().zip(&start.rates).map(specialist).collect::<Result<_>>()?;
             let (pool, _) = self.pool_of(start, &specialists, trial.seed)?;
             let weights = self.weights(&pool, trial.seed);
             let all: Vec<&Decoder> = specialists.iter().collect();
@@ -401,21 +444,32 @@ fn note(pool: &Pool, weights: &[f64], into: &mut Measurements) {
     }
 }
 
+/// The mean over answers of each specialist's log-ratio to the reference.
+fn log_ratios(start: &Start, specialists: &[Decoder], answers: &Sampled) -> Result<Vec<f64>> {
+    let mut reference = start.reference.clone();
+    reference.prepare(Precision::F32);
+    let of_reference = scoring::log_probs(&reference, &answers.episodes, 1.0)?;
+    let ratio = |specialist: &Decoder| {
+        let of_specialist = scoring::log_probs(specialist, &answers.episodes, 1.0)?;
+        let all: Vec<f64> = of_specialist.iter().zip(&of_reference).map(|(own, base)| own - base).collect();
+        Ok(mean(&all))
+    };
+    specialists.iter().map(ratio).collect()
+}
+
 impl Mpo {
-    /// A model for each objective.
-    fn specialists(&self, start: &Start, trial: &Trial<'_>, beta: f64) -> Result<Vec<Decoder>> {
-        let specialist = |(_, utility): &(&str, Utility)| {
-            let labelled = world::preferences(trial.seed, start.pairs.clone(), *utility, self.kappa);
-            let pairs = labelled.iter().zip(0..).map(|(preference, row)| preference.pair(row)).collect();
-            let mut options = self.dpo.clone();
-            options.objective.beta = beta;
-            let mut dpo = Preference::new(options, pairs)?;
-            let mut decoder = start.reference.clone();
-            trial.fit(1, &mut dpo, &mut decoder, &start.tokenizer, |_, _, _| Ok(()))?;
-            decoder.prepare(Precision::F32);
-            Ok(decoder)
-        };
-        OBJECTIVES.iter().map(specialist).collect()
+    /// A model for one objective, trained with so many times the learning rate.
+    fn specialist(&self, start: &Start, trial: &Trial<'_>, utility: Utility, beta: f64, rate: f64) -> Result<Decoder> {
+        let labelled = world::preferences(trial.seed, start.pairs.clone(), utility, self.kappa);
+        let pairs = labelled.iter().zip(0..).map(|(preference, row)| preference.pair(row)).collect();
+        let mut options = self.dpo.clone();
+        options.objective.beta = beta;
+        options.training.learning_rate *= rate;
+        let mut dpo = Preference::new(options, pairs)?;
+        let mut decoder = start.reference.clone();
+        trial.fit(1, &mut dpo, &mut decoder, &start.tokenizer, |_, _, _| Ok(()))?;
+        decoder.prepare(Precision::F32);
+        Ok(decoder)
     }
 
     /// What the specialists say of the reference's responses, and how many tokens went through a model for it.
@@ -433,9 +487,11 @@ impl Mpo {
         train::mixing::weights(pool, self.rate, self.steps, seed)
     }
 
-    /// REINFORCE for weighted log-ratios. With `rate` the weights follow the rewards: those that are less are paid more.
-    fn trained(&self, start: &Start, trial: &Trial<'_>, rate: f64, into: &mut Measurements) -> Result<Decoder> {
+    /// REINFORCE for weighted log-ratios, with so many `times` the learning rate, and what it took. With `rate` the weights follow the rewards:
+    /// those that are less are paid more.
+    fn trained(&self, start: &Start, trial: &Trial<'_>, rate: f64, times: f64) -> Result<(Decoder, Measurements)> {
         let mut options = self.reinforce.clone();
+        options.training.learning_rate *= times;
         let beta = self.dpo.objective.beta;
         options.objective.beta = beta;
         let reward = Ratios::new(start, beta, rate);
@@ -448,28 +504,35 @@ impl Mpo {
             steps = step;
             Ok(())
         })?;
-        into.set("gradient_steps", steps as f64);
+        let mut noted = Measurements::default();
+        noted.set("gradient_steps", steps as f64);
         let tokens = *passes.lock().unwrap_or_else(PoisonError::into_inner);
         // Sampled, read by the reference and the specialists, and learnt from: forward, and a backward that counts as two.
-        into.set("token_passes", tokens * (1 + 1 + OBJECTIVES.len() + 3) as f64);
+        noted.set("token_passes", tokens * (1 + 1 + OBJECTIVES.len() + 3) as f64);
         let weights = weights.lock().unwrap_or_else(PoisonError::into_inner);
-        OBJECTIVES.iter().zip(&*weights).for_each(|((name, _), weight)| into.set(format!("weight_{name}"), *weight));
-        Ok(decoder)
+        OBJECTIVES.iter().zip(&*weights).for_each(|((name, _), weight)| noted.set(format!("weight_{name}"), *weight));
+        Ok((decoder, noted))
     }
 
-    /// Answers to the held-out prompts.
-    fn answers(&self, start: &Start, answering: Answering<'_>, seed: u64) -> Result<(Sampled, Option<f64>)> {
-        let (questions, tokenizer) = (&start.answers.questions, &start.tokenizer);
+    /// As many answers to the same prompts as the reference gave.
+    fn answers(
+        &self,
+        start: &Start,
+        theirs: &Sampled,
+        answering: Answering<'_>,
+        seed: u64,
+    ) -> Result<(Sampled, Option<f64>)> {
+        let (questions, tokenizer) = (&theirs.questions, &start.tokenizer);
         match answering {
             Answering::Model(decoder) => {
-                Ok((world::sample(decoder, tokenizer, questions, self.samples, (seed, 2))?, None))
+                Ok((world::sample(decoder, tokenizer, questions, theirs.size, (seed, 2))?, None))
             }
             Answering::Mixture(models, weights, candidates) => {
                 let others: Vec<(&Decoder, f64)> =
                     models.iter().copied().zip(weights.iter().copied()).skip(1).collect();
                 let sampling = world::sampling();
                 let mixture = Mixture::new(&others, Mean::Geometric, &sampling);
-                let size = self.samples * candidates;
+                let size = theirs.size * candidates;
                 let sampled = world::sample_with(Some(&mixture), models[0], tokenizer, questions, size, (seed, 2))?;
                 if candidates == 1 {
                     return Ok((sampled, None));
@@ -479,7 +542,7 @@ impl Mpo {
                 let effective = mean(&chosen.iter().map(|one| one.effective).collect::<Vec<_>>());
                 let groups = sampled.episodes.chunks(candidates).zip(chosen);
                 let episodes: Vec<Episode> = groups.map(|(group, one)| group[one.chosen].clone()).collect();
-                Ok((Sampled { episodes, size: self.samples, ..sampled }, Some(effective)))
+                Ok((Sampled { episodes, size: theirs.size, ..sampled }, Some(effective)))
             }
         }
     }
@@ -493,19 +556,15 @@ impl Mpo {
         trial: &Trial<'_>,
         into: &mut Measurements,
     ) -> Result<()> {
-        let (answers, effective) = self.answers(start, answering, trial.seed)?;
+        let (answers, effective) = self.answers(start, &start.test, answering, trial.seed)?;
         into.set_known("effective_candidates", effective);
-        let mut reference = start.reference.clone();
-        reference.prepare(Precision::F32);
-        let of_reference = scoring::log_probs(&reference, &answers.episodes, 1.0)?;
-        let (mut ratios, mut wins) = (Vec::new(), Vec::new());
-        for ((name, utility), specialist) in OBJECTIVES.iter().zip(specialists) {
-            let of_specialist = scoring::log_probs(specialist, &answers.episodes, 1.0)?;
-            let all: Vec<f64> = of_specialist.iter().zip(&of_reference).map(|(own, base)| own - base).collect();
-            ratios.push(mean(&all));
-            wins.push(world::win_rate(&answers, &start.answers, *utility));
-            into.set(format!("log_ratio_{name}"), mean(&all));
-            into.set(format!("win_rate_{name}"), world::win_rate(&answers, &start.answers, *utility));
+        let ratios = log_ratios(start, specialists, &answers)?;
+        let mut wins = Vec::new();
+        for ((name, utility), ratio) in OBJECTIVES.iter().zip(&ratios) {
+            let win_rate = world::win_rate(&answers, &start.test, *utility);
+            wins.push(win_rate);
+            into.set(format!("log_ratio_{name}"), *ratio);
+            into.set(format!("win_rate_{name}"), win_rate);
             into.set(*name, answers.mean(|question, answer| utility.of(question, answer)));
         }
         into.set("least_log_ratio", ratios.into_iter().fold(f64::INFINITY, f64::min));
@@ -520,8 +579,8 @@ impl Mpo {
         for share in SHARES {
             let weights = [share, 1.0 - share];
             let (answers, _) =
-                self.answers(start, Answering::Mixture(&models, &weights, self.candidates), trial.seed)?;
-            let rates = [0, 1].map(|place| world::win_rate(&answers, &start.answers, OBJECTIVES[place].1));
+                self.answers(start, &start.test, Answering::Mixture(&models, &weights, self.candidates), trial.seed)?;
+            let rates = [0, 1].map(|place| world::win_rate(&answers, &start.test, OBJECTIVES[place].1));
             into.point("front", rates[0], rates[1]);
             into.point("help_by_weight", share, rates[0]);
             into.point("harmless_by_weight", share, rates[1]);

@@ -13,12 +13,15 @@
 //!
 //! **World.** [`attribute_text`](mod@crate::worlds::attribute_text): help and harmlessness conflict on sensitive prompts, half of all. Both are
 //! measured exactly, and stand for the external reward models. 20 of the 84 prompts to train on are left out of all preference data: the search is
-//! measured on them. Everything that is reported is measured on the 28 held-out prompts.
+//! measured on them, and learning rates are chosen by them. Everything that is reported is measured on the 28 held-out prompts.
 //!
 //! **Experiment.** A model imitates the corpus and answers the other 64 prompts; pairs of its answers are labelled by help and, the same pairs, by
 //! harmlessness. From these come the two specialists that PEO, the soups and the ablations share. The fronts of the baselines are those of five models:
 //! DPO on labels mixed in five ratios, and REINFORCE paid for both aspects with five weights. All fronts are compared by their hypervolume above
 //! the same reference, a standard deviation below what the first model reaches in each aspect.
+//!
+//! The specialists, DPO on mixed labels and REINFORCE are each tried with three learning rates; kept is the one whose even policy (the even soup, half of
+//! the labels, even weights) has the largest hypervolume on the prompts of the search. The specialists' is thus the one that is best for soups.
 //!
 //! Deviations from the paper:
 //! 1. The rewards of the search are the world's own measures of the two aspects, not reward models.
@@ -37,13 +40,14 @@ use model::decoder::{Decoder, TaskVectors};
 use model::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use train::frontier::{Frontier, Probe, ProbeOptions, Region, SearchOptions};
+use train::frontier::{Frontier, Look, Probe, ProbeOptions, Region, SearchOptions};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::preference::{Preference, PreferenceOptions};
 use train::methods::sft::SftOptions;
 
 use crate::error::Result;
 use crate::experiment::{Experiment, Trial, open};
+use crate::grid::Grid;
 use crate::measurements::{Measurements, Seed};
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
 use crate::worlds::attribute_text::{self as world, Paid, Question, Split, Utility};
@@ -153,7 +157,13 @@ const HELP: Utility = Utility([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
 const HARMLESS: Utility = Utility([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
 
 /// Shares of help in what the baselines are trained for.
-const SHARES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
+const SHARES: [f64; 5] = [0.0, 0.25, EVEN, 0.75, 1.0];
+
+/// The share by which learning rates are chosen.
+const EVEN: f64 = 0.5;
+
+/// The round of draws of what is reported or chosen by: another than any of a search's.
+const REPORTED: u32 = 1000;
 
 /// Resamples of the held-out prompts.
 const RESAMPLES: u32 = 1000;
@@ -179,6 +189,8 @@ pub struct Peo {
     pub longer: u64,
     /// REINFORCE.
     pub reinforce: PolicyOptions,
+    /// Learning rates that are tried, over those of `dpo` and `reinforce`.
+    pub rates: Grid,
     /// The search.
     pub search: SearchOptions,
     /// How its candidates are measured.
@@ -195,8 +207,10 @@ pub struct Start {
     pairs: Vec<(Question, [Vec<u32>; 2])>,
     /// The prompts that are trained on.
     prompts: Vec<Prompt>,
-    /// The specialists.
+    /// The specialists, their learning rate over that of `dpo`, and what it was chosen by.
     vectors: TaskVectors,
+    rate: f64,
+    tried: Measurements,
     /// The soups, from harmlessness to help.
     soups: Vec<Point>,
     /// What the front of an arm must exceed.
@@ -238,25 +252,10 @@ impl Prompts {
     }
 }
 
-/// The prompts that are trained on, but for every fifth pair of topics; and those of that pair.
-fn split() -> (Vec<Question>, Vec<Question>) {
-    let questions = Question::of(Split::Train);
-    let topics = |question: &Question| {
-        let [a, b] = question.topics;
-        [a.min(b), a.max(b)]
-    };
-    let mut all: Vec<[u32; 2]> = questions.iter().map(topics).collect();
-    all.sort_unstable();
-    all.dedup();
-    let left_out: Vec<[u32; 2]> = all.into_iter().step_by(5).collect();
-    questions.into_iter().partition(|question| !left_out.contains(&topics(question)))
-}
-
-/// What a held-out measurement is made with.
+/// Help and harmlessness of a policy's answers to each prompt.
 fn measure(probe: &Probe<'_>, decoder: &mut Decoder) -> Result<Point> {
     decoder.prepare(Precision::F32);
-    // Another round than the search's, whose prompts are others, too.
-    let measured = probe.measure(decoder, 2)?;
+    let measured = probe.measure(decoder, Look::whole(REPORTED))?;
     let [help, harmless] = [0, 1].map(|aspect| measured.of(aspect));
     let size = probe.options().samples as usize;
     Ok(help.chunks(size).zip(harmless.chunks(size)).map(|(help, harmless)| [mean(help), mean(harmless)]).collect())
@@ -276,12 +275,14 @@ impl Experiment for Peo {
 
     fn start(&self, trial: &Trial<'_>) -> Result<Start> {
         let (tokenizer, mut decoder) = world::imitation(trial, &self.sft, self.corpus)?;
-        let (questions, _) = split();
+        let (questions, _) = Question::train_and_validation();
         let answers = world::sample(&mut decoder, &tokenizer, &questions, 2 * self.pairs, (trial.seed, 0))?;
         let pairs = world::pairs(&answers);
         let prompts = questions.iter().map(|question| question.prompt(&tokenizer)).collect();
         let mut start = Start {
             vectors: TaskVectors::new(decoder.clone(), Vec::new())?,
+            rate: 1.0,
+            tried: Measurements::default(),
             tokenizer,
             decoder,
             pairs,
@@ -291,27 +292,41 @@ impl Experiment for Peo {
             before: [(0.0, 0.0); 2],
             steps: self.dpo.training.steps(questions.len() * self.pairs, self.dpo.batch_size),
         };
-        start.vectors = self.specialists(&start, trial, 1)?;
-        (start.before, start.soups) = self.on_test(&start, trial, |probe| {
+        let mut tried = Measurements::default();
+        (start.vectors, start.rate) = self.rates.best(&mut tried, |rate| {
+            let vectors = self.specialists(&start, trial, 1, rate)?;
+            let worth = self.worth(&start, trial, &mut vectors.merged(&[0.5, 0.5])?)?;
+            Ok((vectors, worth))
+        })?;
+        start.tried = tried;
+        (start.before, start.reference, start.soups) = self.on_test(&start, trial, |probe| {
             let objectives = probe.objectives();
             let before = [0, 1].map(|aspect| (objectives[aspect].mean, objectives[aspect].standard_deviation));
-            Ok((before, self.soups(&start.vectors, probe)?))
+            Ok((before, reference(probe), self.soups(&start.vectors, probe)?))
         })?;
-        start.reference = start.before.map(|(mean, deviation)| mean - deviation);
         Ok(start)
     }
 
     fn run(&self, start: &Start, arm: &str, trial: &Trial<'_>) -> Result<Measurements> {
         let mut measured = Measurements::default();
         let (points, runs) = match arm {
-            "specialists" => (vec![start.soups[0].clone(), start.soups[start.soups.len() - 1].clone()], 2),
+            "specialists" => {
+                measured = start.tried.clone();
+                (vec![start.soups[0].clone(), start.soups[start.soups.len() - 1].clone()], 2)
+            }
             "soup" => (start.soups.clone(), 2),
             "soup-longer" => {
-                let vectors = self.specialists(start, trial, self.longer)?;
+                let vectors = self.specialists(start, trial, self.longer, start.rate)?;
                 (self.on_test(start, trial, |probe| self.soups(&vectors, probe))?, 2 * self.longer)
             }
-            "mixed-dpo" => (self.each_share(start, trial, |share| self.mixed(start, trial, share))?, 5),
-            "reinforce" => (self.each_share(start, trial, |share| self.reinforced(start, trial, share))?, 5),
+            "mixed-dpo" => {
+                let train = |share, rate| self.mixed(start, trial, share, rate);
+                (self.each_share(start, trial, train, &mut measured)?, 5)
+            }
+            "reinforce" => {
+                let train = |share, rate| self.reinforced(start, trial, share, rate);
+                (self.each_share(start, trial, train, &mut measured)?, 5)
+            }
             "no-extrapolation" => (self.searched(start, trial, Region::Interpolation, &mut measured)?, 2),
             "no-interpolation" => (self.searched(start, trial, Region::Single, &mut measured)?, 2),
             _ => {
@@ -381,8 +396,40 @@ impl Peo {
         prompts.with((&start.tokenizer, &start.decoder), &self.test, then)
     }
 
-    /// DPO on pairs with these labels.
-    fn dpo(&self, start: &Start, trial: &Trial<'_>, label: impl Fn(usize) -> Utility, longer: u64) -> Result<Decoder> {
+    /// Works with the prompts of the search.
+    fn on_validation<T>(
+        &self,
+        start: &Start,
+        trial: &Trial<'_>,
+        then: impl FnOnce(&Probe<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let (_, validation) = Question::train_and_validation();
+        let prompts = Prompts::new(&validation, &start.tokenizer, trial.seed);
+        prompts.with((&start.tokenizer, &start.decoder), &self.validation, then)
+    }
+
+    /// The hypervolume of one policy on the prompts of the search.
+    fn worth(&self, start: &Start, trial: &Trial<'_>, decoder: &mut Decoder) -> Result<f64> {
+        self.on_validation(start, trial, |probe| Ok(hypervolume(&[of(&measure(probe, decoder)?)], reference(probe))))
+    }
+
+    /// By how much the hypervolume of what a search found leads that of the soups, on the prompts of the search, by answers that chose neither.
+    fn lead_in_search(&self, start: &Start, probe: &Probe<'_>, frontier: &Frontier) -> Result<f64> {
+        let soups: Vec<[f64; 2]> = self.soups(&start.vectors, probe)?.iter().map(of).collect();
+        let found = frontier.policies.iter().map(|policy| start.vectors.merged(&policy.coefficients));
+        let found = found.map(|merged| Ok(of(&measure(probe, &mut merged?)?))).collect::<Result<Vec<_>>>()?;
+        let reference = reference(probe);
+        Ok(hypervolume(&found, reference) - hypervolume(&soups, reference))
+    }
+
+    /// DPO on pairs with these labels, for so many times the epochs, with so many times the learning rate.
+    fn dpo(
+        &self,
+        start: &Start,
+        trial: &Trial<'_>,
+        label: impl Fn(usize) -> Utility,
+        (longer, rate): (u64, f64),
+    ) -> Result<Decoder> {
         let labelled =
             [HELP, HARMLESS].map(|aspect| world::preferences(trial.seed, start.pairs.clone(), aspect, self.kappa));
         let [help, harmless] = labelled;
@@ -392,6 +439,7 @@ impl Peo {
         });
         let mut options = self.dpo.clone();
         options.training.num_train_epochs *= longer as f64;
+        options.training.learning_rate *= rate;
         let mut dpo = Preference::new(options, chosen.collect())?;
         let mut decoder = start.decoder.clone();
         trial.fit(1, &mut dpo, &mut decoder, &start.tokenizer, |_, _, _| Ok(()))?;
@@ -399,8 +447,8 @@ impl Peo {
     }
 
     /// What the model became by each aspect.
-    fn specialists(&self, start: &Start, trial: &Trial<'_>, longer: u64) -> Result<TaskVectors> {
-        let trained = [HELP, HARMLESS].map(|aspect| self.dpo(start, trial, |_| aspect, longer));
+    fn specialists(&self, start: &Start, trial: &Trial<'_>, longer: u64, rate: f64) -> Result<TaskVectors> {
+        let trained = [HELP, HARMLESS].map(|aspect| self.dpo(start, trial, |_| aspect, (longer, rate)));
         Ok(TaskVectors::new(start.decoder.clone(), trained.into_iter().collect::<Result<_>>()?)?)
     }
 
@@ -410,28 +458,42 @@ impl Peo {
         (0..=10).map(|tenths| measure(probe, &mut tenth(tenths)?)).collect()
     }
 
-    /// Trains a model for every share of help.
+    /// Trains a model for every share of help, with the learning rate that is best for the even one.
     fn each_share(
         &self,
         start: &Start,
         trial: &Trial<'_>,
-        train: impl Fn(f64) -> Result<Decoder>,
+        train: impl Fn(f64, f64) -> Result<Decoder>,
+        into: &mut Measurements,
     ) -> Result<Vec<Point>> {
-        self.on_test(start, trial, |probe| SHARES.iter().map(|share| measure(probe, &mut train(*share)?)).collect())
+        let (mut even, rate) = self.rates.best(into, |rate| {
+            let mut decoder = train(EVEN, rate)?;
+            let worth = self.worth(start, trial, &mut decoder)?;
+            Ok((decoder, worth))
+        })?;
+        self.on_test(start, trial, |probe| {
+            let mut point = |share| match share == EVEN {
+                true => measure(probe, &mut even),
+                false => measure(probe, &mut train(share, rate)?),
+            };
+            SHARES.into_iter().map(&mut point).collect()
+        })
     }
 
     /// DPO on the same pairs, this share of them labelled by help.
-    fn mixed(&self, start: &Start, trial: &Trial<'_>, share: f64) -> Result<Decoder> {
+    fn mixed(&self, start: &Start, trial: &Trial<'_>, share: f64, rate: f64) -> Result<Decoder> {
         // Spread evenly, so that every prompt has both.
         let by_help = |index: usize| (share * (index + 1) as f64).floor() > (share * index as f64).floor();
-        self.dpo(start, trial, |index| if by_help(index) { HELP } else { HARMLESS }, 1)
+        self.dpo(start, trial, |index| if by_help(index) { HELP } else { HARMLESS }, (1, rate))
     }
 
     /// REINFORCE paid for both aspects, each in units of its standard deviation before training.
-    fn reinforced(&self, start: &Start, trial: &Trial<'_>, share: f64) -> Result<Decoder> {
+    fn reinforced(&self, start: &Start, trial: &Trial<'_>, share: f64, rate: f64) -> Result<Decoder> {
         let [help, harmless] = start.before.map(|(_, deviation)| deviation.max(1e-6));
         let reward = Paid::new("both", Utility([share / help, (1.0 - share) / harmless, 0.0, 0.0, 0.0, 0.0]));
-        let mut policy = Policy::new(self.reinforce.clone(), start.prompts.clone(), Box::new(reward))?;
+        let mut options = self.reinforce.clone();
+        options.training.learning_rate *= rate;
+        let mut policy = Policy::new(options, start.prompts.clone(), Box::new(reward))?;
         let mut decoder = start.decoder.clone();
         trial.fit(1, &mut policy, &mut decoder, &start.tokenizer, |_, _, _| Ok(()))?;
         Ok(decoder)
@@ -446,17 +508,17 @@ impl Peo {
         into: &mut Measurements,
     ) -> Result<Vec<Point>> {
         let options = SearchOptions { region, ..self.search.clone() };
-        let (_, validation) = split();
-        let prompts = Prompts::new(&validation, &start.tokenizer, trial.seed);
-        let mut candidates = 0;
-        let frontier = prompts.with((&start.tokenizer, &start.decoder), &self.validation, |probe| {
-            let watch = |measured| {
-                candidates = measured;
-                (trial.progress)(measured as u64, measured as u64);
+        let mut looks = 0;
+        let frontier = self.on_validation(start, trial, |probe| {
+            let watch = |taken| {
+                looks = taken;
+                (trial.progress)(taken as u64, taken as u64);
             };
-            Ok(Frontier::find(&start.vectors, probe, &options, watch)?)
+            let frontier = Frontier::find(&start.vectors, probe, &options, watch)?;
+            into.set("lead_in_search", self.lead_in_search(start, probe, &frontier)?);
+            Ok(frontier)
         })?;
-        into.set("candidates", candidates as f64);
+        into.set("looks", looks as f64);
         let points: Vec<Point> = self.on_test(start, trial, |probe| {
             let merged = frontier.policies.iter().map(|policy| start.vectors.merged(&policy.coefficients));
             merged.map(|merged| measure(probe, &mut merged?)).collect()
@@ -469,6 +531,12 @@ impl Peo {
         into.set("divergence", mean(&divergences));
         Ok(points)
     }
+}
+
+/// What must be exceeded in each aspect: a standard deviation less than the first model reaches.
+fn reference(probe: &Probe<'_>) -> [f64; 2] {
+    let objectives = probe.objectives();
+    [0, 1].map(|aspect| objectives[aspect].mean - objectives[aspect].standard_deviation)
 }
 
 /// What somebody gets to whom help counts ever more.
@@ -485,21 +553,4 @@ fn serve(frontier: &Frontier, points: &[Point], into: &mut Measurements) {
     }
     let back = served.windows(2).map(|pair| (pair[0][0] - pair[1][0]).max(pair[1][1] - pair[0][1]));
     into.set_known("step_back", back.reduce(f64::max).map(|back| back.max(0.0)));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prompts_of_the_search_share_no_pair_of_topics_with_those_of_training() {
-        let (train, validation) = split();
-        assert_eq!((train.len(), validation.len()), (64, 20));
-        let sorted = |question: &Question| {
-            let [a, b] = question.topics;
-            [a.min(b), a.max(b)]
-        };
-        assert!(train.iter().all(|one| validation.iter().all(|other| sorted(one) != sorted(other))));
-        assert_eq!(validation.iter().filter(|question| question.sensitive).count(), 10);
-    }
 }

@@ -9,17 +9,22 @@
 //! | [`Conditional`] | `r(φ, u)`, `u` one of so many | a new user as nobody |
 //! | [`Prlhf`] | `r(φ, e_0 + o_u)`: `α l(e_0 + o_u) + (1 - α) l(e_0)` | a new user by an `o` fitted to the user's pairs, all else frozen |
 //! | [`Vpl`] | an encoder of pairs `-> N(μ, σ²)` and `r(φ, z)`: `l + β KL(N(μ, σ²) ‖ N(0, 1))` | with `z = μ` of the user's pairs |
-//! | [`Gpo`] | a transformer over points (difference of embeddings, choice), users being tasks | with the user's pairs as context, each both ways round |
+//! | [`Gpo`] | a transformer over points (difference of embeddings, choice), users being tasks | with the user's pairs as context |
 //! | [`Retrieval`] | nothing | by the choices on the pairs with the most similar prompts |
 //! | [`Nearest`] | an `r_v(φ)` for each user | by that of the other user who agrees most with the user's pairs |
 //! | [`FineTuned`] | one `r(φ)` from everybody | after training on with the user's pairs |
+//!
+//! [`Vpl`] and [`Gpo`] read a user's pairs, and who chose what is little beside all that pairs have in common. So both see every pair both ways round. The
+//! encoder of [`Vpl`] pools `h(chosen, rejected) - h(rejected, chosen)`: what would be the same whatever was chosen cancels, and opposite users are opposite
+//! points. Without that, everybody is the same point in a corner of [-1, 1] within a hundred steps. In [`Gpo`] a choice is a vector of its own, of the size of
+//! what a pair is projected to, and not one of 257 inputs; and every layer normalises what it reads.
 
 use base::Random;
 use candle_core::{D, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::network::{Linear, Reward, Weights, negative_log_sigmoid, rows, softmax};
+use super::network::{Linear, Reward, Weights, negative_log_sigmoid, normalised, rows, softmax};
 use crate::error::Result;
 
 /// How networks are trained; the same for all methods.
@@ -38,9 +43,13 @@ pub struct NetworkOptions {
     /// Most passes over one user's pairs.
     #[schemars(range(min = 1))]
     pub user_epochs: u64,
-    /// Steps of methods that learn from whole users.
+    /// Steps of methods that learn from whole users: VPL and GPO.
     #[schemars(range(min = 1))]
     pub meta_steps: u64,
+    /// Their learning rate.
+    pub meta_learning_rate: f64,
+    /// Steps in which it rises to that.
+    pub meta_warmup_steps: u64,
     /// Pairs of a step.
     #[schemars(range(min = 1))]
     pub batch_size: usize,
@@ -59,9 +68,19 @@ pub struct NetworkOptions {
     /// VPL: pairs that say who a user is.
     #[schemars(range(min = 1))]
     pub contexts: usize,
+    /// VPL: users of a step.
+    #[schemars(range(min = 1))]
+    pub users_per_step: u32,
     /// Pairs that are retrieved.
     #[schemars(range(min = 1))]
     pub retrieved: usize,
+}
+
+impl NetworkOptions {
+    /// The learning rate of a step of a method that learns from whole users.
+    fn meta_learning_rate(&self, step: u64) -> f64 {
+        self.meta_learning_rate * ((step + 1) as f64 / self.meta_warmup_steps.max(1) as f64).min(1.0)
+    }
 }
 
 /// Embeddings of pairs of answers.
@@ -346,34 +365,12 @@ struct VplNetwork {
     mean: Linear,
     log_variance: Linear,
     reward: Reward,
-    size: usize,
 }
 
 impl VplNetwork {
-    /// Mean and log-variance of the user who made these choices, `[1, size]` each, within [-1, 1].
-    fn encode(&self, [chosen, rejected]: &[Tensor; 2]) -> Result<[Tensor; 2]> {
-        let leaky = |x: Tensor| -> candle_core::Result<Tensor> { x.relu()? - (x.neg()?.relu()? * 0.2)? };
-        let pairs = leaky(self.pair.forward(&Tensor::cat(&[chosen, rejected], 1)?)?)?;
-        let [query, key, value] = &self.attention;
-        let width = pairs.dim(1)? as f64;
-        let logits = (query.forward(&pairs)?.matmul(&key.forward(&pairs)?.t()?)? / width.sqrt())?;
-        let pooled = (softmax(&logits)?.matmul(&value.forward(&pairs)?)? + pairs)?.mean_keepdim(0)?;
-        Ok([self.mean.forward(&pooled)?.tanh()?, self.log_variance.forward(&pooled)?.tanh()?])
-    }
-
-    /// A point scaled to length √size.
-    fn normalised(&self, z: &Tensor) -> Result<Tensor> {
-        let length = (z.sqr()?.sum_keepdim(D::Minus1)? + 1e-6)?.sqrt()?;
-        Ok((z.broadcast_div(&length)? * (self.size as f64).sqrt())?)
-    }
-}
-
-impl Method for Vpl {
-    fn learn(&mut self, task: Task<'_>, users: &[Vec<Choice>]) -> Result<()> {
-        let options = task.options;
-        let mut weights = Weights::new(task.random);
-        let (width, hidden, size) = (task.width()?, options.hidden, options.user_size);
-        let network = VplNetwork {
+    fn new(weights: &mut Weights, width: usize, options: &NetworkOptions) -> Result<Self> {
+        let (hidden, size) = (options.hidden, options.user_size);
+        Ok(Self {
             pair: weights.linear(2 * width, hidden)?,
             attention: [
                 weights.linear(hidden, hidden)?,
@@ -382,27 +379,61 @@ impl Method for Vpl {
             ],
             mean: weights.linear(hidden, size)?,
             log_variance: weights.linear(hidden, size)?,
-            reward: Reward::new(&mut weights, width + size, hidden)?,
-            size,
-        };
+            reward: Reward::new(weights, width + size, hidden)?,
+        })
+    }
+
+    /// Mean and log-variance of the user who made these choices, `[1, size]` each, within [-1, 1].
+    fn encode(&self, [chosen, rejected]: &[Tensor; 2]) -> Result<[Tensor; 2]> {
+        let leaky = |x: Tensor| -> candle_core::Result<Tensor> { x.relu()? - (x.neg()?.relu()? * 0.2)? };
+        let read = |a: &Tensor, b: &Tensor| leaky(self.pair.forward(&Tensor::cat(&[a, b], 1)?)?);
+        // Less the same turned round: what says nothing about the user cancels.
+        let pairs = (read(chosen, rejected)? - read(rejected, chosen)?)?;
+        let [query, key, value] = &self.attention;
+        let width = pairs.dim(1)? as f64;
+        let logits = (query.forward(&pairs)?.matmul(&key.forward(&pairs)?.t()?)? / width.sqrt())?;
+        let pooled = (softmax(&logits)?.matmul(&value.forward(&pairs)?)? + pairs)?.mean_keepdim(0)?;
+        Ok([self.mean.forward(&pooled)?.tanh()?, self.log_variance.forward(&pooled)?.tanh()?])
+    }
+
+    /// The loss of one user's choices, some of which say who the user is, others what is to be said of the user; `beta` weighs the divergence.
+    fn loss(&self, task: Task<'_>, [known, asked]: [&[Choice]; 2], beta: f64, noise: Random) -> Result<Tensor> {
+        let [mean, log_variance] = self.encode(&task.answers(known)?)?;
+        let size = task.options.user_size;
+        let noise: Vec<f32> = (0..size as u32).map(|place| noise.normal(1 + place) as f32).collect();
+        let noise = Tensor::from_vec(noise, (1, size), &Device::Cpu)?;
+        let z = normalised(&(&mean + ((&log_variance * 0.5)?.exp()? * noise)?)?)?;
+        let [chosen, rejected] = task.answers(asked)?;
+        let [chosen, rejected] = [with(&chosen, &z)?, with(&rejected, &z)?];
+        let preferred = negative_log_sigmoid(&(self.reward.forward(&chosen)? - self.reward.forward(&rejected)?)?)?;
+        // KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ (μ² + σ² - log σ² - 1).
+        let divergence = (((mean.sqr()? + log_variance.exp()?)? - &log_variance)? - 1.0)?.sum_all()?;
+        Ok((preferred + (divergence * (0.5 * beta))?)?)
+    }
+}
+
+impl Method for Vpl {
+    fn learn(&mut self, task: Task<'_>, users: &[Vec<Choice>]) -> Result<()> {
+        let options = task.options;
+        let mut weights = Weights::new(task.random);
+        let network = VplNetwork::new(&mut weights, task.width()?, options)?;
         for step in 0..options.meta_steps {
-            let random = task.random.step(step as u32 + 1).sample(7);
-            let choices = &users[random.at(0).below(users.len() as u64) as usize];
-            let [mean, log_variance] =
-                network.encode(&task.answers(&task.some(choices, step, 1, options.contexts))?)?;
-            let noise: Vec<f32> = (0..size as u32).map(|place| random.normal(1 + place) as f32).collect();
-            let noise = Tensor::from_vec(noise, (1, size), &Device::Cpu)?;
-            let z = network.normalised(&(&mean + ((&log_variance * 0.5)?.exp()? * noise)?)?)?;
-            let [chosen, rejected] = task.answers(&task.some(choices, step, 2, options.batch_size))?;
-            let [chosen, rejected] = [with(&chosen, &z)?, with(&rejected, &z)?];
-            let preferred =
-                negative_log_sigmoid(&(network.reward.forward(&chosen)? - network.reward.forward(&rejected)?)?)?;
-            // KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ (μ² + σ² - log σ² - 1), in four cosine cycles.
-            let divergence = (((mean.sqr()? + log_variance.exp()?)? - &log_variance)? - 1.0)?.sum_all()?;
+            // Four cosine cycles, each of which begins without the divergence.
             let phase = (4.0 * step as f64 / options.meta_steps as f64).fract();
             let beta = options.beta * 0.5 * (1.0 - (std::f64::consts::PI * phase).cos());
-            let loss = (preferred + (divergence * (0.5 * beta))?)?;
-            weights.step(&loss, options.learning_rate, options.weight_decay)?;
+            let loss = |place: u32| {
+                let random = task.random.step(step as u32 + 1).sample(place);
+                let choices = &users[random.at(0).below(users.len() as u64) as usize];
+                let some =
+                    |part: u32, count| task.some(choices, step, 2 * (options.users_per_step + place) + part, count);
+                network.loss(task, [&some(0, options.contexts), &some(1, options.batch_size)], beta, random)
+            };
+            let losses = (0..options.users_per_step).map(loss).collect::<Result<Vec<_>>>()?;
+            weights.step(
+                &Tensor::stack(&losses, 0)?.mean_all()?,
+                options.meta_learning_rate(step),
+                options.weight_decay,
+            )?;
         }
         self.0 = Some(network);
         Ok(())
@@ -412,7 +443,7 @@ impl Method for Vpl {
         let Some(network) = &self.0 else { return Ok(Vec::new()) };
         let contexts = &choices[..choices.len().min(8 * task.options.contexts)];
         let [mean, _] = network.encode(&task.answers(contexts)?)?;
-        task.asked(&network.reward, Some(&network.normalised(&mean)?))
+        task.asked(&network.reward, Some(&normalised(&mean)?))
     }
 }
 
@@ -421,7 +452,10 @@ impl Method for Vpl {
 pub struct Gpo(Option<GpoNetwork>);
 
 struct GpoNetwork {
-    point: Linear,
+    /// What a pair is projected by.
+    pair: Linear,
+    /// What is added to a pair whose first answer was chosen, and taken from one whose first was not, `[1, hidden]`.
+    choice: Tensor,
     layers: Vec<GpoLayer>,
     output: Linear,
 }
@@ -450,25 +484,22 @@ impl Points {
         Ok(Self { differences: rows(&self.differences, numbers)?, prompts: rows(&self.prompts, numbers)? })
     }
 
-    /// Every point with its choice, and turned round with the choice turned round, which says the same.
-    fn known(&self, choices: &[f32]) -> Result<Tensor> {
-        let one = |sign: f32| -> Result<Tensor> {
-            let told: Vec<f32> = choices.iter().map(|choice| sign * choice).collect();
-            let told = Tensor::from_vec(told, (choices.len(), 1), &Device::Cpu)?;
-            Ok(Tensor::cat(&[&(&self.differences * f64::from(sign))?, &self.prompts, &told], 1)?)
-        };
+    /// The points, and after them the same turned round.
+    fn both_ways(&self) -> Result<Tensor> {
+        let one = |sign: f64| Tensor::cat(&[&(&self.differences * sign)?, &self.prompts], 1);
         Ok(Tensor::cat(&[one(1.0)?, one(-1.0)?], 0)?)
     }
 
-    fn asked(&self) -> Result<Tensor> {
-        let told = Tensor::zeros((self.differences.dim(0)?, 1), candle_core::DType::F32, &Device::Cpu)?;
-        Ok(Tensor::cat(&[&self.differences, &self.prompts, &told], 1)?)
+    /// The points as they are.
+    fn one_way(&self) -> Result<Tensor> {
+        Ok(Tensor::cat(&[&self.differences, &self.prompts], 1)?)
     }
 }
 
 impl GpoLayer {
-    /// The layer for points that see `known` ones; with `own`, themselves as well.
-    fn forward(&self, points: &Tensor, known: &Tensor, own: bool) -> Result<Tensor> {
+    /// The layer for the stream of points that see `known` ones; with `own`, themselves as well.
+    fn forward(&self, stream: &Tensor, known: &Tensor, own: bool) -> Result<Tensor> {
+        let (points, known) = (&normalised(stream)?, &normalised(known)?);
         let [query, key, value] = &self.attention;
         let scale = (points.dim(1)? as f64).sqrt();
         let queries = query.forward(points)?;
@@ -483,8 +514,8 @@ impl GpoLayer {
         if own {
             seen = (seen + value.forward(points)?.broadcast_mul(&shares.narrow(1, count, 1)?)?)?;
         }
-        let stream = (points + seen)?;
-        Ok((&stream + self.back.forward(&self.hidden.forward(&stream)?.silu()?)?)?)
+        let stream = (stream + seen)?;
+        Ok((&stream + self.back.forward(&self.hidden.forward(&normalised(&stream)?)?.silu()?)?)?)
     }
 }
 
@@ -503,15 +534,18 @@ impl GpoNetwork {
             })
         };
         let layers = vec![layer()?, layer()?];
-        // Differences, prompt and choice.
-        Ok(Self { point: weights.linear(width + 1, hidden)?, layers, output: weights.linear(hidden, 1)? })
+        let (pair, choice) = (weights.linear(width, hidden)?, weights.matrix(1, hidden, 1.0)?);
+        Ok(Self { pair, choice, layers, output: weights.linear(hidden, 1)? })
     }
 
     /// The log-odds that the first answer of each target is preferred. Context points attend to each other, targets to context points and
     /// to themselves.
     fn forward(&self, contexts: &Points, choices: &[f32], targets: &Points) -> Result<Tensor> {
-        let mut known = self.point.forward(&contexts.known(choices)?)?;
-        let mut asked = self.point.forward(&targets.asked()?)?;
+        // Turned round, a pair has the other choice, which says the same.
+        let told: Vec<f32> = choices.iter().copied().chain(choices.iter().map(|choice| -choice)).collect();
+        let told = Tensor::from_vec(told, (2 * choices.len(), 1), &Device::Cpu)?.matmul(&self.choice)?;
+        let mut known = (self.pair.forward(&contexts.both_ways()?)? + told)?;
+        let mut asked = self.pair.forward(&targets.one_way()?)?;
         for layer in &self.layers {
             let next = layer.forward(&known, &known, false)?;
             asked = layer.forward(&asked, &known, true)?;
@@ -545,7 +579,8 @@ impl Method for Gpo {
             let [known, asked] = [&contexts, &targets].map(|choices| points.select(&numbers(choices)));
             let log_odds = network.forward(&known?, &signs(&contexts), &asked?)?;
             let signs = Tensor::from_vec(signs(&targets), targets.len(), &Device::Cpu)?;
-            weights.step(&negative_log_sigmoid(&(log_odds * signs)?)?, options.learning_rate, options.weight_decay)?;
+            let loss = negative_log_sigmoid(&(log_odds * signs)?)?;
+            weights.step(&loss, options.meta_learning_rate(step), options.weight_decay)?;
         }
         self.0 = Some(network);
         Ok(())
@@ -653,6 +688,8 @@ mod tests {
             user_steps: 300,
             user_epochs: 50,
             meta_steps: 200,
+            meta_learning_rate: 1e-2,
+            meta_warmup_steps: 20,
             batch_size: 16,
             learning_rate: 1e-2,
             weight_decay: 0.0,
@@ -660,6 +697,7 @@ mod tests {
             alpha: 0.5,
             beta: 1e-3,
             contexts: 8,
+            users_per_step: 1,
             retrieved: 5,
         }
     }
@@ -735,6 +773,38 @@ mod tests {
         close(all[1], predict(contexts, &[11])[0]);
         let other: Vec<Choice> = contexts.iter().map(|choice| Choice { first: !choice.first, ..*choice }).collect();
         assert!((all[1] - predict(&other, &[11])[0]).abs() > 1e-4, "choices are listened to");
+    }
+
+    /// What users have in common must not drown what tells them apart.
+    #[test]
+    fn users_who_mostly_agree_are_told_apart() {
+        let (pool, users) = world(&[[1.0, 0.7, 0.0], [1.0, -0.7, 0.0], [1.0, 0.0, 0.7], [1.0, 0.0, -0.7]]);
+        let options = options();
+        let task = Task { pool: &pool, probes: &pool, options: &options, random: Random::new(2, Purpose::Test) };
+        let of = |name: &str, whose: fn(usize) -> usize| {
+            let mut method = method(name).unwrap();
+            method.learn(task, &users).unwrap();
+            let judged = |user: usize| method.judge(task, None, &users[whose(user)]).unwrap();
+            (0..4).map(judged).zip(&users).map(|(margins, choices)| accuracy(&margins, choices)).sum::<f64>() / 4.0
+        };
+        let shared = of("vanilla", |user| user);
+        for name in ["vpl", "gpo"] {
+            let (own, anothers) = (of(name, |user| user), of(name, |user| (user + 1) % 4));
+            assert!(own > shared + 0.05 && own > anothers + 0.05, "{name}: {own}, {anothers}, shared {shared}");
+        }
+    }
+
+    #[test]
+    fn opposite_choices_are_opposite_points() {
+        let (pool, users) = world(&OPPOSITE[..1]);
+        let options = options();
+        let task = Task { pool: &pool, probes: &pool, options: &options, random: Random::new(2, Purpose::Test) };
+        let network = VplNetwork::new(&mut Weights::new(task.random), 4, &options).unwrap();
+        let [chosen, rejected] = task.answers(&users[0][..8]).unwrap();
+        let mean = |of: &[Tensor; 2]| network.encode(of).unwrap()[0].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let (one, other) = (mean(&[chosen.clone(), rejected.clone()]), mean(&[rejected, chosen]));
+        assert!(one.iter().zip(&other).all(|(a, b)| (a + b).abs() < 1e-6), "{one:?} {other:?}");
+        assert!(one.iter().any(|a| a.abs() > 1e-3));
     }
 
     #[test]

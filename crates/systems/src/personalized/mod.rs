@@ -28,7 +28,9 @@
 //!    fewer pairs than the pool.
 //! 5. The noise of `tldr` follows from the consistency that its users should have, 85 to 90 %; the κ = 4 of the design of the miniature
 //!    gives 59 %.
-//! 6. A majority that is tied on every pair, as that of opposite couples is, counts as a coin: a majority accuracy of 1/2.
+//! 6. VPL's encoder pools the difference that the order of a pair's answers makes, a step has several users, and its learning rate and GPO's warm up; GPO's
+//!    contexts are given both ways round.
+//! 7. A majority that is tied on every pair, as that of opposite couples is, counts as a coin: a majority accuracy of 1/2.
 
 pub mod methods;
 pub mod network;

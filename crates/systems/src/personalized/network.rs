@@ -116,6 +116,11 @@ pub fn softmax(logits: &Tensor) -> Result<Tensor> {
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
 
+/// Rows scaled to length `√width`, so that their numbers are about 1 (Zhang and Sennrich, "Root mean square layer normalization", 2019).
+pub fn normalised(rows: &Tensor) -> Result<Tensor> {
+    rows.broadcast_div(&(rows.sqr()?.mean_keepdim(D::Minus1)? + 1e-6)?.sqrt()?)
+}
+
 /// Rows of a tensor by number.
 pub fn rows(of: &Tensor, numbers: &[u32]) -> Result<Tensor> {
     of.index_select(&Tensor::from_slice(numbers, numbers.len(), &Device::Cpu)?, 0)
@@ -136,6 +141,15 @@ mod tests {
         };
         assert!((negative_log_sigmoid(&x).unwrap().to_scalar::<f32>().unwrap() - 2f32.ln()).abs() < 1e-6);
         assert!((at(-200.0) - 200.0).abs() < 1e-3 && at(200.0) == 0.0);
+    }
+
+    #[test]
+    fn normalised_rows_have_one_length() {
+        let rows = Tensor::new(&[[3.0f32, 4.0], [-30.0, 40.0], [0.0, 0.0]], &Device::Cpu).unwrap();
+        let found = normalised(&rows).unwrap().to_vec2::<f32>().unwrap();
+        let length = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!(found[..2].iter().all(|row| (length(row) - 2f32.sqrt()).abs() < 1e-4), "{found:?}");
+        assert!((found[0][1] / found[0][0] - 4.0 / 3.0).abs() < 1e-5 && found[2] == [0.0, 0.0]);
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! ```
 //!
 //! is their soup where `φ = 0`, goes beyond every soup where `φ_i > 0`, and takes an objective back where `φ_i < 0`. [`search()`] looks for the coefficients
-//! that no others beat: a coarse grid, then steps of half its width around what is left. Candidates are measured on the same prompts with the
-//! same draws ([`Probe`]); those that have forgotten how to write are dropped; and what is left is measured again with other draws, so that luck in
+//! that no others beat: a coarse grid, then steps of half its width around what nothing beats, all measured by few answers, to the same prompts and with the
+//! same draws ([`Probe`]). Those that have forgotten how to write are dropped, and the half that is nearest to the front is measured again with twice the answers,
+//! and again: where many candidates are close, answers are spent on those that may be the best. What no other beats at last is measured afresh, so that luck in
 //! the search is not mistaken for quality. A [`Frontier`] is what remains: a preference between the objectives picks one of its policies.
 
 mod probe;
@@ -19,7 +20,7 @@ use model::decoder::TaskVectors;
 use serde::{Deserialize, Serialize};
 
 pub use probe::{Measured, Probe, ProbeError, ProbeOptions};
-pub use search::{Region, Scores, SearchOptions, search};
+pub use search::{Look, Region, Scores, SearchOptions, search};
 
 /// Policies that no other sum of the same task vectors was found to beat.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,7 +63,7 @@ pub struct PreferenceError {
 }
 
 impl Frontier {
-    /// Searches. `progress` is told of the candidates measured.
+    /// Searches. `progress` is told of the looks taken: some candidates are looked at more than once.
     ///
     /// # Errors
     /// Answers that cannot be sampled or judged.
@@ -72,12 +73,12 @@ impl Frontier {
         options: &SearchOptions,
         mut progress: impl FnMut(usize),
     ) -> Result<Self, ProbeError> {
-        let mut measured = 0;
-        let policies = search(options, vectors.len(), |coefficients, round| {
+        let mut looks = 0;
+        let policies = search(options, vectors.len(), |coefficients, look| {
             let mut merged = vectors.merged(coefficients)?;
-            measured += 1;
-            progress(measured);
-            probe.scores(&mut merged, round)
+            looks += 1;
+            progress(looks);
+            probe.scores(&mut merged, look)
         })?;
         Ok(Self { objectives: probe.objectives(), policies })
     }

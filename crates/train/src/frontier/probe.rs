@@ -11,7 +11,7 @@ use rollout::{Episode, Generator, Request, SamplingOptions, scoring};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Objective, Scores};
+use super::{Look, Objective, Scores};
 use crate::options::{OptionError, check};
 
 /// How candidates are measured.
@@ -82,9 +82,8 @@ pub struct Probe<'a> {
     precision: Precision,
     seed: u64,
     base: Decoder,
-    /// The answers of the model before training, how they were judged, and their mean log-probability a token.
+    /// The answers of the model before training, and how they were judged.
     before: Measured,
-    log_prob: f64,
 }
 
 /// Answers, and what each objective says about every one of them.
@@ -100,19 +99,17 @@ impl Measured {
     pub fn of(&self, objective: usize) -> Vec<f64> {
         self.values[objective].iter().flatten().copied().collect()
     }
+}
 
-    fn tokens(&self) -> f64 {
-        self.episodes.iter().flat_map(|episode| &episode.loss_mask).filter(|sampled| **sampled).count() as f64
-    }
+/// How many of an answer's tokens were sampled.
+fn tokens(episode: &Episode) -> f64 {
+    episode.loss_mask.iter().filter(|sampled| **sampled).count() as f64
+}
 
-    /// The log-probability of each answer under the model that gave it.
-    fn log_probs(&self) -> Vec<f64> {
-        let sum = |episode: &Episode| {
-            let sampled = episode.log_probs.iter().zip(&episode.loss_mask).filter(|(_, sampled)| **sampled);
-            sampled.map(|(&log_prob, _)| f64::from(log_prob)).sum()
-        };
-        self.episodes.iter().map(sum).collect()
-    }
+/// The log-probability of an answer under the model that gave it.
+fn log_prob(episode: &Episode) -> f64 {
+    let sampled = episode.log_probs.iter().zip(&episode.loss_mask).filter(|(_, sampled)| **sampled);
+    sampled.map(|(&log_prob, _)| f64::from(log_prob)).sum()
 }
 
 impl<'a> Probe<'a> {
@@ -130,9 +127,8 @@ impl<'a> Probe<'a> {
     ) -> Result<Self, ProbeError> {
         base.prepare(precision);
         let before = Measured { episodes: Vec::new(), values: Vec::new() };
-        let mut probe = Self { tokenizer, prompts, objectives, options, precision, seed, base, before, log_prob: 0.0 };
-        probe.before = probe.measure(&probe.base, 0)?;
-        probe.log_prob = probe.before.log_probs().iter().sum::<f64>() / probe.before.tokens();
+        let mut probe = Self { tokenizer, prompts, objectives, options, precision, seed, base, before };
+        probe.before = probe.measure(&probe.base, Look::whole(0))?;
         for (index, objective) in objectives.iter().enumerate() {
             if probe.before.of(index).is_empty() {
                 return Err(ProbeError::Silent(objective.name().to_owned()));
@@ -156,19 +152,30 @@ impl<'a> Probe<'a> {
         self.objectives.iter().enumerate().map(objective).collect()
     }
 
+    /// What a look with this share of all answers asks: fewer answers to every prompt, or one answer to each of some prompts that are spread evenly.
+    fn asked(&self, share: f64) -> (Vec<usize>, u32) {
+        let (count, samples) = (self.prompts.len(), f64::from(self.options.samples) * share);
+        if samples >= 1.0 {
+            return ((0..count).collect(), samples.round() as u32);
+        }
+        let some = ((count as f64 * samples).ceil() as usize).clamp(1, count.max(1));
+        ((0..some).map(|place| place * count / some).collect(), 1)
+    }
+
     /// The answers of a model whose weights are prepared, judged. Draws are named by seed, round, prompt, sample and position: within a round all
     /// models have the same luck.
     ///
     /// # Errors
     /// Answers that cannot be sampled or judged.
-    pub fn measure(&self, decoder: &Decoder, round: u32) -> Result<Measured, ProbeError> {
-        let requests: Vec<Request> = (self.prompts.iter())
-            .flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, self.options.samples))
-            .collect();
-        let random = Random::new(self.seed, Purpose::Sampling).step(round);
+    pub fn measure(&self, decoder: &Decoder, look: Look) -> Result<Measured, ProbeError> {
+        let (prompts, samples) = self.asked(look.share);
+        let prompts = || prompts.iter().map(|&place| &self.prompts[place]);
+        let requests: Vec<Request> =
+            prompts().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, samples)).collect();
+        let random = Random::new(self.seed, Purpose::Sampling).step(look.round);
         let generator = Generator::new(&self.options.sampling, self.options.batch_size, random);
         let episodes = generator.generate(decoder, self.tokenizer, &requests, |_| {})?;
-        let rows = self.prompts.iter().flat_map(|prompt| (0..self.options.samples).map(move |_| prompt));
+        let rows = prompts().flat_map(|prompt| (0..samples).map(move |_| prompt));
         let answers: Vec<Answer<'_>> = rows
             .zip(&episodes)
             .map(|(prompt, episode)| Answer {
@@ -198,18 +205,25 @@ impl<'a> Probe<'a> {
     ///
     /// # Errors
     /// Answers that cannot be sampled or judged.
-    pub fn scores(&self, candidate: &mut Decoder, round: u32) -> Result<Scores, ProbeError> {
+    pub fn scores(&self, candidate: &mut Decoder, look: Look) -> Result<Scores, ProbeError> {
         candidate.prepare(self.precision);
-        let measured = self.measure(candidate, round)?;
+        let measured = self.measure(candidate, look)?;
         let temperature = self.options.sampling.log_prob_temperature();
         let theirs = scoring::log_probs(&self.base, &measured.episodes, temperature)?;
-        let ratios: Vec<f64> = measured.log_probs().iter().zip(theirs).map(|(own, base)| own - base).collect();
-        let log_prob = scoring::log_probs(candidate, &self.before.episodes, temperature)?;
-        let log_prob = log_prob.iter().sum::<f64>() / self.before.tokens();
+        let ratios: Vec<f64> = measured.episodes.iter().zip(theirs).map(|(own, base)| log_prob(own) - base).collect();
+        // As many answers of the model before training.
+        let (prompts, samples) = self.asked(look.share);
+        let answers = prompts.iter().flat_map(|&prompt| {
+            let first = prompt * self.options.samples as usize;
+            self.before.episodes[first..].iter().take(samples as usize)
+        });
+        let answers: Vec<Episode> = answers.cloned().collect();
+        let of_candidate: f64 = scoring::log_probs(candidate, &answers, temperature)?.iter().sum();
+        let of_base: f64 = answers.iter().map(log_prob).sum();
         Ok(Scores {
             objectives: (0..self.objectives.len()).map(|objective| mean(&measured.of(objective))).collect(),
             divergence: mean(&ratios),
-            perplexity_ratio: (self.log_prob - log_prob).exp(),
+            perplexity_ratio: ((of_base - of_candidate) / answers.iter().map(tokens).sum::<f64>()).exp(),
         })
     }
 }

@@ -1,8 +1,8 @@
-//! The search for coefficients: a grid, what nothing dominates, half steps around it, and a fresh look.
+//! The search for coefficients: a grid, half steps around what nothing dominates, ever surer looks at ever fewer, and a fresh one.
 
 use std::collections::BTreeSet;
 
-use eval::front::front;
+use eval::front::{front, shortfalls};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,9 @@ pub struct SearchOptions {
     pub averages: usize,
     /// Rounds of half steps.
     pub refinements: u32,
+    /// How often the better half of the candidates is measured again with twice the answers. The first look takes `1 / 2^halvings` of them,
+    /// so that all looks together take `(1 + halvings) / 2^halvings` of what measuring every candidate with all answers would.
+    pub halvings: u32,
     /// A candidate is dropped whose perplexity on answers of the model before training is more than so many times that model's.
     #[schemars(extend("exclusiveMinimum" = 1))]
     pub max_perplexity_ratio: f64,
@@ -54,6 +57,7 @@ impl Default for SearchOptions {
             grid: 5,
             averages: 11,
             refinements: 1,
+            halvings: 2,
             max_perplexity_ratio: 1.5,
         }
     }
@@ -70,6 +74,34 @@ pub struct Scores {
     pub perplexity_ratio: f64,
 }
 
+/// How a candidate is measured: in a round all by the same draws, in another round by others.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Look {
+    /// Names the draws.
+    pub round: u32,
+    /// The share of all answers, above 0 and up to 1.
+    pub share: f64,
+}
+
+impl Look {
+    /// With all answers.
+    pub fn whole(round: u32) -> Self {
+        Self { round, share: 1.0 }
+    }
+}
+
+impl Scores {
+    /// The mean of these scores and others, from these shares of answers.
+    fn pooled(&self, share: f64, other: &Self, other_share: f64) -> Self {
+        let mean = |own: f64, other: f64| (share * own + other_share * other) / (share + other_share);
+        Self {
+            objectives: self.objectives.iter().zip(&other.objectives).map(|(own, other)| mean(*own, *other)).collect(),
+            divergence: mean(self.divergence, other.divergence),
+            perplexity_ratio: mean(self.perplexity_ratio, other.perplexity_ratio),
+        }
+    }
+}
+
 impl SearchOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
@@ -78,6 +110,7 @@ impl SearchOptions {
         check("grid", self.grid, (2..=101).contains(&self.grid), "2 to 101")?;
         check("averages", self.averages, (2..=1001).contains(&self.averages), "2 to 1001")?;
         check("refinements", self.refinements, self.refinements <= 10, "0 to 10")?;
+        check("halvings", self.halvings, self.halvings <= 10, "0 to 10")?;
         let ratio = self.max_perplexity_ratio;
         check("max_perplexity_ratio", ratio, ratio > 1.0, "a number above 1")
     }
@@ -165,47 +198,80 @@ fn place(coefficients: &[f64]) -> Vec<i64> {
     coefficients.iter().map(|a| (a * 1e6).round() as i64).collect()
 }
 
-/// Looks for the coefficients of `count` task vectors that no others beat. `score` measures a candidate; within a round, it must measure every
-/// candidate by the same draws, and in another round by others.
+/// Looks for the coefficients of `count` task vectors that no others beat (successive halving, Jamieson and Talwalkar, AISTATS 2016, of what is nearest to
+/// the front). `score` measures a candidate.
 ///
 /// # Errors
 /// The first error of `score`.
 pub fn search<E>(
     options: &SearchOptions,
     count: usize,
-    mut score: impl FnMut(&[f64], u32) -> Result<Scores, E>,
+    mut score: impl FnMut(&[f64], Look) -> Result<Scores, E>,
 ) -> Result<Vec<FrontierPolicy>, E> {
+    let limit = options.max_perplexity_ratio;
+    let mut look = Look { round: 0, share: 0.5f64.powi(options.halvings as i32) };
     let mut seen = BTreeSet::new();
-    let mut kept: Vec<FrontierPolicy> = Vec::new();
+    let mut field: Vec<FrontierPolicy> = Vec::new();
     let mut candidates = options.candidates(count);
     let mut step = options.step();
     for refinement in 0..=options.refinements {
         candidates.retain(|candidate| seen.insert(place(candidate)));
         for coefficients in std::mem::take(&mut candidates) {
-            let scores = score(&coefficients, 0)?;
-            kept.push(FrontierPolicy { coefficients, scores });
+            let scores = score(&coefficients, look)?;
+            field.push(FrontierPolicy { coefficients, scores });
         }
-        kept = undominated(kept, options.max_perplexity_ratio);
         if refinement < options.refinements {
             step /= 2.0;
-            candidates = kept.iter().flat_map(|policy| options.around(&policy.coefficients, step)).collect();
+            let best = undominated(field.clone(), limit);
+            candidates = best.iter().flat_map(|policy| options.around(&policy.coefficients, step)).collect();
         }
     }
-    // Of many candidates with some noise, the best are the lucky ones.
-    for policy in &mut kept {
-        policy.scores = score(&policy.coefficients, 1)?;
+    let mut taken = look.share;
+    for round in 1..=options.halvings {
+        field = better_half(field, limit);
+        look = Look { round, share: 2.0 * look.share };
+        for policy in &mut field {
+            let again = score(&policy.coefficients, look)?;
+            policy.scores = policy.scores.pooled(taken, &again, look.share);
+        }
+        taken += look.share;
     }
-    Ok(undominated(kept, options.max_perplexity_ratio))
+    field = undominated(field, limit);
+    // Of many candidates with some noise, the best are the lucky ones: what is said of them comes from answers that did not choose them.
+    for policy in &mut field {
+        policy.scores = score(&policy.coefficients, Look::whole(options.halvings + 1))?;
+    }
+    Ok(undominated(field, limit))
+}
+
+/// Those that are not broken.
+fn whole(mut policies: Vec<FrontierPolicy>, max_perplexity_ratio: f64) -> Vec<FrontierPolicy> {
+    policies.retain(|policy| policy.scores.perplexity_ratio <= max_perplexity_ratio);
+    policies
+}
+
+fn points(policies: &[FrontierPolicy]) -> Vec<&[f64]> {
+    policies.iter().map(|policy| &policy.scores.objectives[..]).collect()
 }
 
 /// What is left without broken candidates and without those that others beat.
 fn undominated(policies: Vec<FrontierPolicy>, max_perplexity_ratio: f64) -> Vec<FrontierPolicy> {
-    let whole = |policy: &FrontierPolicy| policy.scores.perplexity_ratio <= max_perplexity_ratio;
-    let policies: Vec<FrontierPolicy> = policies.into_iter().filter(whole).collect();
-    let points: Vec<&[f64]> = policies.iter().map(|policy| &policy.scores.objectives[..]).collect();
-    let best = front(&points);
+    let policies = whole(policies, max_perplexity_ratio);
+    let best = front(&points(&policies));
     let mut number = 0..;
     policies.into_iter().filter(|_| number.next().is_some_and(|number| best.contains(&number))).collect()
+}
+
+/// Of the candidates that are not broken, the half that is nearest to the front, and all of the front.
+fn better_half(policies: Vec<FrontierPolicy>, max_perplexity_ratio: f64) -> Vec<FrontierPolicy> {
+    let policies = whole(policies, max_perplexity_ratio);
+    let points = points(&policies);
+    let shortfalls = shortfalls(&points);
+    let mut order: Vec<usize> = (0..policies.len()).collect();
+    order.sort_by(|a, b| shortfalls[*a].total_cmp(&shortfalls[*b]));
+    order.truncate(policies.len().div_ceil(2).max(front(&points).len()));
+    let mut number = 0..;
+    policies.into_iter().filter(|_| number.next().is_some_and(|number| order.contains(&number))).collect()
 }
 
 #[cfg(test)]
@@ -213,6 +279,7 @@ fn undominated(policies: Vec<FrontierPolicy>, max_perplexity_ratio: f64) -> Vec<
 mod tests {
     use std::convert::Infallible;
 
+    use base::{Purpose, Random};
     use eval::front::hypervolume;
 
     use super::*;
@@ -286,19 +353,61 @@ mod tests {
     #[test]
     fn every_candidate_is_measured_once_and_survivors_again() {
         let toy = Quadratic::new(0.8);
-        let mut calls: Vec<(Vec<i64>, u32)> = Vec::new();
-        let found = search(&SearchOptions::default(), 2, |coefficients, round| {
-            calls.push((place(coefficients), round));
+        let mut calls: Vec<(Vec<i64>, Look)> = Vec::new();
+        let found = search(&SearchOptions::default(), 2, |coefficients, look| {
+            calls.push((place(coefficients), look));
             Ok::<_, Infallible>(toy.scores(coefficients))
         });
         let found = found.unwrap();
-        let mut first: Vec<_> = calls.iter().filter(|call| call.1 == 0).collect();
-        let count = first.len();
-        first.sort();
-        first.dedup();
-        assert_eq!(first.len(), count, "no candidate twice");
-        assert_eq!(calls.iter().filter(|call| call.1 == 1).count(), found.len(), "the toy has no noise");
-        assert!(calls.contains(&(vec![500_000, 500_000], 0)), "the soup is a candidate");
+        let of_round = |round| -> Vec<&Vec<i64>> {
+            calls.iter().filter(|call| call.1.round == round).map(|call| &call.0).collect()
+        };
+        let share = |round| calls.iter().find(|call| call.1.round == round).unwrap().1.share;
+        for round in 0..=3 {
+            assert_eq!(of_round(round).iter().collect::<BTreeSet<_>>().len(), of_round(round).len(), "nothing twice");
+        }
+        assert!(of_round(0).contains(&&vec![500_000, 500_000]), "the soup is a candidate");
+        assert_eq!([0, 1, 2, 3].map(share), [0.25, 0.5, 1.0, 1.0]);
+        assert_eq!(of_round(1).len(), of_round(0).len().div_ceil(2), "the front is less than half");
+        assert_eq!(of_round(2).len(), of_round(1).len().div_ceil(2).max(found.len()));
+        assert_eq!(of_round(3).len(), found.len(), "the toy has no noise");
+        assert!(of_round(2).iter().all(|place| of_round(1).contains(place)));
+    }
+
+    /// Where measurements have noise, what is found serves preferences better, for fewer answers, than if every candidate had as many.
+    #[test]
+    fn surer_looks_at_fewer_candidates_find_better_policies() {
+        let toy = Quadratic::new(0.5);
+        let random = Random::new(1, Purpose::Test);
+        // A look with all answers has twice those that every candidate has without halving.
+        let regret_and_cost = |halvings: u32, answers: f64, seed: u32| {
+            let options = SearchOptions { halvings, refinements: 2, ..SearchOptions::default() };
+            let (mut draw, mut cost) = (0, 0.0);
+            let found = search(&options, 2, |coefficients, look| {
+                let mut scores = toy.scores(coefficients);
+                for value in &mut scores.objectives {
+                    draw += 1;
+                    *value += 0.03 / (look.share * answers).sqrt() * random.step(seed).prompt(halvings).normal(draw);
+                }
+                cost += look.share * answers;
+                Ok::<_, Infallible>(scores)
+            });
+            let policies = found.unwrap();
+            let regret = |tenths: u32| {
+                let share = f64::from(tenths) / 10.0;
+                let worth = |scores: &Scores| share * scores.objectives[0] + (1.0 - share) * scores.objectives[1];
+                let chosen = policies.iter().max_by(|a, b| worth(&a.scores).total_cmp(&worth(&b.scores))).unwrap();
+                // With s = 1/2, the best coefficients are twice the shares.
+                worth(&toy.scores(&[2.0 * share, 2.0 - 2.0 * share])) - worth(&toy.scores(&chosen.coefficients))
+            };
+            [(0..=10).map(regret).sum::<f64>() / 11.0, cost]
+        };
+        let mean = |halvings, answers| {
+            let all: Vec<[f64; 2]> = (0..400).map(|seed| regret_and_cost(halvings, answers, seed)).collect();
+            [0, 1].map(|k| all.iter().map(|one| one[k]).sum::<f64>() / 400.0)
+        };
+        let ([at_once, cost], [halved, cheaper]) = (mean(0, 1.0), mean(3, 2.0));
+        assert!(halved < 0.95 * at_once && cheaper < cost, "{halved}, {at_once} for {cheaper}, {cost}");
     }
 
     #[test]

@@ -21,7 +21,8 @@
 //! any quality; it is there for rewards that can be cheated. [`digits`] is another task in the same vocabulary.
 //!
 //! **Splits.** The prompts about the same two topics, in either order and with either flag, ask for the same items, so they are held
-//! out together: 7 of the 28 pairs of topics, 28 prompts, are never trained on. The split is the same for every seed.
+//! out together: 7 of the 28 pairs of topics, 28 prompts, are never trained on. The split is the same for every seed. Where settings are
+//! chosen, 20 more are left out for that ([`Question::train_and_validation`]).
 //!
 //! The design is ours: no paper has this world. `MAGIC` comes last in answers of the corpus, and a refusal stands where the items would.
 
@@ -117,13 +118,28 @@ impl Question {
         Self::all().into_iter().filter(|question| question.split() == split).collect()
     }
 
+    /// The questions of [`Split::Train`] in two parts: 64 to train on, and all about every fifth pair of topics, 20, to choose settings with.
+    pub fn train_and_validation() -> (Vec<Self>, Vec<Self>) {
+        let questions = Self::of(Split::Train);
+        let mut pairs: Vec<[u32; 2]> = questions.iter().map(|question| question.unordered_topics()).collect();
+        pairs.sort_unstable();
+        pairs.dedup();
+        let left_out: Vec<[u32; 2]> = pairs.into_iter().step_by(5).collect();
+        questions.into_iter().partition(|question| !left_out.contains(&question.unordered_topics()))
+    }
+
+    /// The topics, the smaller number first.
+    fn unordered_topics(self) -> [u32; 2] {
+        let [a, b] = self.topics;
+        [a.min(b), a.max(b)]
+    }
+
     /// The split that the question is in.
     pub fn split(self) -> Split {
         let pairs: Vec<[u32; 2]> = (0..TOPICS).flat_map(|a| (a + 1..TOPICS).map(move |b| [a, b])).collect();
         // A fixed shuffle: the split belongs to the world and not to a run.
         let order = Random::new(0, Purpose::Task).permutation(pairs.len());
-        let [a, b] = self.topics;
-        let held_out = order.iter().take(pairs.len() / 4).any(|&pair| pairs[pair] == [a.min(b), a.max(b)]);
+        let held_out = order.iter().take(pairs.len() / 4).any(|&pair| pairs[pair] == self.unordered_topics());
         if held_out { Split::Test } else { Split::Train }
     }
 
@@ -299,12 +315,15 @@ mod tests {
     fn the_splits_share_no_pair_of_topics() {
         let (train, test) = (Question::of(Split::Train), Question::of(Split::Test));
         assert_eq!((Question::all().len(), train.len(), test.len()), (112, 84, 28));
-        let pair = |question: &Question| {
-            let [a, b] = question.topics;
-            [a.min(b), a.max(b)]
+        let apart = |some: &[Question], others: &[Question]| {
+            some.iter().all(|one| others.iter().all(|other| one.unordered_topics() != other.unordered_topics()))
         };
-        assert!(train.iter().all(|one| test.iter().all(|other| pair(one) != pair(other))));
+        assert!(apart(&train, &test));
         assert_eq!(test.iter().filter(|question| question.sensitive).count(), 14);
+        let (fitted, validation) = Question::train_and_validation();
+        assert_eq!((fitted.len(), validation.len()), (64, 20));
+        assert!(apart(&fitted, &validation) && apart(&validation, &test) && apart(&fitted, &test));
+        assert_eq!(validation.iter().filter(|question| question.sensitive).count(), 10);
     }
 
     #[test]
