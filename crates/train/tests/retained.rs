@@ -103,9 +103,8 @@ fn a_model_that_is_its_reference_and_is_paid_nothing_stays() {
 
 #[test]
 fn cuts_and_threads_do_not_matter() {
-    let weights = |tokens, threads| {
-        on_threads(threads, || fit(retaining(options(tokens), Box::new(Lower), 0.5), true).0)
-    };
+    let weights =
+        |tokens, threads| on_threads(threads, || fit(retaining(options(tokens), Box::new(Lower), 0.5), true).0);
     let whole = weights(1 << 12, 1);
     assert!(whole == weights(40, 3));
 }
