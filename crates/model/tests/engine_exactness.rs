@@ -265,6 +265,9 @@ fn a_decoder_that_only_generates_gives_the_same_bytes_and_learns_nothing() {
                 };
                 let ((expected, _), (found, refused)) = (log_probs(&whole), log_probs(&packed));
                 assert!(expected == found && refused, "{name}: log-probs");
+                // A copy reads the weights where they are; with an adapter it is a whole one.
+                let (copied, refused) = log_probs(&whole.packed_copy(precision).unwrap());
+                assert!(expected == copied && refused != adapter, "{name}: a copy");
             }
         }
         let packed = Decoder::packed(config.clone(), whole.tensors(), Precision::F32).unwrap();

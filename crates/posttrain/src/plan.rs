@@ -94,7 +94,7 @@ impl Memory {
         ];
         let compared = config.stages().iter().any(|stage| stage.needs_reference());
         let copied = config.lora.is_none() || config.stages().iter().any(|stage| stage.copies_reference());
-        let reference = if compared && copied { one.weights + one.packed } else { 0 };
+        let reference = if compared && copied { one.scoring_copy } else { 0 };
         let value_model = |stage: Stage<'_>| match stage.has_separate_value_model() {
             true => one.weights + one.packed + one.gradients + optimizer(stage.training()),
             false => 0,

@@ -45,11 +45,10 @@ pub fn fit<E: From<Error>>(
     }
     let steps = method.training().steps(method.rows(), method.rows_per_step());
     let schedule = method.training().schedule(steps);
-    let mut reference = None;
-    if method.needs_reference() && fit.decoder.adapter_config().is_none() {
-        let reference = reference.insert(fit.decoder.clone());
-        reference.prepare(fit.precision);
-    }
+    let reference = match method.needs_reference() && fit.decoder.adapter_config().is_none() {
+        true => Some(fit.decoder.packed_copy(fit.precision).map_err(|source| Error::Model { step: 0, source })?),
+        false => None,
+    };
     let noise = Random::new(fit.seed, Purpose::Rounding).sample(fit.stage as u32);
     let mut optimizer = Optimizer::new(method.training(), fit.decoder, noise);
     let mut gradients = fit.decoder.gradients();

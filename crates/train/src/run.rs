@@ -252,7 +252,7 @@ impl<'a> Session<'a> {
         self.run.observer.observe(event);
         // A killed process may have saved a checkpoint and not yet removed what it replaces.
         self.rotate(false)?;
-        let started_from = self.reference_of_first_stage();
+        let started_from = self.reference_of_first_stage()?;
         self.restore_weights()?;
         if self.state.global_step == 0 && self.run.options.eval_on_start {
             self.evaluate()?;
@@ -280,9 +280,17 @@ impl<'a> Session<'a> {
     }
 
     /// A copy of the base model, where the first stage is the current one and needs it beside the model that is trained.
-    fn reference_of_first_stage(&self) -> Option<Decoder> {
-        let needed = self.state.stage == 0 && self.needs_reference_copy(&*self.run.stages[0]);
-        needed.then(|| self.run.decoder.clone())
+    fn reference_of_first_stage(&self) -> Result<Option<Decoder>> {
+        match self.state.stage == 0 && self.needs_reference_copy(&*self.run.stages[0]) {
+            true => self.reference_copy(&self.run.decoder).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// A copy of a model that nothing will change.
+    fn reference_copy(&self, model: &Decoder) -> Result<Decoder> {
+        let step = self.state.global_step;
+        model.packed_copy(self.run.precision).map_err(|source| Error::Model { step, source })
     }
 
     /// With an adapter, the reference is the model without it and needs no copy.
@@ -305,19 +313,18 @@ impl<'a> Session<'a> {
         let step = self.state.global_step;
         let model_error = |source| Error::Model { step, source };
         let folder = self.directory.reference(self.state.stage);
-        let mut reference = self.run.decoder.clone();
         if self.state.stage_step == 0 {
             write_folder(&folder, |folder| {
                 let path = folder.join(safetensors::FILE);
-                safetensors::write(&path, reference.views(), safetensors::Dtype::F32).map_err(model_error)
+                safetensors::write(&path, self.run.decoder.views(), safetensors::Dtype::F32).map_err(model_error)
             })?;
-        } else {
-            files::Manifest::verify(&folder)?;
-            let tensors = safetensors::read(&folder).map_err(model_error)?;
-            checkpoint::restore_parameters(&mut reference, tensors)
-                .map_err(|reason| Error::Mismatch { folder, reason })?;
+            return self.reference_copy(&self.run.decoder).map(Some);
         }
-        Ok(Some(reference))
+        files::Manifest::verify(&folder)?;
+        let tensors = safetensors::read(&folder).map_err(model_error)?;
+        let mut reference = self.run.decoder.clone();
+        checkpoint::restore_parameters(&mut reference, tensors).map_err(|reason| Error::Mismatch { folder, reason })?;
+        self.reference_copy(&reference).map(Some)
     }
 
     /// Runs the current stage from where it stands.
@@ -330,13 +337,10 @@ impl<'a> Session<'a> {
             self.restored = None;
             return Ok(End::Finished);
         }
-        let mut reference = match reference {
+        let reference = match reference {
             Some(reference) => Some(reference),
             None => self.reference_of_later_stage(method)?,
         };
-        if let Some(reference) = &mut reference {
-            reference.prepare(self.run.precision);
-        }
         let noise = Random::new(self.run.seed, Purpose::Rounding).sample(self.state.stage as u32);
         let mut optimizer = Optimizer::new(method.training(), &self.run.decoder, noise);
         if let Some(restored) = self.restored.take() {

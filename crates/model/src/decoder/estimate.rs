@@ -13,6 +13,8 @@ pub struct Estimate {
     pub weights: usize,
     /// Their packed copies.
     pub packed: usize,
+    /// A copy of the model that only scores, see [`Decoder::packed_copy`](super::Decoder::packed_copy).
+    pub scoring_copy: usize,
     /// Number of trained parameters.
     pub trained: usize,
     /// Their gradients.
@@ -87,6 +89,7 @@ impl Estimate {
         Self {
             weights: 4 * (base + adapter.unwrap_or(0)),
             packed: packed_bytes * (products + head),
+            scoring_copy: packed_bytes * (products + head) + 4 * (base - products),
             gradients: 4 * trained,
             trained,
             activations: activations(layers),

@@ -24,7 +24,7 @@ mod tape;
 mod tokens;
 mod workspace;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -149,6 +149,20 @@ impl Decoder {
         decoder.precision = Some(precision);
         (decoder.base_packed, decoder.base_stale, decoder.only_packed) = (true, false, true);
         Ok(decoder)
+    }
+
+    /// A copy, prepared for `precision`, of a model that is only compared with: it scores and generates as this one does, and holds
+    /// no more than [`Decoder::packed`]. On a device, or with an adapter, it is a whole copy.
+    ///
+    /// # Errors
+    /// None that this decoder would not have had.
+    pub fn packed_copy(&self, precision: Precision) -> Result<Self> {
+        if self.device.is_some() || self.adapter.is_some() || self.only_packed {
+            let mut copy = self.clone();
+            copy.prepare(precision);
+            return Ok(copy);
+        }
+        Self::packed(self.config.clone(), OwnWeights { layout: &self.layout, base: &self.base }, precision)
     }
 
     /// Reads the base weights whose names are `wanted`.
@@ -935,6 +949,25 @@ impl Decoder {
                 }
             }
         }
+        Ok(())
+    }
+}
+
+/// The weights of a decoder, as something to read from.
+#[derive(Debug)]
+struct OwnWeights<'a> {
+    layout: &'a Layout,
+    base: &'a [f32],
+}
+
+impl Source for OwnWeights<'_> {
+    fn shapes(&self) -> BTreeMap<&str, &[usize]> {
+        self.layout.entries.iter().map(|entry| (entry.name.as_str(), entry.shape.as_slice())).collect()
+    }
+
+    fn read(&self, name: &str, to: &mut [f32]) -> Result<()> {
+        let entry = self.layout.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        to.copy_from_slice(&self.base[entry.range.clone()]);
         Ok(())
     }
 }
