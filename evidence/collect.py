@@ -2,6 +2,8 @@
 
     posttrain train recipes/quickstart.toml --set seed=1 --output runs/quickstart-1     # and 0, and 2
     python3 evidence/collect.py quickstart runs/quickstart-0 runs/quickstart-1 runs/quickstart-2
+
+A recipe that is not recipes/NAME.toml is given as NAME=PATH.
 """
 
 import json
@@ -10,6 +12,7 @@ import statistics
 import sys
 
 name, *runs = sys.argv[1:]
+name, _, recipe = name.partition("=")
 summaries = [json.loads((pathlib.Path(run) / "summary.json").read_text()) for run in runs]
 
 
@@ -44,7 +47,7 @@ gains = [
     seed["change"]["difference"] if seed["change"] else seed["after"]["value"] - seed["before"]["value"] for seed in seeds
 ]
 evidence = {
-    "recipe": f"recipes/{name}.toml",
+    "recipe": recipe or f"recipes/{name}.toml",
     "program": summaries[0]["program"],
     "base_model": summaries[0]["base_model"],
     "base_model_sha256": summaries[0]["base_model_sha256"],
