@@ -149,3 +149,20 @@ fn a_row_longer_than_the_context_is_named_not_lost_in_silence() {
     expect(1, &output);
     assert!(stderr(&output).contains("rows.jsonl, row 2"), "{}", stderr(&output));
 }
+
+#[test]
+fn an_adapter_of_a_layer_that_is_not_there_is_refused_before_anything_else() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), "small.toml", SMALL);
+    for dry in [&["--dry-run"][..], &[]] {
+        let set = ["--set", "lora.layers_to_transform=[0, 99]"];
+        let output = posttrain(folder.path()).args(["train", "small.toml"]).args(set).args(dry).output().unwrap();
+        assert!(!output.status.success());
+        let text = stderr(&output);
+        assert!(
+            text.contains("lora.layers_to_transform: expected layers of the model") && text.contains("99"),
+            "{text}"
+        );
+        assert!(text.contains("hint:") && text.contains("layers, of which the first is 0"), "{text}");
+    }
+}

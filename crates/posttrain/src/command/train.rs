@@ -79,6 +79,7 @@ fn output_folder(arguments: &cli::Train, config: &Config) -> PathBuf {
 fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     print(config.to_toml()?)?;
     let model = opener.shape(&config.model.name)?;
+    check_adapter(config, model.config.layer_count())?;
     let language = Language {
         tokenizer: &model.tokenizer,
         template: model.chat_template.as_ref(),
@@ -103,6 +104,14 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
         ));
     }
     Ok(())
+}
+
+/// Whether the adapter fits a model of so many layers.
+fn check_adapter(config: &Config, layers: usize) -> Result<(), Failure> {
+    let Some(lora) = &config.lora else { return Ok(()) };
+    lora.check_layers(layers).map_err(|error| {
+        Failure::from(error).hint(format!("{} has {layers} layers, of which the first is 0", config.model.name))
+    })
 }
 
 /// Where the run computes, in a word.
@@ -133,6 +142,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     if let (Some(head), None) = (head, model.decoder.config().score) {
         model.decoder.add_score(head, 0.0, config.seed)?;
     }
+    check_adapter(&config, model.decoder.config().layer_count())?;
     if let Some(lora) = &config.lora {
         model.decoder.attach_lora(lora, config.seed)?;
     }
