@@ -91,6 +91,13 @@ pub struct Episode {
     pub text: String,
 }
 
+impl Episode {
+    /// Of values that there are of every token of the completion, those of the sampled ones, in order.
+    pub fn of_sampled<'a>(&'a self, values: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+        values.iter().zip(&self.loss_mask).filter(|(_, sampled)| **sampled).map(|(&value, _)| value)
+    }
+}
+
 /// Tokens that several owners share, written down like a list of one's own.
 mod shared {
     use std::sync::Arc;

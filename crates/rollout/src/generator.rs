@@ -122,25 +122,24 @@ impl<'a> Generator<'a> {
         requests: &[Request],
         on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
-        // Each prompt has most in common with the one before it in the queue, so no more than that one is kept.
-        let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
-        self.answer(decoder, tokenizer, requests, (None, None), cache, on_progress)
+        self.generate_onto(None, decoder, tokenizer, requests, on_progress)
     }
 
-    /// [`Generator::generate`], which leaves on a tape what the decoder computed of some requests.
+    /// [`Generator::generate`], which leaves on a tape, if there is one, what the decoder computed of some requests.
     ///
     /// # Errors
-    /// As [`Generator::generate`]; a decoder on a device.
+    /// As [`Generator::generate`]; a tape for a decoder on a device.
     pub fn generate_onto(
         &self,
-        on_tape: OnTape<'_>,
+        on_tape: Option<OnTape<'_>>,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         requests: &[Request],
         on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
+        // Each prompt has most in common with the one before it in the queue, so no more than that one is kept.
         let cache = Cache { prefixes: &mut PrefixCache::new(0), keep_completions: false };
-        self.answer(decoder, tokenizer, requests, (None, Some(on_tape)), cache, on_progress)
+        self.answer(decoder, tokenizer, requests, (None, on_tape), cache, on_progress)
     }
 
     /// Holds conversations: [`Generator::generate`], where the turns of request `i` are answered as conversation `i` of

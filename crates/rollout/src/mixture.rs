@@ -100,10 +100,8 @@ impl<'a> Mixture<'a> {
     /// # Errors
     /// A model that refuses the candidates.
     pub fn resample(&self, candidates: &[Episode], size: usize, random: Random) -> Result<Vec<Resampled>> {
-        let drawn = |episode: &Episode, log_probs: &[f32]| -> f64 {
-            let sampled = log_probs.iter().zip(&episode.loss_mask).filter(|(_, sampled)| **sampled);
-            sampled.map(|(&log_prob, _)| f64::from(log_prob)).sum()
-        };
+        let drawn =
+            |episode: &Episode, log_probs: &[f32]| -> f64 { episode.of_sampled(log_probs).map(f64::from).sum() };
         let mut log_weights: Vec<f64> = (candidates.iter())
             .map(|one| self.own * drawn(one, &one.log_probs) - drawn(one, &one.filtered_log_probs))
             .collect();

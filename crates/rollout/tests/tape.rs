@@ -64,7 +64,7 @@ fn episodes_on_tape_need_no_forward() {
                 tape.start(&decoder, rows, &mut workspace);
                 let on_tape = OnTape { tape: &mut tape, rows: &places };
                 let episodes =
-                    generator(slots).generate_onto(on_tape, &decoder, &tokenizer, &requests, |_| {}).unwrap();
+                    generator(slots).generate_onto(Some(on_tape), &decoder, &tokenizer, &requests, |_| {}).unwrap();
                 assert_eq!(episodes, expected, "{family:?}, {precision:?}: recording changes nothing");
 
                 let (tokens, starts) = packed(&episodes[..groups * SAMPLES], &places);

@@ -119,15 +119,12 @@ impl Rollouts<'_> {
             true => self.tape_plan(prompts),
             false => TapePlan::default(),
         };
+        let on_tape = (plan.groups > 0).then(|| {
+            step.tape.start(step.decoder, plan.rows, step.workspace);
+            OnTape { tape: &mut *step.tape, rows: &plan.places }
+        });
         let language = (step.tokenizer, step.world);
-        let found = match plan.groups {
-            0 => self.generate(step.decoder, (hook, None), language, step.observer, random, (prompts, &[])),
-            _ => {
-                step.tape.start(step.decoder, plan.rows, step.workspace);
-                let on_tape = OnTape { tape: &mut *step.tape, rows: &plan.places };
-                self.generate(step.decoder, (hook, Some(on_tape)), language, step.observer, random, (prompts, &[]))
-            }
-        };
+        let found = self.generate(step.decoder, (hook, on_tape), language, step.observer, random, (prompts, &[]));
         step.spent(Phase::Rollout, started);
         let mut found = found.map_err(failed(step.number))?;
         if plan.groups > 0 {
@@ -244,12 +241,7 @@ impl Rollouts<'_> {
         };
         let mut found = Groups { prompts: prompts.to_vec(), size: self.num_generations, ..Groups::default() };
         match world {
-            None => {
-                found.episodes = match on_tape {
-                    None => generator.generate(decoder, tokenizer, &requests, on_progress)?,
-                    Some(on_tape) => generator.generate_onto(on_tape, decoder, tokenizer, &requests, on_progress)?,
-                }
-            }
+            None => found.episodes = generator.generate_onto(on_tape, decoder, tokenizer, &requests, on_progress)?,
             Some(world) => {
                 let rows: Vec<&Prompt> = (0..requests.len()).map(|index| found.prompt_of(index)).collect();
                 let played = play(&generator, decoder, tokenizer, world, &requests, &rows, on_progress)?;

@@ -108,8 +108,7 @@ fn tokens(episode: &Episode) -> f64 {
 
 /// The log-probability of an answer under the model that gave it.
 fn log_prob(episode: &Episode) -> f64 {
-    let sampled = episode.log_probs.iter().zip(&episode.loss_mask).filter(|(_, sampled)| **sampled);
-    sampled.map(|(&log_prob, _)| f64::from(log_prob)).sum()
+    episode.of_sampled(&episode.log_probs).map(f64::from).sum()
 }
 
 impl<'a> Probe<'a> {

@@ -389,10 +389,8 @@ impl Distillation {
             return Vec::new();
         }
         let of = |episode: &Episode| {
-            let both = episode.log_probs.iter().zip(&episode.filtered_log_probs);
-            let counted = both.zip(&episode.loss_mask).filter(|(_, counted)| **counted);
-            let ratios = counted.map(|((p, m), _)| (f64::from(*p) - f64::from(*m)).exp());
-            ratios.collect::<Vec<f64>>()
+            let both = episode.of_sampled(&episode.log_probs).zip(episode.of_sampled(&episode.filtered_log_probs));
+            both.map(|(p, m)| (f64::from(p) - f64::from(m)).exp()).collect::<Vec<f64>>()
         };
         episodes.iter().flat_map(of).collect()
     }
@@ -400,11 +398,8 @@ impl Distillation {
     /// What the student gave the tokens that it sampled, where sampling has recorded it as training would compute it.
     fn recorded_log_probs(&self, step: &Step<'_>, groups: &Groups<'_>) -> Option<Vec<f32>> {
         let same = self.reading().temperature == self.options.sampling.log_prob_temperature();
-        let of = |episode: &Episode| {
-            let counted = episode.log_probs.iter().zip(&episode.loss_mask).filter(|(_, counted)| **counted);
-            counted.map(|(log_prob, _)| *log_prob).collect::<Vec<f32>>()
-        };
-        (same && step.decoder.one_forward(WeightFormat::Full)).then(|| groups.episodes.iter().flat_map(of).collect())
+        (same && step.decoder.one_forward(WeightFormat::Full))
+            .then(|| groups.episodes.iter().flat_map(|episode| episode.of_sampled(&episode.log_probs)).collect())
     }
 
     /// The gradients with every position's divergence over the whole vocabulary. The first units are the student's own groups,

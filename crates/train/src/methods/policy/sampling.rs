@@ -79,7 +79,7 @@ impl Policy {
             ..self.rollouts(&self.options.sampling, self.options.num_generations)
         };
         let groups = rollouts.sample(step, random, &asked)?;
-        let recorded = groups.recorded;
+        self.recorded = groups.recorded;
         let scores = groups.score(step, &*self.reward)?;
         cost.computed += groups.prompt_tokens.computed;
         cost.reused += groups.prompt_tokens.reused;
@@ -90,7 +90,6 @@ impl Policy {
             let scores = found.score(step, &*self.reward)?;
             greedy = self.shaped(&found.episodes, &scores).iter().map(|score| score.unwrap_or(0.0)).collect();
         }
-        self.recorded = recorded;
         let Groups { size, episodes, .. } = groups;
         Ok(Collected { steps: vec![step.number; rows.len()], rows, size, episodes, scores, greedy })
     }
