@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use crate::isa::{Isa, multiversion};
 use crate::parallel::{SharedMut, each};
-use crate::simd::Lines;
 
 /// The bits of `x` as bfloat16, rounded to nearest, ties to even; a NaN stays one.
 #[inline(always)]
@@ -19,24 +18,6 @@ pub(crate) fn bfloat16(x: f32) -> u16 {
 #[inline(always)]
 fn widened(half: u16) -> f32 {
     f32::from_bits(u32::from(half) << 16)
-}
-
-/// Numbers of bfloat16 in a cache line.
-const LINE: usize = 32;
-
-multiversion! {
-    /// `to = from`. For each line that is read, a line of `ahead` is asked for: all at once, they would keep the processor from
-    /// what it reads.
-    pub(crate) fn widen(from: &[u16], to: &mut [f32], ahead: Lines) {
-        let mut ahead = ahead;
-        for (to, from) in to.chunks_mut(LINE).zip(from.chunks(LINE)) {
-            ahead.ask_for_one();
-            for (to, &from) in to.iter_mut().zip(from) {
-                *to = widened(from);
-            }
-        }
-        ahead.ask_for_all();
-    }
 }
 
 multiversion! {
@@ -102,9 +83,9 @@ mod tests {
     fn what_is_rounded_survives_narrowing() {
         let mut rows: Vec<f32> = (0..100).map(|i| (i as f32 - 40.0).exp2() * 1.234_567).collect();
         round_to_bf16(&mut rows, 10, 0..10);
-        let (mut halves, mut back) = (vec![0; 100], vec![0.0; 100]);
+        let mut halves = vec![0; 100];
         narrow(Isa::current(), &rows, &mut halves);
-        widen(Isa::current(), &halves, &mut back, Lines::of(&halves));
+        let back: Vec<f32> = halves.into_iter().map(widened).collect();
         assert_eq!(rows, back);
     }
 }

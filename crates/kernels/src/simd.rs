@@ -16,6 +16,8 @@ pub(crate) trait Simd {
     unsafe fn zero() -> Self::Vector;
     /// The elements at `from`.
     unsafe fn load(from: *const f32) -> Self::Vector;
+    /// The numbers of bfloat16 at `from`, widened.
+    unsafe fn widen(from: *const u16) -> Self::Vector;
     /// Writes the elements to `to`.
     unsafe fn store(to: *mut f32, vector: Self::Vector);
     /// The one element at `from` in all lanes.
@@ -64,40 +66,39 @@ pub(crate) fn stream(from: &[f32], to: &mut [f32]) {
     to.copy_from_slice(from);
 }
 
-/// Cache lines that will be wanted soon, to be asked for one by one.
+/// Cache lines that will be wanted soon, to be asked for.
 #[derive(Clone, Copy)]
 pub(crate) struct Lines {
-    next: *const f32,
-    left: usize,
+    first: *const f32,
+    count: usize,
 }
 
 impl Lines {
+    /// Bytes in a line.
+    pub(crate) const BYTES: usize = 64;
     /// f32 in a line.
-    const LINE: usize = 16;
+    pub(crate) const FLOATS: usize = Self::BYTES / size_of::<f32>();
 
     /// No lines.
-    pub(crate) const NONE: Self = Self { next: std::ptr::null(), left: 0 };
+    pub(crate) const NONE: Self = Self { first: std::ptr::null(), count: 0 };
 
     /// As many lines as `data` takes.
     pub(crate) fn of<T>(data: &[T]) -> Self {
-        Self { next: data.as_ptr().cast(), left: size_of_val(data).div_ceil(Self::LINE * size_of::<f32>()) }
+        Self { first: data.as_ptr().cast(), count: size_of_val(data).div_ceil(Self::BYTES) }
     }
 
-    /// Asks for the next line, if there is one.
-    #[inline(always)]
-    pub(crate) fn ask_for_one(&mut self) {
-        if self.left > 0 {
-            prefetch(self.next);
-            self.next = self.next.wrapping_add(Self::LINE);
-            self.left -= 1;
-        }
+    /// Shared out evenly over `steps`: the lines of step `step` and how many there are in each step from there on; none when all have been
+    /// asked for.
+    pub(crate) fn share(self, step: usize, steps: usize) -> (*const f32, usize) {
+        let per_step = self.count.div_ceil(steps.max(1));
+        let asked = step * per_step;
+        (self.first.wrapping_add(asked * Self::FLOATS), if asked < self.count { per_step } else { 0 })
     }
 
-    /// Asks for all that are left.
-    #[inline(always)]
-    pub(crate) fn ask_for_all(mut self) {
-        while self.left > 0 {
-            self.ask_for_one();
+    /// Asks for all of them.
+    pub(crate) fn ask_for_all(self) {
+        for line in 0..self.count {
+            prefetch(self.first.wrapping_add(line * Self::FLOATS));
         }
     }
 }
@@ -133,6 +134,14 @@ mod x86 {
             unsafe fn load(from: *const f32) -> __m512 {
                 // SAFETY: as above.
                 unsafe { _mm512_loadu_ps(from) }
+            }
+            #[inline(always)]
+            unsafe fn widen(from: *const u16) -> __m512 {
+                // SAFETY: as above.
+                unsafe {
+                    let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+                }
             }
             #[inline(always)]
             unsafe fn store(to: *mut f32, vector: __m512) {
@@ -195,6 +204,14 @@ mod x86 {
             unsafe { _mm256_loadu_ps(from) }
         }
         #[inline(always)]
+        unsafe fn widen(from: *const u16) -> __m256 {
+            // SAFETY: as above.
+            unsafe {
+                let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(to: *mut f32, vector: __m256) {
             // SAFETY: as above.
             unsafe { _mm256_storeu_ps(to, vector) }
@@ -239,6 +256,11 @@ impl Simd for Portable {
     unsafe fn load(from: *const f32) -> [f32; 4] {
         // SAFETY: the trait's contract.
         unsafe { from.cast::<[f32; 4]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn widen(from: *const u16) -> [f32; 4] {
+        // SAFETY: the trait's contract.
+        unsafe { from.cast::<[u16; 4]>().read() }.map(|half| f32::from_bits(u32::from(half) << 16))
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, vector: [f32; 4]) {

@@ -10,9 +10,10 @@ use super::softmax::{inner, softmax_backward};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
+use crate::simd::Lines;
 
 /// The gradient of [`attention`](super::attention) with respect to `qkv`, from that of its output; overwrites `d_qkv`.
 ///
@@ -183,15 +184,15 @@ impl Task<'_> {
                 rows,
                 columns: count,
                 steps: head_dim,
-                pairs: false,
                 a: a.rows[start * a.width + a.column..].as_ptr(),
                 left: Left::Rows { stride: a.width },
-                b: columns[skipped * head_dim..].as_ptr(),
+                b: Right::Floats(columns[skipped * head_dim..].as_ptr()),
                 panel_stride: PANEL * head_dim,
                 step_stride: PANEL,
                 c: c[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 accumulate: false,
+                ahead: Lines::NONE,
             };
             // SAFETY: the rows lie inside `a`, the panels were packed whole, and `c` is this task's own.
             unsafe { multiply(self.isa, product) };
@@ -224,30 +225,30 @@ impl Task<'_> {
                 rows,
                 columns: head_dim,
                 steps: count,
-                pairs: false,
                 a: d_scores[run.offset + skipped..].as_ptr(),
                 left: Left::Rows { stride },
-                b: key_rows[skipped * padded..].as_ptr(),
+                b: Right::Floats(key_rows[skipped * padded..].as_ptr()),
                 panel_stride: PANEL,
                 step_stride: padded,
                 c: self.gradient(start, head),
                 c_stride: width,
                 accumulate,
+                ahead: Lines::NONE,
             };
             accumulate = true;
             let by_rows = |left: &[f32], right: &[f32], head: usize| Product {
                 rows: count,
                 columns: head_dim,
                 steps: rows,
-                pairs: false,
                 a: left[run.offset + skipped..].as_ptr(),
                 left: Left::Steps { stride },
-                b: right.as_ptr(),
+                b: Right::Floats(right.as_ptr()),
                 panel_stride: PANEL,
                 step_stride: padded,
                 c: self.gradient(run.start + skipped, head),
                 c_stride: width,
                 accumulate: true,
+                ahead: Lines::NONE,
             };
             for product in
                 [d_queries, by_rows(d_scores, queries, self.key_head()), by_rows(scores, d_outs, self.value_head())]

@@ -6,10 +6,10 @@ use super::AttentionShape;
 use super::operands::Run;
 use super::softmax::{normalise, softmax};
 use crate::buffer::{Buffer, with_scratch};
-use crate::half::{bfloat16, narrow, widen};
+use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
 use crate::matrix::Precision;
-use crate::matrix::kernel::{Left, PANEL, Product, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
 use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
@@ -80,17 +80,11 @@ impl Cells {
         }
     }
 
-    /// `len` numbers from `start` on: where they are, or widened in `scratch`. Meanwhile it asks for the lines `ahead`.
-    fn read<'a>(&'a self, isa: Isa, start: usize, len: usize, ahead: Lines, scratch: &'a mut [f32]) -> &'a [f32] {
+    /// `len` numbers from `start` on, as the right operand of a product.
+    fn operand(&self, start: usize, len: usize) -> Right {
         match self {
-            Self::F32(cells) => {
-                ahead.ask_for_all();
-                &cells.as_slice()[start..][..len]
-            }
-            Self::Bf16(cells) => {
-                widen(isa, &cells[start..][..len], &mut scratch[..len], ahead);
-                &scratch[..len]
-            }
+            Self::F32(cells) => Right::Floats(cells.as_slice()[start..][..len].as_ptr()),
+            Self::Bf16(cells) => Right::Halves(cells[start..][..len].as_ptr()),
         }
     }
 
@@ -192,8 +186,8 @@ pub struct DecodeQuery<'a> {
 const TASK_ROWS: usize = 128;
 /// Rows of several tokens whose scores are computed at a time.
 const BLOCK_ROWS: usize = 32;
-/// Tokens whose keys or values are widened at a time; whole panels.
-const WIDENED: usize = 4 * PANEL;
+/// The newest tokens of a block whose keys and values are asked for ahead; whole panels.
+const NEWEST: usize = 4 * PANEL;
 
 /// Attention of each query over its context: bit for bit what [`attention`](super::attention) gives for the same row.
 ///
@@ -256,7 +250,7 @@ impl DecodeQuery<'_> {
     /// The keys of one head, of the newest tokens of each block: of these there is always need.
     fn newest_keys(&self, kv_head: usize) -> impl Iterator<Item = Lines> {
         self.context.iter().map(move |(block, len)| {
-            let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(WIDENED) / PANEL * PANEL);
+            let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(NEWEST) / PANEL * PANEL);
             block.heads[kv_head].keys.lines(first * head_dim..len.next_multiple_of(PANEL) * head_dim)
         })
     }
@@ -265,7 +259,7 @@ impl DecodeQuery<'_> {
     fn newest_values(&self, kv_head: usize) -> impl Iterator<Item = Lines> {
         self.context.iter().map(move |(block, len)| {
             let padded = block.padded_head();
-            block.heads[kv_head].values.lines(len.saturating_sub(WIDENED) * padded..len * padded)
+            block.heads[kv_head].values.lines(len.saturating_sub(NEWEST) * padded..len * padded)
         })
     }
 }
@@ -307,39 +301,30 @@ impl Lanes<'_, '_> {
         let out_start = (row * shape.heads + head) * head_dim;
         let end = visible + (count - 1) * advance;
         let first = shape.first_visible(visible - 1);
-        // The blocks, piece by piece, with the first token that is needed, how many are, and the place of that token in the
-        // sequence.
+        // The blocks, with the first token that is needed, how many are, and the place of that token in the sequence.
         let parts = self.context.iter().scan(0, |offset, &(block, len)| {
             let run = Run { start: 0, len, offset: *offset };
             let (skipped, needed) = run.needed(first, end);
             *offset += len;
             Some((block, skipped, needed, run.offset + skipped))
         });
-        let parts = parts.flat_map(|(block, skipped, needed, place)| {
-            let pieces = (0..needed).step_by(WIDENED);
-            pieces.map(move |piece| (block, skipped + piece, WIDENED.min(needed - piece), place + piece))
-        });
-        let widened = WIDENED * head_dim.next_multiple_of(PANEL);
-        with_scratch([count * end, widened], |[scores, widened]| {
+        with_scratch([count * end], |[scores]| {
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_keys(kv_head));
-            for (block, skipped, needed, place) in parts.clone() {
+            for (block, skipped, needed, place) in parts.clone().filter(|(.., needed, _)| *needed > 0) {
                 let (start, len) = (skipped * head_dim, needed.next_multiple_of(PANEL) * head_dim);
                 let product = Product {
                     rows: count,
                     columns: needed,
                     steps: head_dim,
-                    pairs: false,
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
-                    b: block.heads[kv_head]
-                        .keys
-                        .read(isa, start, len, ahead.next().unwrap_or(Lines::NONE), widened)
-                        .as_ptr(),
+                    b: block.heads[kv_head].keys.operand(start, len),
                     panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
                     c_stride: end,
                     accumulate: false,
+                    ahead: ahead.next().unwrap_or(Lines::NONE),
                 };
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
                 unsafe { multiply(isa, product) };
@@ -361,25 +346,22 @@ impl Lanes<'_, '_> {
             }
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_values(kv_head));
             let mut accumulate = false;
-            for (block, skipped, needed, place) in parts.clone() {
+            for (block, skipped, needed, place) in parts.filter(|(.., needed, _)| *needed > 0) {
                 let padded = block.padded_head();
                 let product = Product {
                     rows: count,
                     columns: head_dim,
                     steps: needed,
-                    pairs: false,
                     a: scores[place..].as_ptr(),
                     left: Left::Rows { stride: end },
-                    b: block.heads[kv_head]
-                        .values
-                        .read(isa, skipped * padded, needed * padded, ahead.next().unwrap_or(Lines::NONE), widened)
-                        .as_ptr(),
+                    b: block.heads[kv_head].values.operand(skipped * padded, needed * padded),
                     panel_stride: PANEL,
                     step_stride: padded,
                     // SAFETY: the row lies inside the result.
                     c: unsafe { self.out.get().add(out_start) },
                     c_stride: out_stride,
                     accumulate,
+                    ahead: ahead.next().unwrap_or(Lines::NONE),
                 };
                 // SAFETY: the scores cover the lanes, the block holds `needed` tokens from `skipped` on, and these heads of
                 // these rows of the result belong to this task alone.

@@ -5,9 +5,10 @@ use super::softmax::{normalise, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
+use crate::simd::Lines;
 
 /// Rows of one task.
 const TASK_ROWS: usize = 128;
@@ -118,15 +119,15 @@ impl Task<'_> {
                 rows,
                 columns: count,
                 steps: head_dim,
-                pairs: false,
                 a: self.qkv[(start + row) * width + head * head_dim..].as_ptr(),
                 left: Left::Rows { stride: width },
-                b: keys[skipped * head_dim..].as_ptr(),
+                b: Right::Floats(keys[skipped * head_dim..].as_ptr()),
                 panel_stride: PANEL * head_dim,
                 step_stride: PANEL,
                 c: scores[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 accumulate: false,
+                ahead: Lines::NONE,
             };
             // SAFETY: the rows are rows of `qkv`, the panels were packed whole, and the scores are this task's own.
             unsafe { multiply(self.isa, product) };
@@ -157,16 +158,16 @@ impl Task<'_> {
                 rows,
                 columns: head_dim,
                 steps: count,
-                pairs: false,
                 a: scores[run.offset + skipped..].as_ptr(),
                 left: Left::Rows { stride },
-                b: values[skipped * padded..].as_ptr(),
+                b: Right::Floats(values[skipped * padded..].as_ptr()),
                 panel_stride: PANEL,
                 step_stride: padded,
                 // SAFETY: the row lies inside `out`.
                 c: unsafe { self.out.get().add(out_start) },
                 c_stride: out_width,
                 accumulate,
+                ahead: Lines::NONE,
             };
             // SAFETY: the scores cover `rows` rows, the values were packed for the run, and this head of these rows of
             // `out` belongs to this task alone.

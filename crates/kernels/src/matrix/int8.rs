@@ -8,10 +8,11 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{Left, PANEL, Product, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
 use crate::matrix::pack::{pack_tiles, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
 use crate::parallel::{SharedMut, each};
+use crate::simd::Lines;
 
 /// Elements of a column that share a scale.
 const BLOCK: usize = 32;
@@ -128,15 +129,15 @@ impl Int8Matrix {
                         rows,
                         columns: PANEL,
                         steps,
-                        pairs,
                         a: task.left[first * task.stride + block * steps..].as_ptr(),
                         left: Left::Rows { stride: task.stride },
-                        b: right.as_ptr(),
+                        b: Right::packed(self.precision, right),
                         panel_stride: steps * PANEL,
                         step_stride: PANEL,
                         c: sums.as_mut_ptr(),
                         c_stride: PANEL,
                         accumulate: false,
+                        ahead: Lines::NONE,
                     };
                     // SAFETY: the rows were packed in full, the block is a whole panel high, the sums are ours.
                     unsafe { multiply(task.isa, product) };

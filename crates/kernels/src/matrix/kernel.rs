@@ -4,7 +4,8 @@
 //! over the reduced index, so that a product cut anywhere along that index is the same product.
 
 use crate::isa::Isa;
-use crate::simd::{Portable, Simd, prefetch};
+use crate::matrix::Precision;
+use crate::simd::{Lines, Portable, Simd, prefetch};
 
 /// Columns of a panel: the right operand is stored as panels of this many columns, one step of the reduced index after
 /// the other.
@@ -23,6 +24,27 @@ pub(crate) enum Left {
     Steps { stride: usize },
 }
 
+/// Where the right operand lies in memory, and what its numbers are.
+#[derive(Clone, Copy)]
+pub(crate) enum Right {
+    /// f32, as those of the left operand.
+    Floats(*const f32),
+    /// Pairs of bfloat16 in the place of f32, as those of the left operand.
+    Pairs(*const f32),
+    /// bfloat16, widened as they are read; the left operand is f32.
+    Halves(*const u16),
+}
+
+impl Right {
+    /// Panels packed for a precision.
+    pub(crate) fn packed(precision: Precision, panels: &[f32]) -> Self {
+        match precision {
+            Precision::F32 => Self::Floats(panels.as_ptr()),
+            Precision::Bf16 => Self::Pairs(panels.as_ptr()),
+        }
+    }
+}
+
 /// One product `c (+)= a b` of `rows x steps` and `steps x columns`.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
@@ -30,10 +52,9 @@ pub(crate) struct Product {
     pub columns: usize,
     /// Elements of the reduced index, or pairs of bfloat16.
     pub steps: usize,
-    pub pairs: bool,
     pub a: *const f32,
     pub left: Left,
-    pub b: *const f32,
+    pub b: Right,
     /// Distance between neighbouring panels of `b`.
     pub panel_stride: usize,
     /// Distance between neighbouring steps inside a panel of `b`.
@@ -42,40 +63,98 @@ pub(crate) struct Product {
     pub c_stride: usize,
     /// Whether to continue from what `c` holds.
     pub accumulate: bool,
+    /// What will be wanted after this product, to be asked for while few rows are multiplied.
+    pub ahead: Lines,
 }
 
-/// f32 in a cache line.
-const LINE: usize = 16;
+/// A number of the right operand.
+trait Number: Copy {
+    /// The numbers at `from`.
+    ///
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(from: *const Self) -> S::Vector;
+
+    /// `left * right + sum`.
+    ///
+    /// # Safety
+    /// As [`Simd::multiply_add`].
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(left: S::Vector, right: S::Vector, sum: S::Vector) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { S::multiply_add(left, right, sum) }
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const f32) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(from) }
+    }
+}
+
+impl Number for u16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u16) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { S::widen(from) }
+    }
+}
+
+/// Two bfloat16 in the place of an f32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Pair(f32);
+
+impl Number for Pair {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Pair) -> S::Vector {
+        // SAFETY: the caller's promise; a pair lies where an f32 would.
+        unsafe { S::load(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(left: S::Vector, right: S::Vector, sum: S::Vector) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { S::multiply_add_pairs(left, right, sum) }
+    }
+}
 
 /// How far ahead to ask for steps that are apart.
 const STEPS_AHEAD: usize = 16;
 
-/// What a tile asks for while it computes: `lines` cache lines a step, from `from` on.
+/// What a tile asks for while it computes: `lines` cache lines a step, at most two, `stride` f32 further in each step.
 ///
 /// Few rows leave the processor waiting for the right operand, which comes from memory: it has no time to come in between
 /// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one, where panels lie one after
-/// the other.
+/// the other; and a panel's only tile asks for what comes after the product, if there is something, before its own next panel.
 #[derive(Clone, Copy)]
 struct Ahead {
     from: *const f32,
     lines: usize,
+    stride: usize,
 }
 
 impl Ahead {
-    fn of(product: &Product, panel: usize, row: usize, height: usize) -> Self {
-        let next = product.b.wrapping_add((panel + 1) * product.panel_stride);
-        let lines = PANEL / LINE;
+    fn of<N: Number>(product: &Product, b: *const N, panel: usize, row: usize, height: usize) -> Self {
+        let next = b.wrapping_add((panel + 1) * product.panel_stride).cast::<f32>();
+        // Those of a panel in one step.
+        let lines = (PANEL * size_of::<N>()).div_ceil(Lines::BYTES);
+        let neighbours = |from, lines| Self { from, lines, stride: lines * Lines::FLOATS };
         let lone = product.rows <= height;
+        let (after, share) =
+            product.ahead.share(panel * product.steps, product.columns.div_ceil(PANEL) * product.steps);
         match row / height {
-            // Steps that are apart hold all panels: the first panel's tile asks for the steps that follow.
-            0 if product.step_stride > PANEL && lone && panel == 0 => {
-                let from = product.b.wrapping_add(STEPS_AHEAD * product.step_stride);
-                Self { from, lines: product.step_stride / LINE }
+            0 if lone && share > 0 => neighbours(after, share.min(2)),
+            // Steps that are apart hold all panels: each asks for its own columns of the steps that follow.
+            0 if lone && product.step_stride > PANEL => {
+                let from = b.wrapping_add(panel * product.panel_stride + STEPS_AHEAD * product.step_stride).cast();
+                Self { from, lines, stride: product.step_stride * size_of::<N>() / size_of::<f32>() }
             }
-            _ if product.step_stride > PANEL => Self { from: next, lines: 0 },
-            0 if lone => Self { from: next, lines },
-            tile if tile < lines => Self { from: next.wrapping_add(tile * product.steps * LINE), lines: 1 },
-            _ => Self { from: next, lines: 0 },
+            _ if product.step_stride > PANEL => neighbours(next, 0),
+            0 if lone => neighbours(next, lines),
+            tile if tile < lines => neighbours(next.wrapping_add(tile * product.steps * Lines::FLOATS), 1),
+            _ => neighbours(next, 0),
         }
     }
 }
@@ -137,30 +216,35 @@ unsafe fn multiply_avx2(product: Product) {
 unsafe fn panels<S: Simd>(product: Product) {
     // SAFETY: see `multiply`; every tile lies inside the product.
     unsafe {
-        match (product.pairs, product.left) {
-            (false, Left::Rows { .. }) => tiles::<S, false, true>(product),
-            (false, _) => tiles::<S, false, false>(product),
-            (true, Left::Rows { .. }) => tiles::<S, true, true>(product),
-            (true, _) => tiles::<S, true, false>(product),
+        match (product.b, product.left) {
+            (Right::Floats(b), Left::Rows { .. }) => tiles::<S, f32, true>(product, b),
+            (Right::Floats(b), _) => tiles::<S, f32, false>(product, b),
+            (Right::Pairs(b), Left::Rows { .. }) => tiles::<S, Pair, true>(product, b.cast()),
+            (Right::Pairs(b), _) => tiles::<S, Pair, false>(product, b.cast()),
+            (Right::Halves(b), Left::Rows { .. }) => tiles::<S, u16, true>(product, b),
+            (Right::Halves(b), _) => tiles::<S, u16, false>(product, b),
         }
     }
 }
 
+/// Rows of the largest tile. Rows that are apart need an address each; more than eight would not stay in registers.
+const fn most_rows<S: Simd>(by_rows: bool) -> usize {
+    if by_rows && S::ROWS > 8 { 8 } else { S::ROWS }
+}
+
 #[inline(always)]
-unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Product) {
+unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *const N) {
     let p = product;
-    // Rows that are apart need an address each; more than eight would not stay in registers.
     let height = match p.left {
         Left::Tiles { height } => height,
         Left::Rows { .. } | Left::Steps { .. } => {
-            let most = if BY_ROWS { S::ROWS.min(8) } else { S::ROWS };
-            p.rows.div_ceil(p.rows.div_ceil(most).max(1)).max(1)
+            p.rows.div_ceil(p.rows.div_ceil(most_rows::<S>(BY_ROWS)).max(1)).max(1)
         }
     };
     for (panel, column) in (0..p.columns).step_by(PANEL).enumerate() {
         for row in (0..p.rows).step_by(height) {
             let rows = height.min(p.rows - row);
-            let ahead = Ahead::of(&p, panel, row, height);
+            let ahead = Ahead::of(&p, b, panel, row, height);
             // SAFETY: see `multiply`.
             unsafe {
                 let (a, a_stride) = match p.left {
@@ -168,11 +252,11 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
                     Left::Rows { stride } => (p.a.add(row * stride), stride),
                     Left::Steps { stride } => (p.a.add(row), stride),
                 };
-                let b = p.b.add(panel * p.panel_stride);
+                let b = b.add(panel * p.panel_stride);
                 let c = p.c.add(row * p.c_stride + column);
                 let columns = PANEL.min(p.columns - column);
                 if columns == PANEL {
-                    slabs::<S, PAIRS, BY_ROWS>(
+                    slabs::<S, N, BY_ROWS>(
                         rows,
                         p.steps,
                         a,
@@ -194,7 +278,7 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
                         );
                     }
                     let target = whole.as_mut_ptr();
-                    slabs::<S, PAIRS, BY_ROWS>(
+                    slabs::<S, N, BY_ROWS>(
                         rows,
                         p.steps,
                         a,
@@ -218,12 +302,12 @@ unsafe fn tiles<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(product: Produc
 /// A tile as wide as a panel: two vectors at a time.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "two operands and a destination, each an address and strides")]
-unsafe fn slabs<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(
+unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
     rows: usize,
     steps: usize,
     a: *const f32,
     a_stride: usize,
-    b: *const f32,
+    b: *const N,
     b_stride: usize,
     ahead: Ahead,
     c: *mut f32,
@@ -233,14 +317,23 @@ unsafe fn slabs<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(
     macro_rules! with_rows {
         ($($count:literal)*) => {
             match rows {
-                $($count if $count <= S::ROWS => {
+                $($count if $count <= most_rows::<S>(BY_ROWS) => {
                     let mut column = 0;
                     while column < PANEL {
+                        let (b, c) = (b.wrapping_add(column), c.wrapping_add(column));
                         // SAFETY: see `multiply`.
                         unsafe {
-                            tile::<S, $count, PAIRS, BY_ROWS>(
-                                steps, a, a_stride, b.add(column), b_stride, ahead, c.add(column), c_stride, accumulate,
-                            );
+                            match ahead.lines {
+                                0 => tile::<S, N, $count, BY_ROWS, 0>(
+                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
+                                ),
+                                1 => tile::<S, N, $count, BY_ROWS, 1>(
+                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
+                                ),
+                                _ => tile::<S, N, $count, BY_ROWS, 2>(
+                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
+                                ),
+                            }
                         }
                         column += 2 * S::LANES;
                     }
@@ -254,11 +347,11 @@ unsafe fn slabs<S: Simd, const PAIRS: bool, const BY_ROWS: bool>(
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "two operands and a destination, each an address and strides")]
-unsafe fn tile<S: Simd, const ROWS: usize, const PAIRS: bool, const BY_ROWS: bool>(
+unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const LINES: usize>(
     steps: usize,
     a: *const f32,
     a_stride: usize,
-    b: *const f32,
+    b: *const N,
     b_stride: usize,
     ahead: Ahead,
     c: *mut f32,
@@ -274,18 +367,14 @@ unsafe fn tile<S: Simd, const ROWS: usize, const PAIRS: bool, const BY_ROWS: boo
             }
         }
         for step in 0..steps {
-            let right = [S::load(b.add(step * b_stride)), S::load(b.add(step * b_stride + S::LANES))];
-            for line in 0..ahead.lines {
-                prefetch(ahead.from.wrapping_add((step * ahead.lines + line) * LINE));
+            let right = [N::load::<S>(b.add(step * b_stride)), N::load::<S>(b.add(step * b_stride + S::LANES))];
+            for line in 0..LINES {
+                prefetch(ahead.from.wrapping_add(step * ahead.stride + line * Lines::FLOATS));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let left = S::splat(if BY_ROWS { a.add(i * a_stride + step) } else { a.add(step * a_stride + i) });
                 for (sum, &right) in sums.iter_mut().zip(&right) {
-                    *sum = if PAIRS {
-                        S::multiply_add_pairs(left, right, *sum)
-                    } else {
-                        S::multiply_add(left, right, *sum)
-                    };
+                    *sum = N::multiply_add::<S>(left, right, *sum);
                 }
             }
         }

@@ -2,11 +2,12 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, multiply, tile_height};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply, tile_height};
 use crate::matrix::pack::{pack_panel, pack_tiles, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
 use crate::parallel::{SharedMut, each, each_run};
 use crate::profile::{Call, Kind};
+use crate::simd::Lines;
 
 /// Steps of the reduced index in one block: a panel's block stays in the first-level cache's neighbourhood.
 pub(super) const BLOCK_STEPS: usize = 288;
@@ -153,6 +154,11 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// The panels from element `start` on.
+    fn right(&self, start: usize) -> Right {
+        Right::packed(self.precision, &self.panels[start..])
+    }
+
     /// A product of few rows: the left operand is read where it lies, or rounded once; tasks take runs of panels.
     fn few_rows(&self, columns: usize, work: usize, threads: usize) {
         let (a, isa) = (self.a, self.isa);
@@ -173,16 +179,16 @@ impl Task<'_> {
                     rows: a.rows,
                     columns: (panels.len() * PANEL).min(columns - column),
                     steps: self.steps,
-                    pairs: self.precision == Precision::Bf16,
                     a: data.as_ptr(),
                     left,
-                    b: self.panels[column * self.steps..].as_ptr(),
+                    b: self.right(column * self.steps),
                     panel_stride: PANEL * self.steps,
                     step_stride: PANEL,
                     // SAFETY: the columns from `column` on lie inside the rows of `c`.
                     c: unsafe { self.c.get().add(column) },
                     c_stride: self.c_stride,
                     accumulate: self.accumulate,
+                    ahead: Lines::NONE,
                 };
                 // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of `c`
                 // belong to this task alone.
@@ -205,16 +211,16 @@ impl Task<'_> {
                     rows,
                     columns,
                     steps,
-                    pairs: self.precision == Precision::Bf16,
                     a: packed.as_ptr(),
                     left: Left::Tiles { height },
-                    b: self.panels[step * PANEL..].as_ptr(),
+                    b: self.right(step * PANEL),
                     panel_stride: PANEL * self.steps,
                     step_stride: PANEL,
                     // SAFETY: row `row` is a row of `c`.
                     c: unsafe { self.c.get().add(row * self.c_stride) },
                     c_stride: self.c_stride,
                     accumulate: self.accumulate || step > 0,
+                    ahead: Lines::NONE,
                 };
                 // SAFETY: the tiles were just packed, the panels are whole, and these rows of `c` belong to this task alone.
                 unsafe { multiply(self.isa, product) };
