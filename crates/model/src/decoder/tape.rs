@@ -31,12 +31,12 @@ impl Tape {
     /// [`Tape::recall`]: recording takes no more than the forward that it saves.
     pub fn start(&mut self, decoder: &Decoder, rows: usize, workspace: &mut Workspace) {
         if self.recorded.is_none() {
-            std::mem::swap(&mut self.workspace, workspace);
+            self.workspace.exchange_kept(workspace);
         }
         let checkpoints = self.workspace.checkpoints() || workspace.checkpoints();
         self.workspace.set_checkpointing(checkpoints);
         workspace.set_checkpointing(checkpoints);
-        self.workspace.fit(&decoder.config, rows, decoder.low_rank(), true);
+        self.workspace.fit_kept(&decoder.config, rows, decoder.low_rank(), true);
         self.recorded = Some((decoder.weights_id(), PackedTokens::new()));
     }
 
@@ -60,7 +60,7 @@ impl Tape {
                 end = segment.start + segment.len;
             }
         }
-        self.workspace.fit(&decoder.config, tokens.rows(), decoder.low_rank(), true);
+        self.workspace.fit_kept(&decoder.config, tokens.rows(), decoder.low_rank(), true);
         self.workspace.positions = tokens.positions();
         if let Some((_, recorded)) = &mut self.recorded {
             *recorded = tokens;
@@ -73,7 +73,8 @@ impl Tape {
         let now = decoder.weights_id();
         let same = self.recorded.as_ref().is_some_and(|(weights, recorded)| *weights == now && recorded == tokens);
         if same {
-            std::mem::swap(&mut self.workspace, workspace);
+            self.workspace.exchange_kept(workspace);
+            workspace.fit(&decoder.config, tokens.rows(), decoder.low_rank(), true);
             self.recorded = None;
         }
         same

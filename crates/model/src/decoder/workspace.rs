@@ -133,6 +133,19 @@ impl Workspace {
 
     /// Sizes what every forward uses.
     pub(super) fn fit(&mut self, config: &ModelConfig, rows: usize, low_rank: [usize; 4], keep: bool) {
+        self.fit_kept(config, rows, low_rank, keep);
+        let d = config.hidden_size;
+        let scratch = &mut self.scratch;
+        resize(&mut scratch.normed, rows * d);
+        resize(&mut scratch.inverse_rms, rows);
+        resize(&mut scratch.gated, rows * config.intermediate_size);
+        if config.sandwich_norms {
+            resize(&mut scratch.branch, rows * d);
+        }
+    }
+
+    /// Sizes what a forward leaves.
+    pub(super) fn fit_kept(&mut self, config: &ModelConfig, rows: usize, low_rank: [usize; 4], keep: bool) {
         let d = config.hidden_size;
         self.rows = rows;
         self.kept = match (keep, self.checkpointing) {
@@ -153,13 +166,15 @@ impl Workspace {
         self.layers[..kept].iter_mut().for_each(|layer| layer.fit(config, rows, low_rank));
         resize(&mut self.hidden, rows * d);
         resize(&mut self.final_inverse_rms, rows);
-        let scratch = &mut self.scratch;
-        resize(&mut scratch.normed, rows * d);
-        resize(&mut scratch.inverse_rms, rows);
-        resize(&mut scratch.gated, rows * config.intermediate_size);
-        if config.sandwich_norms {
-            resize(&mut scratch.branch, rows * d);
-        }
+    }
+
+    /// Exchanges what forwards left. Memory that holds nothing between passes stays where it is.
+    pub(super) fn exchange_kept(&mut self, other: &mut Self) {
+        std::mem::swap(self, other);
+        std::mem::swap(&mut self.scratch, &mut other.scratch);
+        std::mem::swap(&mut self.d_residual, &mut other.d_residual);
+        std::mem::swap(&mut self.d_hidden, &mut other.d_hidden);
+        std::mem::swap(&mut self.head, &mut other.head);
     }
 
     /// The buffers that a forward leaves for backward, see [`Kept`].
