@@ -68,7 +68,12 @@ pub const FAMILIES: &[Family] = &[
         section: "reward_model",
         title: "Reward models",
         presets: reward_model::PRESETS,
-        sources: &[include_str!("reward_model.rs"), include_str!("../../../objectives/src/reward.rs")],
+        sources: &[
+            include_str!("reward_model.rs"),
+            include_str!("../../../objectives/src/reward.rs"),
+            include_str!("../../../objectives/src/worst_case.rs"),
+            include_str!("../../../objectives/src/group_dro.rs"),
+        ],
     },
     Family {
         section: "process_reward",
