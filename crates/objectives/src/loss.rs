@@ -78,6 +78,18 @@ impl Loss {
         Ok(Self { per_token: self.per_token.add(&other.per_token)?, statistics })
     }
 
+    /// The mean over rows with other weights: each row's loss times how much it counts relative to its share of the mean. Adds the
+    /// statistics `row_weights/mean` and `row_weights/max` over these weights.
+    pub fn reweighted(self, relative: Vec<f64>) -> Result<Self> {
+        let factors = Tensor::from_slice(&relative, relative.len(), self.per_token.device())?;
+        let mut statistics = self.statistics;
+        statistics.extend([
+            Statistic { name: "row_weights/mean", values: relative.clone(), reduce: Reduce::Mean },
+            Statistic { name: "row_weights/max", values: relative, reduce: Reduce::Max },
+        ]);
+        Ok(Self { per_token: self.per_token.mul(&factors)?, statistics })
+    }
+
     /// The derivative of the loss with respect to `input`, one of the `[N]` tensors the objective was given. The
     /// tensor must track gradients; where the loss does not depend on it, the derivative is 0.
     pub fn gradient(&self, input: &Tensor) -> Result<Vec<f64>> {

@@ -82,6 +82,12 @@ impl PairLoss {
         matches!(self, Sigmoid | SigmoidNorm | Hinge | Ipo | ExoPair | Robust | Discopop | Sft)
     }
 
+    /// Whether the loss never gains from a more likely rejected completion, without smoothing.
+    pub fn only_lowers_rejected(self) -> bool {
+        use PairLoss::{Aot, AotUnpaired, ApoZero, BcoPair, Hinge, Sft, Sigmoid, SigmoidNorm};
+        matches!(self, Sigmoid | SigmoidNorm | Hinge | BcoPair | Aot | AotUnpaired | ApoZero | Sft)
+    }
+
     /// Whether the loss of a pair depends on the other pairs of the batch.
     pub fn compares_pairs(self) -> bool {
         matches!(self, Self::Aot | Self::AotUnpaired)

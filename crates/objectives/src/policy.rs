@@ -11,6 +11,7 @@
 //! | `A` ([`mod@crate::advantage`]) | what a token is paid | `baseline`, `scale_rewards`, `credit`, `gamma`, `lam`, `whiten_advantages` |
 //! | `r` ([`mod@crate::ratio`]) | how off-policy it is | `importance_sampling_level` |
 //! | `J` ([`mod@crate::clip`]) | the surrogate: `min(r A, clip(r) A)` and others | `clip`, `epsilon`, `epsilon_high`, `delta` |
+//! | `∇J` for `A < 0` ([`mod@crate::negative`]) | how a token becomes less likely | `negative` |
 //! | `c` ([`mod@crate::correction`]) | correction for the sampler | `importance_sampling_mode` and its bounds |
 //! | `m` ([`mod@crate::filter`]) | which tokens take part | `top_entropy_quantile`, `off_policy_mask_threshold` |
 //! | `KL` ([`mod@crate::kl`]) | distance to the reference, in the loss or in the reward | `beta`, `kl`, `kl_direction`, `kl_in` |
@@ -46,7 +47,7 @@ use crate::entropy::EntropyControl;
 use crate::kl::{KlDirection, KlPlacement};
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, bounded_exp, check_length, constant, per_token, values};
 use crate::sequences::Sequences;
-use crate::{Aggregation, Clip, ClipKind, KlEstimator, RatioLevel, filter};
+use crate::{Aggregation, Clip, ClipKind, KlEstimator, Negative, RatioLevel, filter};
 
 /// The parts of the objective.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -109,6 +110,8 @@ pub struct PolicyOptions {
     pub clip_cov_max: f64,
     /// `kl_cov`: weight of the penalty on the chosen tokens.
     pub kl_cov_coef: f64,
+    /// How a token with a negative advantage becomes less likely.
+    pub negative: Negative,
     /// How much each token counts.
     pub aggregation: Aggregation,
     /// Weight of the divergence from the reference model; 0 needs no reference model.
@@ -185,6 +188,7 @@ impl Default for PolicyOptions {
             clip_cov_min: 1.0,
             clip_cov_max: 5.0,
             kl_cov_coef: 1.0,
+            negative: Negative::GradientAscent,
             aggregation: Aggregation::Token,
             beta: 0.0,
             kl: KlEstimator::K3,
@@ -319,6 +323,10 @@ impl PolicyOptions {
         range("clip_cov_min", self.clip_cov_min, true, "a number")?;
         range("clip_cov_max", self.clip_cov_max, self.clip_cov_max > self.clip_cov_min, "a number above clip_cov_min")?;
         range("kl_cov_coef", self.kl_cov_coef, self.kl_cov_coef >= 0.0, "a number, at least 0")?;
+        if self.negative == Negative::CeU && self.clip == ClipKind::KlCov {
+            let why = "ce_u has no meaning with kl_cov, which pulls tokens back by the gradient that ce_u exchanges";
+            return Err(Error::Conflict { what: "negative", why });
+        }
         range("beta", self.beta, self.beta >= 0.0, "a number, at least 0")?;
         if let Some(target) = self.kl_target {
             positive("kl_target", target)?;
@@ -397,14 +405,15 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
 
     let level = options.importance_sampling_level;
     let log_ratio = level.log_ratio(&log_probs, &old, &sequences)?;
+    let learnt = options.negative.log_probs(&log_probs, &advantages.lt(0.0)?)?;
     let correction = match &sampling {
         Some(sampling) => options.correction().factors(&old, sampling, &sequences)?,
         None => None,
     };
     let surrogate = options.clip().surrogate(&Inputs {
-        log_probs: &log_probs,
+        log_probs: &learnt,
         old: &old,
-        log_ratio: &log_ratio,
+        log_ratio: &level.log_ratio(&learnt, &old, &sequences)?,
         advantages: &advantages,
         correction: correction.as_ref(),
         draws: batch.draws.as_deref(),

@@ -21,7 +21,8 @@
 //! | `log_odds` | `h - log(1 - e^h)` | ORPO, arXiv 2403.07691 |
 //!
 //! LD-DPO: arXiv 2409.06411. WPO: arXiv 2406.11827; a pair counts by how likely both completions are to the policy itself,
-//! `exp(mean_t(log π(y_t) - log Σ_v π(v)²))` for each. Worst-case weights: [`mod@crate::worst_case`].
+//! `exp(mean_t(log π(y_t) - log Σ_v π(v)²))` for each. Worst-case weights: [`mod@crate::worst_case`]. With `negative = "ce_u"` the gradient
+//! of `s` of a rejected completion is that of `-Σ_t v_t log(1 - π(y_t))` ([`mod@crate::negative`]).
 //!
 //! Deviations from TRL:
 //! 1. `label_smoothing` also acts in `sigmoid` and `sigmoid_norm` (conservative DPO), where TRL's `DPOTrainer` ignores it.
@@ -41,10 +42,10 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::WorstCase;
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, bounded_exp, check_length, constant, per_token, values};
 use crate::pairwise::{PairLoss, Pairs, Two};
 use crate::scalar::{log_sigmoid, sequence_sums};
+use crate::{Negative, WorstCase};
 
 /// The most probable a completion may be for its odds: `log(1 - 1e-6)`.
 const MAX_LOG_PROB_OF_ODDS: f64 = -1e-6;
@@ -83,6 +84,8 @@ pub struct PreferenceOptions {
     pub use_weighting: bool,
     /// Train for the worst mix of the pairs near the one in the data.
     pub worst_case: Option<WorstCase>,
+    /// How the rejected completion becomes less likely.
+    pub negative: Negative,
 }
 
 impl Default for PreferenceOptions {
@@ -101,6 +104,7 @@ impl Default for PreferenceOptions {
             discopop_tau: 0.05,
             use_weighting: false,
             worst_case: None,
+            negative: Negative::GradientAscent,
         }
     }
 }
@@ -236,6 +240,12 @@ impl PreferenceOptions {
                 "plackett_luce stands alone, without gamma, label_smoothing, ld_alpha, use_weighting and worst_case";
             return Err(Error::Conflict { what: "loss_type", why });
         }
+        let lowers = self.loss_type.iter().all(|loss| loss.only_lowers_rejected()) && smoothing == 0.0;
+        if self.negative == Negative::CeU && !lowers {
+            let why = "ce_u lowers, so it needs losses that never raise a rejected completion: sigmoid, sigmoid_norm, hinge, \
+                       bco_pair, aot, aot_unpaired, apo_zero and sft, without label_smoothing";
+            return Err(Error::Conflict { what: "negative", why });
+        }
         let conflict = |why| Err(Error::Conflict { what: "score", why });
         if self.score != Score::ReverseKl && !self.loss_type.iter().all(|loss| loss.takes_any_score()) {
             return conflict(
@@ -306,6 +316,13 @@ impl PairBatch {
         Ok(Two { chosen: self.column(of_tokens, 0, pairs)?, rejected: self.column(of_tokens, 1, pairs)? })
     }
 
+    /// For each token 1 where its completion is a rejected one, else 0, `[N]`.
+    fn rejected(&self) -> Result<Tensor> {
+        let place = |&sequence: &u32| u8::from(sequence as usize % self.sequences_per_pair == 1);
+        let rejected: Vec<u8> = self.sequence.iter().map(place).collect();
+        Ok(Tensor::from_slice(&rejected, rejected.len(), self.log_probs.device())?)
+    }
+
     /// Tokens of the chosen and the rejected completions; 1 for one without any, to divide by.
     fn counts(&self, lengths: &[usize]) -> Result<Two> {
         let of = |place: usize| {
@@ -335,7 +352,7 @@ pub fn preference(options: &PreferenceOptions, batch: &PairBatch) -> Result<Loss
 
     let token_weights = Tensor::new(options.token_weights(&lengths, batch.sequences_per_pair), log_probs.device())?;
     let weighted = |log_probs: &Tensor| batch.two(&log_probs.mul(&token_weights)?, pairs);
-    let policy = weighted(&log_probs)?;
+    let policy = weighted(&options.negative.log_probs(&log_probs, &batch.rejected()?)?)?;
     let (reference, ratio) = if options.needs_reference() {
         let given = batch.reference_log_probs.as_ref();
         let given = given.ok_or(Error::Missing { what: "reference_log_probs", why: "reference_free is false" })?;

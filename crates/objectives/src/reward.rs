@@ -2,14 +2,14 @@
 //!
 //! | function | loss of an item | source |
 //! | --- | --- | --- |
-//! | [`bradley_terry`] | `-log σ(r_c - r_r - m) + λ (r_c + r_r)²` of a pair | Ouyang et al., arXiv 2203.02155; margin `m`: Llama 2, arXiv 2307.09288; centring `λ`: Eisenstein et al., arXiv 2312.09244 |
+//! | [`bradley_terry`] | `-(1 - ε) log σ(u) - ε log σ(-u) + λ (r_c + r_r)²` of a pair, `u = r_c - r_r - m` | Ouyang et al., arXiv 2203.02155; margin `m`: Llama 2, arXiv 2307.09288; centring `λ`: Eisenstein et al., arXiv 2312.09244; smoothing `ε`: Wang et al., arXiv 2401.06080 |
 //! | [`plackett_luce`] | `-Σ_k log(e^{r_k} / Σ_{j≥k} e^{r_j})` of a ranking, best first | Plackett 1975; InstructGPT's rankings without cutting them into pairs |
 //! | [`labelled`] with `mse` | `(r - y)²` of a completion with a score `y` | HelpSteer2, arXiv 2406.08673 |
 //! | [`labelled`] with `bce` | `-y log σ(r) - (1 - y) log σ(-r)`, `y` in `[0, 1]` | outcome: Cobbe et al., arXiv 2110.14168; steps: Math-Shepherd, arXiv 2312.08935 |
 //! | [`classified`] | `-log softmax(r)_y` of a step with class `y` | Uesato et al., arXiv 2211.14275; TRL's `PRMTrainer` |
 //!
 //! `r` are outputs of a score head; an item counts as much as its weight says, which has the global denominator inside. OpenRLHF's
-//! `log(1 + e^{r_r - r_c})` is the first row with `m = λ = 0`, written differently.
+//! `log(1 + e^{r_r - r_c})` is the first row with `m = λ = ε = 0`, written differently.
 //!
 //! Metrics, named as TRL's `RewardTrainer` and `PRMTrainer` name them:
 //! - `accuracy`: share of pairs whose chosen completion scores higher (ties do not); of items on the right side of 0, or whose largest
@@ -32,25 +32,35 @@ pub struct ScoredPairs {
     pub rejected: Tensor,
     /// By how much the chosen score should lead, `[P]`; 0 where the data do not say.
     pub margins: Vec<f64>,
+    /// The share of the pairs taken to be the wrong way round.
+    pub label_smoothing: f64,
     /// The weight of each pair, with its global denominator inside, `[P]`.
     pub weights: Vec<f64>,
 }
 
-/// The Bradley-Terry loss with margins and the centring term of weight `center`.
+/// The Bradley-Terry loss with margins, smoothed labels, and the centring term of weight `center`.
 ///
 /// # Errors
-/// Inputs that differ in length; a negative `center`.
+/// Inputs that differ in length; a negative `center`; a smoothing that is no share below a half.
 pub fn bradley_terry(pairs: &ScoredPairs, center: f64) -> Result<Loss> {
     if !(center.is_finite() && center >= 0.0) {
         let (what, expected) = ("center_rewards_coefficient", "a number from 0 up");
         return Err(Error::Range { what, got: center, expected });
+    }
+    let smoothing = pairs.label_smoothing;
+    if !(0.0..0.5).contains(&smoothing) {
+        return Err(Error::Range { what: "label_smoothing", got: smoothing, expected: "at least 0 and below 0.5" });
     }
     let count = pairs.chosen.elem_count();
     let chosen = per_token("chosen", &pairs.chosen, count)?;
     let rejected = per_token("rejected", &pairs.rejected, count)?;
     let margins = row("margins", &pairs.margins, &chosen)?;
     let difference = chosen.sub(&rejected)?;
-    let mut loss = log_sigmoid(&difference.sub(&margins)?)?.neg()?;
+    let lead = difference.sub(&margins)?;
+    let mut loss = log_sigmoid(&lead)?.affine(-(1.0 - smoothing), 0.0)?;
+    if smoothing > 0.0 {
+        loss = loss.sub(&log_sigmoid(&lead.neg()?)?.affine(smoothing, 0.0)?)?;
+    }
     if center > 0.0 {
         loss = loss.add(&chosen.add(&rejected)?.sqr()?.affine(center, 0.0)?)?;
     }

@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::loss::{Error, Loss, Reduce, Result, Statistic, check_length};
+use crate::loss::{Error, Loss, Result, check_length};
 
 /// How far from the data's distribution the worst case may lie.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -139,15 +139,7 @@ impl WorstCase {
     pub fn of(&self, mean: Loss, prompts: &[u32]) -> Result<Loss> {
         let shares = mean.values()?;
         let losses: Vec<f64> = shares.iter().map(|share| share * shares.len() as f64).collect();
-        let weights = self.relative_weights(&losses, prompts)?;
-        let factors = candle_core::Tensor::from_slice(&weights, weights.len(), mean.per_token.device())?;
-        let per_token = mean.per_token.mul(&factors)?;
-        let mut statistics = mean.statistics;
-        statistics.extend([
-            Statistic { name: "row_weights/mean", values: weights.clone(), reduce: Reduce::Mean },
-            Statistic { name: "row_weights/max", values: weights, reduce: Reduce::Max },
-        ]);
-        Ok(Loss { per_token, statistics })
+        mean.reweighted(self.relative_weights(&losses, prompts)?)
     }
 
     /// The worst weights, times the number of losses.

@@ -4,8 +4,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
-    Ball, Error, Length, Loss, Members, NashMdBatch, PairBatch, PairLoss, PreferenceOptions, RankingBatch, RunningMean,
-    Score, UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, WorstCase,
+    Ball, Error, Length, Loss, Members, NashMdBatch, Negative, PairBatch, PairLoss, PreferenceOptions, RankingBatch,
+    RunningMean, Score, UnpairedBaseline, UnpairedBatch, UnpairedOptions, Utility, WorstCase,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -124,6 +124,7 @@ fn any_options() -> impl Strategy<Value = PreferenceOptions> {
                 score_alpha: alpha,
                 discopop_tau: 0.5,
                 worst_case: None,
+                negative: Negative::GradientAscent,
             }
         },
     )
@@ -400,6 +401,63 @@ fn at_the_reference_by_hand() {
     assert_eq!(of(PairLoss::Ipo), (1.25 * 1.25, vec![-1.25, -1.25, 2.5]));
     let (value, gradient) = of(PairLoss::BcoPair);
     assert_eq!((value, gradient), (2.0 * 2f64.ln(), vec![-0.2, -0.2, 0.2]));
+}
+
+proptest! {
+    /// With CE-U the loss is DPO's, and its gradient that of `w β σ(-β m) [-h_c - Σ_t log(1 - p_t)]`, the first factors constants.
+    #[test]
+    fn the_rejected_completion_is_unlearnt_by_ce_u(pairs in any_pairs(), beta in 0.05..1.0f64, gamma in 0.0..1.0f64) {
+        let dpo = PreferenceOptions { beta, gamma, ..PreferenceOptions::default() };
+        let ce_u = PreferenceOptions { negative: Negative::CeU, ..dpo.clone() };
+        ce_u.validate().unwrap();
+        let ((likelihood, _), (found, gradient)) = (pairs.loss(&dpo), pairs.loss(&ce_u));
+        prop_assert_eq!(found.values().unwrap(), likelihood.values().unwrap());
+        let margins = &found.statistics.iter().find(|statistic| statistic.name == "rewards/margins").unwrap().values;
+        // What the gradient is that of, with the margins held.
+        let held = |pairs: &Pairs| {
+            let of = |(sequence, tokens): (usize, &Vec<[f64; 3]>)| {
+                let pair = sequence / pairs.per_pair;
+                let pull = beta / (1.0 + (margins[pair] - gamma).exp()) / pairs.whole.0 as f64;
+                let cost = |token: &[f64; 3]| match sequence % pairs.per_pair {
+                    0 => -token[0],
+                    1 => -(-token[0].exp_m1()).ln(),
+                    _ => 0.0,
+                };
+                pull * tokens.iter().map(cost).sum::<f64>()
+            };
+            pairs.sequences.iter().enumerate().map(of).sum::<f64>()
+        };
+        let h = 1e-6;
+        for (token, &gradient) in gradient.iter().enumerate() {
+            let difference = (held(&pairs.moved(token, h)) - held(&pairs.moved(token, -h))) / (2.0 * h);
+            prop_assert!((difference - gradient).abs() < 1e-6 * (1.0 + gradient.abs()), "{difference} {gradient}");
+        }
+    }
+}
+
+#[test]
+fn ce_u_only_lowers() {
+    let refused = |options: PreferenceOptions| {
+        let options = PreferenceOptions { negative: Negative::CeU, ..options };
+        assert!(matches!(options.validate(), Err(Error::Conflict { what: "negative", .. })), "{options:?}");
+    };
+    refused(PreferenceOptions { label_smoothing: 0.1, ..PreferenceOptions::default() });
+    for loss in LOSSES {
+        let options = PreferenceOptions { loss_type: vec![loss], ..PreferenceOptions::default() };
+        if !loss.only_lowers_rejected() {
+            refused(PreferenceOptions {
+                label_smoothing: 0.1 * f64::from(u8::from(loss == PairLoss::ExoPair)),
+                ..options
+            });
+            continue;
+        }
+        // Whatever the margin, more of a rejected token never costs less.
+        for rejected in [-9.0, -1.0, -0.01] {
+            let at = |log_prob: f64| [log_prob, -1.0, -1.0];
+            let pairs = Pairs::new(vec![vec![at(-1.0)], vec![at(rejected)]], 2);
+            assert!(pairs.loss(&options).1[1] >= 0.0, "{loss:?} at {rejected}");
+        }
+    }
 }
 
 #[test]

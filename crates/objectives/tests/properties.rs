@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
     AdaptiveEntropy, AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, EntropyControl, Error,
-    Estimator, Fold, GlobalCounts, KlDirection, KlEstimator, Loss, PolicyBatch, PolicyOptions, RatioLevel, Rewards,
-    ScaleRewards, SftBatch, TurnReward, ValueBatch,
+    Estimator, Fold, GlobalCounts, KlDirection, KlEstimator, Loss, Negative, PolicyBatch, PolicyOptions, RatioLevel,
+    Rewards, ScaleRewards, SftBatch, TurnReward, ValueBatch,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -475,6 +475,30 @@ fn on_policy_it_is_reinforce() {
     }
 }
 
+proptest! {
+    /// With CE-U values do not change, nor gradients of what is not lowered; those of what is are multiplied by `p / (1 - p)`. A
+    /// divergence in the loss keeps its own.
+    #[test]
+    fn bad_tokens_are_unlearnt_by_ce_u((options, numbers) in any_numbers(0.8)) {
+        // A ratio of the whole sequence mixes the tokens' gradients, with one factor for all of a sequence's.
+        prop_assume!(options.clip != ClipKind::KlCov);
+        let ce_u = PolicyOptions { negative: Negative::CeU, ..options.clone() };
+        ce_u.validate().unwrap();
+        let ((likelihood, before), (found, after)) = (numbers.policy(&options), numbers.policy(&ce_u));
+        prop_assert_eq!(found.values().unwrap(), likelihood.values().unwrap());
+        let divergence = {
+            let nothing = Numbers { advantages: vec![0.0; numbers.advantages.len()], ..numbers.clone() };
+            nothing.policy(&PolicyOptions { clip: ClipKind::None, ..options }).1
+        };
+        for (token, (before, after)) in before.iter().zip(&after).enumerate() {
+            let p = numbers.log_probs[token].min(-1e-6).exp();
+            let factor = if numbers.advantages[token] < 0.0 { p / (1.0 - p) } else { 1.0 };
+            let expected = (before - divergence[token]) * factor + divergence[token];
+            prop_assert!((after - expected).abs() < 1e-9 * (1.0 + expected.abs()), "{after}, expected {expected}");
+        }
+    }
+}
+
 #[test]
 fn beta_to_zero_is_beta_zero() {
     let numbers = one_sequence(&[-0.5, -2.0], &[-0.6, -1.9], &[-1.5, -0.2], -0.7);
@@ -775,6 +799,8 @@ fn wrong_inputs_are_named() {
     ] {
         assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
     }
+    let mixed = PolicyOptions { clip: ClipKind::KlCov, negative: Negative::CeU, ..default() };
+    assert!(matches!(mixed.validate(), Err(Error::Conflict { what: "negative", .. })));
     default().validate().unwrap();
 }
 

@@ -45,6 +45,7 @@ fn pairs(chosen: &[f64], rejected: &[f64], margins: &[f64], center: f64) -> (Los
         chosen: chosen.as_tensor().clone(),
         rejected: rejected.as_tensor().clone(),
         margins: margins.to_vec(),
+        label_smoothing: 0.0,
         weights: vec![1.0 / count as f64; count],
     };
     let loss = bradley_terry(&batch, center).unwrap();
@@ -127,6 +128,17 @@ fn limits() {
     assert_eq!(gradient, [0.5, 1.5]);
     // A margin that is met leaves log 2.
     close(total(&pairs(&[3.0], &[1.0], &[2.0], 0.0).0), ln2, "margin");
+    // Smoothed labels are the mean over both ways round: least where the odds are theirs, and without a preference at one half.
+    let smooth = |lead: f64, label_smoothing: f64| {
+        of(&[lead], |chosen| {
+            let (chosen, rejected) = (chosen.clone(), variable(&[0.0]).as_tensor().clone());
+            let pair = ScoredPairs { chosen, rejected, margins: vec![0.0], label_smoothing, weights: vec![1.0] };
+            bradley_terry(&pair, 0.0).unwrap()
+        })
+    };
+    let (kept, flipped) = (total(&smooth(0.8, 0.0).0), total(&smooth(-0.8, 0.0).0));
+    close(total(&smooth(0.8, 0.2).0), 0.8 * kept + 0.2 * flipped, "smoothed");
+    assert!(smooth(4f64.ln(), 0.2).1[0].abs() < 1e-15, "the odds of a label that is right four times in five");
     // A ranking of two is a pair; one of one costs nothing.
     let (ranking, _) = of(&[0.7, -0.4], |scores| plackett_luce(scores, &[2], &[1.0; 2]).unwrap());
     close(total(&ranking), total(&pairs(&[0.7], &[-0.4], &[0.0], 0.0).0), "two");
@@ -174,9 +186,11 @@ fn inputs_that_do_not_fit_are_named() {
     assert_eq!(error(classified(&outputs, &[1], &[1.0])), "a class is 1, expected one of the head's outputs");
     assert_eq!(error(plackett_luce(one.as_tensor(), &[2], &[1.0])), "rankings has length 2, expected 1");
     let (chosen, rejected) = (one.as_tensor().clone(), one.as_tensor().clone());
-    let batch = ScoredPairs { chosen, rejected, margins: vec![0.0], weights: vec![1.0] };
+    let mut batch = ScoredPairs { chosen, rejected, margins: vec![0.0], label_smoothing: 0.0, weights: vec![1.0] };
     let center = error(bradley_terry(&batch, -1.0));
     assert_eq!(center, "center_rewards_coefficient is -1, expected a number from 0 up");
+    batch.label_smoothing = 0.5;
+    assert_eq!(error(bradley_terry(&batch, 0.0)), "label_smoothing is 0.5, expected at least 0 and below 0.5");
 }
 
 #[test]
@@ -204,6 +218,7 @@ proptest! {
         scores in prop::collection::vec(-4.0..4.0f64, 6),
         labels in prop::collection::vec(0.0..1.0f64, 6),
         center in 0.0..0.5f64,
+        label_smoothing in 0.0..0.4f64,
     ) {
         let weights = [0.3, 0.1, 0.2, 0.15, 0.05, 0.2];
         type Build<'a> = Box<dyn Fn(&Tensor) -> Loss + 'a>;
@@ -211,7 +226,7 @@ proptest! {
             Box::new(|x| {
                 let (chosen, rejected) = (x.narrow(0, 0, 3).unwrap(), x.narrow(0, 3, 3).unwrap());
                 let (margins, weights) = (labels[..3].to_vec(), weights[..3].to_vec());
-                bradley_terry(&ScoredPairs { chosen, rejected, margins, weights }, center).unwrap()
+                bradley_terry(&ScoredPairs { chosen, rejected, margins, label_smoothing, weights }, center).unwrap()
             }),
             Box::new(|x| plackett_luce(x, &[3, 1, 2], &weights).unwrap()),
             Box::new(|x| labelled(LabelLoss::Bce, x, &labels, &weights).unwrap()),
@@ -241,6 +256,7 @@ proptest! {
                 chosen: variable(chosen).as_tensor().clone(),
                 rejected: variable(rejected).as_tensor().clone(),
                 margins: vec![0.1; pairs_of.len()],
+                label_smoothing: 0.1,
                 weights: vec![0.25; pairs_of.len()],
             };
             bradley_terry(&batch, 0.1).unwrap().values().unwrap()

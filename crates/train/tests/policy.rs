@@ -94,7 +94,7 @@ fn mean(values: &[f64]) -> f64 {
 /// The reward begins near a half, and rises by more than 0.2 whatever the seed.
 #[test]
 fn methods_learn_from_scores() {
-    for name in ["grpo", "ppo", "rloo", "reinforce_plus_plus", "gspo", "cispo"] {
+    for name in ["grpo", "ppo", "rloo", "reinforce_plus_plus", "gspo", "cispo", "grpo_ceu"] {
         for seed in [7, 8, 9] {
             let setup = Setup {
                 seed,

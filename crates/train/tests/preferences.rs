@@ -51,6 +51,7 @@ fn pairs(with_reference: bool) -> Vec<PreferencePair> {
     let pair = |(id, prompt, right, wrong): (u32, String, u32, u32)| PreferencePair {
         others: Vec::new(),
         margin: 0.0,
+        group: None,
         chosen: example(id, &prompt, &right.to_string()),
         rejected: example(id, &prompt, &wrong.to_string().repeat(1 + id as usize % 3)),
         reference: with_reference.then(|| example(id, &prompt, &format!("{right}!"))),
@@ -253,6 +254,28 @@ fn pairs_teach() {
         }
     }
     assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// From a model that knows the wrong answers by heart, CE-U prefers the right ones as surely as DPO does, and leaves the wrong ones
+/// where they are forgotten, while DPO pushes them on.
+#[test]
+fn ce_u_stops_at_what_is_forgotten() {
+    let ends = |name: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let training = TrainingOptions { max_steps: Some(100), learning_rate: 3e-3, ..Default::default() };
+        let wrong = pairs(false).into_iter().map(|pair| pair.rejected).collect();
+        let by_heart = Sft::new(SftOptions { batch_size: 25, training, ..Default::default() }, wrong).unwrap();
+        let setup = Setup::new(named(name), 40);
+        let stages: Vec<Box<dyn Method>> = vec![Box::new(by_heart), setup.stage.method()];
+        let outcome = setup.run_stages(stages, &path, false, &mut (), &AtomicBool::new(false));
+        assert!(matches!(outcome, Outcome::Finished(_)));
+        (first_and_last(&path, "rewards/accuracies").1, first_and_last(&path, "logps/rejected").1)
+    };
+    let (dpo, ce_u) = (ends("dpo"), ends("dpo_ceu"));
+    println!("accuracy and log-probability of the wrong answers: {dpo:?}, {ce_u:?}");
+    assert!(dpo.0 > 0.95 && ce_u.0 > 0.95, "{dpo:?} {ce_u:?}");
+    assert!(ce_u.1 < -4.0 && ce_u.1 > 0.7 * dpo.1, "{dpo:?} {ce_u:?}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use model::ModelConfig;
 use model::config::{Family, HeadTask, ScoreHead};
 use model::decoder::{Decoder, Workspace};
 use model::lora::LoraConfig;
-use objectives::{Ball, Ensemble, Members, StepAggregation, WorstCase};
+use objectives::{Ball, Ensemble, GroupDro, Members, StepAggregation, WorstCase};
 use posttrain_train as train;
 use train::judges::{Judge, ModelReward};
 use train::methods::process_reward::{ProcessReward, ProcessRewardOptions, StepLoss};
@@ -50,6 +50,8 @@ fn pairs() -> RewardRows {
         chosen: example(&prompt, right),
         rejected: example(&prompt, wrong),
         margin: 0.0,
+        // Two groups, one of them a quarter of the rows.
+        group: Some((right % 4 == 0).to_string()),
     };
     RewardRows::Pairs(problems().map(pair).collect())
 }
@@ -86,6 +88,7 @@ struct Setup {
     seed: u64,
     loss: Loss,
     worst_case: Option<WorstCase>,
+    group_dro: Option<GroupDro>,
     training: TrainingOptions,
 }
 
@@ -103,7 +106,8 @@ impl Setup {
         };
         let training =
             TrainingOptions { max_steps: Some(5), learning_rate: 3e-3, micro_batch_tokens: 40, ..Default::default() };
-        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, worst_case: None, training }
+        let (worst_case, group_dro) = (None, None);
+        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, worst_case, group_dro, training }
     }
 
     fn all() -> Vec<Self> {
@@ -114,7 +118,9 @@ impl Setup {
             ..Self::new(Loss::Whole(RewardLoss::BradleyTerry))
         };
         let robust = [Members::Pairs, Members::Prompts].map(worst);
-        wholes.into_iter().chain(steps).map(Self::new).chain(robust).collect()
+        let grouped =
+            Self { group_dro: Some(GroupDro { step_size: 0.5 }), ..Self::new(Loss::Whole(RewardLoss::BradleyTerry)) };
+        wholes.into_iter().chain(steps).map(Self::new).chain(robust).chain([grouped]).collect()
     }
 
     fn decoder(&self) -> Decoder {
@@ -136,6 +142,7 @@ impl Setup {
                     loss_type,
                     center_rewards_coefficient,
                     worst_case: self.worst_case,
+                    group_dro: self.group_dro,
                     batch_size: 16,
                     training,
                     ..Default::default()
@@ -272,6 +279,24 @@ fn a_worst_case_without_extent_changes_no_bit() {
     assert!(weights.iter().skip(1).all(|weight| *weight > 2.0), "{weights:?}");
 }
 
+/// The group that is learnt worse counts more, and more of it is learnt than from the mean.
+#[test]
+fn weights_of_groups_follow_their_losses() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, step_size: f64| {
+        let path = folder.path().join(name);
+        let training =
+            TrainingOptions { max_steps: Some(40), ..Setup::new(Loss::Whole(RewardLoss::BradleyTerry)).training };
+        let group_dro = Some(GroupDro { step_size });
+        Setup { group_dro, training, ..Setup::new(Loss::Whole(RewardLoss::BradleyTerry)) }.finish(&path);
+        column(&path, "group_weights/max")
+    };
+    let (even, moved) = (run("even", 0.0), run("moved", 1.0));
+    assert!(even.iter().all(|weight| *weight == 0.5), "{even:?}");
+    // All losses are log 2 before the first step: nothing is worse yet.
+    assert!((moved[0] - 0.5).abs() < 1e-6 && moved[39] > 0.55, "{moved:?}");
+}
+
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bytes() {
     for (setup, lora) in Setup::all().into_iter().zip([true, false].into_iter().cycle()) {
@@ -296,6 +321,13 @@ fn rows_that_do_not_fit_the_loss_are_refused() {
     };
     assert!(message(RewardLoss::BradleyTerry, scored()).contains("bce or mse, for rows with scores"));
     assert!(message(RewardLoss::Mse, pairs()).contains("bradley_terry, for pairs"));
+    let RewardRows::Pairs(mut rows) = pairs() else { unreachable!("pairs are pairs") };
+    rows[3].group = None;
+    let grouped = RewardModelOptions { group_dro: Some(GroupDro::default()), ..Default::default() };
+    let error = RewardModel::new(grouped.clone(), RewardRows::Pairs(rows)).err().unwrap().to_string();
+    assert!(error.contains("reward_model.group_dro") && error.contains("has no column group"), "{error}");
+    let both = RewardModelOptions { worst_case: Some(WorstCase::new(Ball::TotalVariation, 0.1)), ..grouped };
+    assert!(both.validate().unwrap_err().to_string().contains("off with worst_case"));
     let centred =
         RewardModelOptions { center_rewards_coefficient: 0.1, loss_type: RewardLoss::Bce, ..Default::default() };
     assert!(centred.validate().unwrap_err().to_string().contains("center_rewards_coefficient"));

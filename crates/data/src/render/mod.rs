@@ -117,14 +117,16 @@ pub struct PreferencePair {
     pub others: Vec<Example>,
     /// By how much the better one should be ahead: the column `margin`, or 0.
     pub margin: f64,
+    /// The group that the pair belongs to: the column `group`, where the row has it.
+    pub group: Option<String>,
     /// One that is right beyond comparison, where the row has it.
     pub reference: Option<Example>,
 }
 
 impl PreferencePair {
-    /// A pair and nothing more: no margin, no others, no reference completion.
+    /// A pair and nothing more: no margin, no group, no others, no reference completion.
     pub fn new(chosen: Example, rejected: Example) -> Self {
-        Self { chosen, rejected, others: Vec::new(), margin: 0.0, reference: None }
+        Self { chosen, rejected, others: Vec::new(), margin: 0.0, group: None, reference: None }
     }
 
     /// The completions: chosen, rejected, others, reference.
@@ -235,13 +237,15 @@ impl<'a> Renderer<'a> {
     fn ranking_of(&self, sample: &Sample) -> Result<Outcome<PreferencePair>> {
         let Content::Ranking { prompt, completions } = &sample.content else { return self.pair_of(sample) };
         let rendered = completions.iter().map(|text| self.completion(sample, prompt, text));
+        let group = scored::name(sample, "group")?;
         let rendered: Outcome<Vec<Example>> = rendered.collect::<Result<Vec<_>>>()?.into_iter().collect();
         Ok(rendered.and_then(|completions| {
             let mut completions = completions.into_iter();
             let (Some(chosen), Some(rejected)) = (completions.next(), completions.next()) else {
                 return Err(DropReason::NothingToLearn);
             };
-            Ok(PreferencePair { chosen, rejected, others: completions.collect(), margin: 0.0, reference: None })
+            let others = completions.collect();
+            Ok(PreferencePair { chosen, rejected, others, margin: 0.0, group: group.clone(), reference: None })
         }))
     }
 
@@ -253,9 +257,10 @@ impl<'a> Renderer<'a> {
         let rejected = self.completion(sample, prompt, rejected)?;
         let reference = reference.as_ref().map(|text| self.completion(sample, prompt, text)).transpose()?;
         let margin = scored::number(sample, "margin")?.unwrap_or(0.0);
+        let group = scored::name(sample, "group")?;
         Ok((|| {
             let (chosen, rejected, reference) = (chosen?, rejected?, reference.transpose()?);
-            Ok(PreferencePair { chosen, rejected, others: Vec::new(), reference, margin })
+            Ok(PreferencePair { chosen, rejected, others: Vec::new(), reference, margin, group })
         })())
     }
 

@@ -82,6 +82,19 @@ impl Renderer<'_> {
     }
 }
 
+/// A column that holds a name, where there is one: text, or a number that stands for it.
+pub(super) fn name(sample: &Sample, column: &str) -> Result<Option<String>> {
+    match sample.columns.get(column).filter(|value| !value.is_null()) {
+        None => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name.clone())),
+        Some(Value::Number(number)) => Ok(Some(number.to_string())),
+        Some(other) => {
+            let reason = format!("expected text or a number, got {}", kind(other));
+            Err(Error::column(&sample.source, column, reason))
+        }
+    }
+}
+
 /// A column that holds a finite number, where there is one.
 pub(super) fn number(sample: &Sample, column: &str) -> Result<Option<f64>> {
     let Some(value) = sample.columns.get(column).filter(|value| !value.is_null()) else { return Ok(None) };

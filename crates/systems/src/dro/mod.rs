@@ -20,7 +20,8 @@
 //! **Experiment.** A model imitates plausible answers, as many to sums as to chat, of which it would not learn enough from a tenth; its own
 //! answers are compared in pairs, of which the one that is worth more is preferred. Reward models (one layer of width 32, from scratch) learn from them; policies learn from them by DPO, or from the utility itself by RLOO. Accuracy is
 //! that on pairs of new answers whose order by utility is known. *Out of distribution* is the mean over the four other mixes. Each method
-//! and each baseline has a grid of three (of two, for RLOO), chosen on the flipped mix of other answers to prompts that are trained on.
+//! and each baseline has a grid of three (of two, for RLOO), chosen on the flipped mix of other answers to prompts that are trained on. *Group DRO*
+//! ([`mod@objectives::group_dro`]) is told which pairs are about sums: what there is to gain for those who know.
 //!
 //! Deviations from the paper:
 //! 1. Prompts recur: a batch has several pairs of one prompt, whose mean loss is what the mix is of, and a test has new answers to the sums
@@ -35,14 +36,14 @@ mod convex;
 pub mod world;
 
 use base::{Purpose, Random};
-use data::{Example, Prompt};
+use data::{Example, PreferencePair, Prompt};
 use eval::metrics::mean;
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::ScoreHead;
 use model::decoder::{Decoder, Workspace};
 use model::tokenizer::Tokenizer;
-use objectives::{Ball, Members, WorstCase};
+use objectives::{Ball, GroupDro, Members, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::policy::{Policy, PolicyOptions};
@@ -80,6 +81,12 @@ const ARMS: &[Arm] = &[
     Arm::new("rm", Role::Baseline, "reward model, mean over pairs (empirical risk)"),
     Arm::new("rm-slow", Role::Baseline, "the same at half the learning rate"),
     Arm::new("rm-fast", Role::Baseline, "the same at twice the learning rate"),
+    Arm::new("rm-smooth", Role::Baseline, "the same with smoothed labels, ε = 0.1"),
+    Arm::new("rm-margin", Role::Baseline, "the same, by a margin: the difference in utility"),
+    Arm::new("rm-ensemble", Role::Baseline, "the mean of three of them"),
+    Arm::new("rm-group-0.01", Role::Baseline, "group DRO, which is told chat from sums, η = 0.01"),
+    Arm::new("rm-group-0.1", Role::Baseline, "group DRO, η = 0.1"),
+    Arm::new("rm-group-1", Role::Baseline, "group DRO, η = 1"),
     Arm::new("rm-prompts", Role::Baseline, "mean over prompts of the mean over their pairs: ρ = 0"),
     Arm::new("rm-dro-0.1", Role::Method, "worst mix of prompts, ρ = 0.1, its mass spread by temperature"),
     Arm::new("rm-dro-0.2", Role::Method, "worst mix of prompts, ρ = 0.2"),
@@ -314,6 +321,16 @@ fn worst_case(arm: &str, temperature: f64) -> Option<WorstCase> {
     }
 }
 
+/// What an arm's name says of group DRO.
+fn group_dro(arm: &str) -> Option<GroupDro> {
+    Some(GroupDro { step_size: arm.strip_prefix("rm-group-")?.parse().ok()? })
+}
+
+/// Reward models whose mean score is an arm's.
+fn members(arm: &str) -> u64 {
+    if arm == "rm-ensemble" { 3 } else { 1 }
+}
+
 /// What an arm's name says of the learning rate.
 fn rate(arm: &str) -> f64 {
     match arm {
@@ -405,6 +422,8 @@ impl Dro {
     fn reward_model(&self, start: &Start, arm: &str, trial: &Trial<'_>) -> Result<Measurements> {
         let mut options = self.reward_model.clone();
         options.worst_case = worst_case(arm, self.temperature);
+        options.group_dro = group_dro(arm);
+        options.label_smoothing = if arm == "rm-smooth" { 0.1 } else { 0.0 };
         options.training.learning_rate *= rate(arm);
         let flipped;
         let pairs = match arm.ends_with("-flipped") {
@@ -414,23 +433,34 @@ impl Dro {
             }
             false => &start.train,
         };
-        let rows: Vec<_> = (0..).zip(pairs).map(|(row, labelled)| labelled.pair(row)).collect();
+        let row = |(row, labelled): (u32, &Labelled)| {
+            let margin = if arm == "rm-margin" { labelled.margin() } else { 0.0 };
+            PreferencePair { margin, ..labelled.pair(row) }
+        };
+        let rows: Vec<_> = (0..).zip(pairs).map(row).collect();
         let steps = options.training.steps(rows.len(), options.batch_size);
-        let mut decoder = Decoder::random(small(), trial.seed)?;
-        decoder.add_score(ScoreHead::REWARD, 0.0, trial.seed)?;
-        let mut method = RewardModel::new(options, RewardRows::Pairs(rows))?;
         let mut measured = Measurements::default();
         let every = (steps / self.measurements).max(1);
-        trial.fit(1, &mut method, &mut decoder, &start.tokenizer, |step, decoder, _| {
-            if step % every == 0 || step == steps {
-                measured.point("chat", step as f64, accuracy(decoder, &start.test.chat)?);
-                measured.point("reason", step as f64, accuracy(decoder, &start.test.reason)?);
-            }
-            Ok(())
-        })?;
+        let mut models = Vec::new();
+        for member in 0..members(arm) {
+            // Of several, each has weights and an order of rows of its own.
+            let seed = trial.seed + 1_000_000 * member;
+            let mut decoder = Decoder::random(small(), seed)?;
+            decoder.add_score(ScoreHead::REWARD, 0.0, seed)?;
+            let mut method = RewardModel::new(options.clone(), RewardRows::Pairs(rows.clone()))?;
+            trial.fit(1 + member as usize, &mut method, &mut decoder, &start.tokenizer, |step, decoder, _| {
+                if member == 0 && (step % every == 0 || step == steps) {
+                    let model = std::slice::from_mut(decoder);
+                    measured.point("chat", step as f64, accuracy(model, &start.test.chat)?);
+                    measured.point("reason", step as f64, accuracy(model, &start.test.reason)?);
+                }
+                Ok(())
+            })?;
+            models.push(decoder);
+        }
 
-        let (chat, reason) = (accuracy(&mut decoder, &start.test.chat)?, accuracy(&mut decoder, &start.test.reason)?);
-        let trio = accuracy(&mut decoder, &start.trio)?;
+        let (chat, reason) = (accuracy(&mut models, &start.test.chat)?, accuracy(&mut models, &start.test.reason)?);
+        let trio = accuracy(&mut models, &start.trio)?;
         let (flipped, balanced) = (mixed(chat, reason, 0.1), mixed(chat, reason, 0.5));
         measured.set("chat", chat);
         measured.set("reason", reason);
@@ -439,10 +469,10 @@ impl Dro {
         measured.set("flipped", flipped);
         measured.set("out_of_distribution", mean(&[flipped, balanced, reason, trio]));
         let tuning = &start.tuning;
-        let tuned = [&tuning.chat, &tuning.reason].map(|pairs| accuracy(&mut decoder, pairs));
+        let tuned = [&tuning.chat, &tuning.reason].map(|pairs| accuracy(&mut models, pairs));
         let [chat, reason] = tuned;
         measured.set("tuning", mixed(chat?, reason?, 0.1));
-        let (scores, losses) = (margins(&mut decoder, &start.test.chat)?, losses(&mut decoder, &start.train)?);
+        let (scores, losses) = (margins(&mut models, &start.test.chat)?, losses(&mut models, &start.train)?);
         measured.set("score_sum", scores.iter().sum());
         measured.set("worst_tenth_loss", worst(&WorstCase::new(Ball::Cvar, 0.9), &losses));
         if arm == "rm" {
@@ -477,28 +507,34 @@ fn mixed(chat: f64, reason: f64, share_of_chat: f64) -> f64 {
     share_of_chat * chat + (1.0 - share_of_chat) * reason
 }
 
-/// By how much the better answer of each pair scores higher.
-fn margins(decoder: &mut Decoder, pairs: &[Labelled]) -> Result<Vec<f64>> {
-    decoder.prepare(Precision::F32);
+/// By how much the better answer of each pair scores higher, in the mean over some models.
+fn margins(models: &mut [Decoder], pairs: &[Labelled]) -> Result<Vec<f64>> {
     let sequence = |pair: &Labelled, answer: &[u32]| [&pair.task.ids(), answer].concat();
     let ids: Vec<[Vec<u32>; 2]> =
         pairs.iter().map(|pair| [&pair.chosen, &pair.rejected].map(|answer| sequence(pair, answer))).collect();
     let units = ids.iter().map(|[chosen, rejected]| Unit::new(vec![Scored::whole(chosen), Scored::whole(rejected)]));
-    let scores = Batch::new(units.collect()).scores(decoder, &mut Workspace::new(), 4096)?;
-    Ok(scores.chunks_exact(2).map(|pair| f64::from(pair[0]) - f64::from(pair[1])).collect())
+    let batch = Batch::new(units.collect());
+    let mut margins = vec![0.0; pairs.len()];
+    for decoder in models.iter_mut() {
+        decoder.prepare(Precision::F32);
+        let scores = batch.scores(decoder, &mut Workspace::new(), 4096)?;
+        let own = scores.chunks_exact(2).map(|pair| f64::from(pair[0]) - f64::from(pair[1]));
+        margins.iter_mut().zip(own).for_each(|(margin, own)| *margin += own);
+    }
+    Ok(margins.into_iter().map(|margin| margin / models.len() as f64).collect())
 }
 
 /// The share of pairs whose better answer scores higher.
-fn accuracy(decoder: &mut Decoder, pairs: &[Labelled]) -> Result<f64> {
-    let right = margins(decoder, pairs)?.into_iter().map(|margin| f64::from(u8::from(margin > 0.0)));
+fn accuracy(models: &mut [Decoder], pairs: &[Labelled]) -> Result<f64> {
+    let right = margins(models, pairs)?.into_iter().map(|margin| f64::from(u8::from(margin > 0.0)));
     Ok(mean(&right.collect::<Vec<_>>()))
 }
 
 /// The Bradley-Terry loss of each pair.
-fn losses(decoder: &mut Decoder, pairs: &[Labelled]) -> Result<Vec<f64>> {
+fn losses(models: &mut [Decoder], pairs: &[Labelled]) -> Result<Vec<f64>> {
     // -log σ(m) = log(1 + e^{-m}), without overflow.
     let loss = |margin: f64| (-margin.abs()).exp().ln_1p() + (-margin).max(0.0);
-    Ok(margins(decoder, pairs)?.into_iter().map(loss).collect())
+    Ok(margins(models, pairs)?.into_iter().map(loss).collect())
 }
 
 // ---- Policies ----
@@ -595,6 +631,11 @@ mod tests {
         {
             assert_eq!(of(arm), spread(radius), "{arm}");
         }
+        let grouped = ["rm-group-0.01", "rm-group-0.1", "rm-group-1"];
+        let steps = grouped.iter().map(|arm| group_dro(arm).map(|options| options.step_size));
+        assert_eq!(steps.collect::<Vec<_>>(), [Some(0.01), Some(0.1), Some(1.0)]);
+        assert!(ARMS.iter().all(|arm| grouped.contains(&arm.name) || group_dro(arm.name).is_none()));
+        assert_eq!([members("rm"), members("rm-ensemble")], [1, 3]);
         assert_eq!([rate("rm-slow"), rate("rloo-fast"), rate("rm-dro-0.1")], [0.5, 2.0, 1.0]);
         assert!(ARMS.iter().filter(|arm| arm.role == Role::Method).all(|arm| of(arm.name).is_some()));
     }

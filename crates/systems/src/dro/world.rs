@@ -109,10 +109,21 @@ pub struct Labelled {
 }
 
 impl Labelled {
-    /// The pair as a row to train on.
+    /// The pair as a row to train on, in the group of its kind of prompts.
     pub fn pair(&self, row: u32) -> PreferencePair {
         let example = |answer: &[u32]| example("pairs", row, &self.task.ids(), answer);
-        PreferencePair::new(example(&self.chosen), example(&self.rejected))
+        let group = match self.task {
+            Task::Chat(_) => "chat",
+            Task::Reason(_) => "reason",
+            Task::Trio(_) => "trio",
+        };
+        let pair = PreferencePair::new(example(&self.chosen), example(&self.rejected));
+        PreferencePair { group: Some(group.into()), ..pair }
+    }
+
+    /// By how much the first answer is worth more.
+    pub fn margin(&self) -> f64 {
+        self.task.utility(&self.chosen) - self.task.utility(&self.rejected)
     }
 
     /// The label of a pair: the first is preferred with probability `σ(κ (U(first) - U(second)))`. Pairs of equal worth are left out.

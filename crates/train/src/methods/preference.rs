@@ -192,6 +192,13 @@ pub const PRESETS: &[Preset] = &[
         settings: "objective.worst_case = { ball = \"total_variation\", radius = 0.2 }",
     },
     Preset {
+        name: "dpo_ceu",
+        title: "DPO whose rejected completion is unlearnt by CE-U",
+        paper: "Yang 2025, arXiv 2503.01224",
+        formula: "∇L = - mean β σ(-β m) (∇ log π(y_c) + Σ_t ∇ log(1 - π(y_r,t))), m = h_c - h_r",
+        settings: "objective.negative = \"ce_u\"",
+    },
+    Preset {
         name: "plackett_luce",
         title: "DPO over rankings",
         paper: "Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",

@@ -1,7 +1,7 @@
 //! Reward models: a score for a whole completion, learned from comparisons or from labels.
 //!
 //! ```text
-//! bradley_terry   L = 1/P Σ_pairs  -log σ(r(x, y_c) - r(x, y_r) - m) + λ (r(x, y_c) + r(x, y_r))²
+//! bradley_terry   L = 1/P Σ_pairs  -(1 - ε) log σ(u) - ε log σ(-u) + λ (r(x, y_c) + r(x, y_r))²,  u = r(x, y_c) - r(x, y_r) - m
 //! bce             L = 1/N Σ  -y log σ(r(x, y)) - (1 - y) log σ(-r(x, y))
 //! mse             L = 1/N Σ  (r(x, y) - y)²
 //! ```
@@ -15,7 +15,10 @@
 //! With `worst_case` the mean is the one over the worst mix of the step's rows, or of its prompts ([`mod@objectives::worst_case`]): robust
 //! reward learning, Mandal et al., arXiv 2503.00539. Where the labels are noisy, train without it first.
 //!
-//! Rows: `prompt`, `chosen`, `rejected`, and where there is one `margin`, for `bradley_terry`; `prompt`, `completion` and `label` (true or
+//! With `group_dro` it is the one over known groups, of which those that are learnt worse count more ([`mod@objectives::group_dro`]). Every pair
+//! then has a column `group`.
+//!
+//! Rows: `prompt`, `chosen`, `rejected`, and where there are some `margin` and `group`, for `bradley_terry`; `prompt`, `completion` and `label` (true or
 //! false) or `score` (a number) for `bce` and `mse`. With `bce` and labels of final answers this is an outcome reward model (ORM).
 //!
 //! Deviations from TRL's `RewardTrainer`:
@@ -24,15 +27,21 @@
 //! 3. The score is always that of the last token; transformers looks for the last token that is no padding, which is another where
 //!    sequences end with a token that also pads.
 //!
-//! Metrics: `loss`; `grad_norm`, the norm of its gradient before clipping; those of [`mod@objectives::reward`].
+//! Metrics: `loss`; `grad_norm`, the norm of its gradient before clipping; those of [`mod@objectives::reward`]. With `worst_case` or `group_dro`
+//! also `row_weights/mean|max`, over rows how much they count relative to the mean; with `group_dro` `group_weights/max`, the weight of the group
+//! that counts most.
+
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use data::{PreferencePair, ScoredExample};
-use objectives::WorstCase;
 use objectives::reward::{self, LabelLoss, ScoredPairs};
+use objectives::{GroupDro, GroupWeights, Reduce, Statistic, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::error::Result;
 use crate::method::{Method, Report, Step};
 use crate::options::{OptionError, TrainingOptions, check};
@@ -55,6 +64,13 @@ pub const PRESETS: &[Preset] = &[
         paper: "Mandal et al. 2025, arXiv 2503.00539",
         formula: "L = max_q Σ_i q_i l_i, l_i: mean of -log σ(r(x_i, y_c) - r(x_i, y_r)) over the pairs of prompt i, TV(q, 1/n) ≤ 0.2",
         settings: "batch_size = 64\nworst_case = { ball = \"total_variation\", radius = 0.2, over = \"prompts\" }",
+    },
+    Preset {
+        name: "group_dro",
+        title: "a reward model for the worst of known groups",
+        paper: "Sagawa et al. 2020, arXiv 1911.08731",
+        formula: "L = Σ_g q_g L_g, L_g: mean of -log σ(r(x, y_c) - r(x, y_r)) over group g; q_g <- q_g e^{η L_g} / Σ_h q_h e^{η L_h}",
+        settings: "group_dro = { step_size = 0.01 }",
     },
     Preset {
         name: "orm",
@@ -96,9 +112,15 @@ pub struct RewardModelOptions {
     /// Weight of the squared sum of a pair's rewards, which keeps rewards around 0; 0.01 is usual, 0 is off.
     #[schemars(range(min = 0.0))]
     pub center_rewards_coefficient: f64,
+    /// The share of the comparisons taken to be the wrong way round; with `bradley_terry`.
+    #[schemars(range(min = 0, max = 0.5))]
+    pub label_smoothing: f64,
     /// Train for the worst mix of the step's rows near the one in the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worst_case: Option<WorstCase>,
+    /// Train for the worst of known groups: those of the column `group`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_dro: Option<GroupDro>,
     /// Rows of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
@@ -112,7 +134,9 @@ impl Default for RewardModelOptions {
             method: "bradley_terry".into(),
             loss_type: RewardLoss::BradleyTerry,
             center_rewards_coefficient: 0.0,
+            label_smoothing: 0.0,
             worst_case: None,
+            group_dro: None,
             batch_size: 16,
             training: TrainingOptions::default(),
         }
@@ -129,6 +153,16 @@ impl RewardModelOptions {
         check("center_rewards_coefficient", center, center.is_finite() && center >= 0.0, "a number from 0 up")?;
         let centred = center == 0.0 || self.loss_type == RewardLoss::BradleyTerry;
         check("center_rewards_coefficient", center, centred, "0, unless loss_type is bradley_terry")?;
+        let smoothing = self.label_smoothing;
+        check("label_smoothing", smoothing, (0.0..0.5).contains(&smoothing), "at least 0 and below 0.5")?;
+        let compared = smoothing == 0.0 || self.loss_type == RewardLoss::BradleyTerry;
+        check("label_smoothing", smoothing, compared, "0, unless loss_type is bradley_terry")?;
+        if let Some(group_dro) = self.group_dro {
+            group_dro.validate().map_err(|error| OptionError::new("group_dro", error.to_string()))?;
+            check("group_dro", "on", self.worst_case.is_none(), "off with worst_case, which weighs the same rows")?;
+            let compared = self.loss_type == RewardLoss::BradleyTerry;
+            check("group_dro", "on", compared, "off, unless loss_type is bradley_terry")?;
+        }
         if let Some(worst_case) = self.worst_case {
             worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
         }
@@ -200,6 +234,36 @@ impl RewardRows {
 pub struct RewardModel {
     options: RewardModelOptions,
     rows: RewardRows,
+    groups: Option<Groups>,
+}
+
+/// Known groups and what they count.
+struct Groups {
+    /// Of each row.
+    of_rows: Vec<u32>,
+    weights: GroupWeights,
+}
+
+/// The file of a checkpoint with the weights of groups.
+const GROUP_WEIGHTS: &str = "group_weights.json";
+
+impl Groups {
+    /// Those that the rows name, in alphabetical order.
+    fn of(rows: &RewardRows) -> Result<Self, OptionError> {
+        let RewardRows::Pairs(pairs) = rows else {
+            return Err(OptionError::new("group_dro", "rows with scores have no groups"));
+        };
+        let name = |pair: &PreferencePair| {
+            let reason =
+                || format!("{} has no column group, of which group_dro weighs every value", pair.chosen.source);
+            pair.group.clone().ok_or_else(|| OptionError::new("group_dro", reason()))
+        };
+        let names = pairs.iter().map(name).collect::<Result<Vec<_>, _>>()?;
+        let mut numbers: BTreeMap<&str, u32> = names.iter().map(|name| (&name[..], 0)).collect();
+        numbers.values_mut().zip(0..).for_each(|(number, place)| *number = place);
+        let of_rows = names.iter().map(|name| numbers[&name[..]]).collect();
+        Ok(Self { of_rows, weights: GroupWeights::uniform(numbers.len()) })
+    }
 }
 
 impl RewardModel {
@@ -221,17 +285,25 @@ impl RewardModel {
                 _ => Ok(()),
             })
             .map_err(|error| error.within("reward_model"))?;
-        Ok(Self { options, rows })
+        let groups = options.group_dro.map(|_| Groups::of(&rows)).transpose();
+        let groups = groups.map_err(|error| error.within("reward_model"))?;
+        Ok(Self { options, rows, groups })
     }
 
-    fn loss(&self, piece: &scoring::Piece, rows: &[usize]) -> objectives::Result<objectives::Loss> {
+    /// The loss of a piece of a step's rows, of all of them where rows are weighed; and the weights of groups that this gives.
+    fn loss(
+        &self,
+        piece: &scoring::Piece,
+        rows: &[usize],
+    ) -> objectives::Result<(objectives::Loss, Option<GroupWeights>)> {
         let weights = vec![1.0 / rows.len() as f64; piece.units.len()];
         let own = &rows[piece.units.clone()];
         let mean = match &self.rows {
             RewardRows::Pairs(pairs) => {
                 let margins = own.iter().map(|&row| pairs[row].margin).collect();
                 let (chosen, rejected) = (piece.of_pairs(0)?, piece.of_pairs(1)?);
-                let pairs = ScoredPairs { chosen, rejected, margins, weights };
+                let label_smoothing = self.options.label_smoothing;
+                let pairs = ScoredPairs { chosen, rejected, margins, label_smoothing, weights };
                 reward::bradley_terry(&pairs, self.options.center_rewards_coefficient)?
             }
             RewardRows::Scored(examples) => {
@@ -240,10 +312,18 @@ impl RewardModel {
                 reward::labelled(loss, &piece.scores, &scores, &weights)?
             }
         };
-        match self.options.worst_case {
-            None => Ok(mean),
-            Some(worst_case) => worst_case.of(mean, &numbered(own.iter().map(|&row| self.rows.prompt(row)))),
+        if let (Some(options), Some(groups)) = (self.options.group_dro, &self.groups) {
+            let of_rows: Vec<u32> = own.iter().map(|&row| groups.of_rows[row]).collect();
+            let (mut loss, after) = groups.weights.of(options, mean, &of_rows)?;
+            let values = after.weights().to_vec();
+            loss.statistics.push(Statistic { name: "group_weights/max", values, reduce: Reduce::Max });
+            return Ok((loss, Some(after)));
         }
+        let loss = match self.options.worst_case {
+            None => mean,
+            Some(worst_case) => worst_case.of(mean, &numbered(own.iter().map(|&row| self.rows.prompt(row))))?,
+        };
+        Ok((loss, None))
     }
 }
 
@@ -267,7 +347,28 @@ impl Method for RewardModel {
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
         let rows = Order::new(self.rows.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
         let batch = Batch::new(self.rows.units(&rows));
-        let scope = if self.options.worst_case.is_some() { Scope::Batch } else { Scope::Piece };
-        scoring::step(step, &batch, self.options.training.micro_batch_tokens, scope, |piece| self.loss(piece, &rows))
+        let weighed = self.options.worst_case.is_some() || self.groups.is_some();
+        let scope = if weighed { Scope::Batch } else { Scope::Piece };
+        let mut weights = None;
+        let report = scoring::step(step, &batch, self.options.training.micro_batch_tokens, scope, |piece| {
+            let (loss, after) = self.loss(piece, &rows)?;
+            weights = after;
+            Ok(loss)
+        })?;
+        if let (Some(groups), Some(after)) = (&mut self.groups, weights) {
+            groups.weights = after;
+        }
+        Ok(report)
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        self.groups.as_ref().map_or(Ok(()), |groups| carried::save(folder, GROUP_WEIGHTS, &groups.weights))
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        if let Some(groups) = &mut self.groups {
+            groups.weights = carried::load(folder, GROUP_WEIGHTS)?;
+        }
+        Ok(())
     }
 }

@@ -198,6 +198,15 @@ aggregation = "token"
 "#,
     },
     Preset {
+        name: "grpo_ceu",
+        title: "GRPO whose bad completions are unlearnt by CE-U",
+        paper: "Yang 2025, arXiv 2503.01224",
+        formula: "∇L = - Σ_t w_t r_t A ∇ log π(y_t) for A > 0, Σ_t w_t r_t |A| ∇[- log(1 - π(y_t))] for A < 0; the clip is GRPO's",
+        settings: r#"[objective]
+negative = "ce_u"
+"#,
+    },
+    Preset {
         name: "icepop",
         title: "GRPO that leaves out tokens on which sampler and trainer disagree",
         paper: "Ling Team 2025, \"Every Step Evolves\", arXiv 2510.18855",
