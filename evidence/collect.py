@@ -3,7 +3,8 @@
     posttrain train recipes/quickstart.toml --set seed=1 --output runs/quickstart-1     # and 0, and 2
     python3 evidence/collect.py quickstart runs/quickstart-0 runs/quickstart-1 runs/quickstart-2
 
-A recipe that is not recipes/NAME.toml is given as NAME=PATH.
+A recipe that is not recipes/NAME.toml is given as NAME=PATH. KEY=FILE.json behind the runs adds what another command measured of them
+(`posttrain eval calibration --json`, say) under that key.
 """
 
 import json
@@ -13,6 +14,8 @@ import sys
 
 name, *runs = sys.argv[1:]
 name, _, recipe = name.partition("=")
+measured = [run.split("=", 1) for run in runs if run.endswith(".json")]
+runs = [run for run in runs if not run.endswith(".json")]
 summaries = [json.loads((pathlib.Path(run) / "summary.json").read_text()) for run in runs]
 
 
@@ -53,6 +56,7 @@ evidence = {
     "base_model_sha256": summaries[0]["base_model_sha256"],
     "seeds": seeds,
     "gain": {"mean": statistics.mean(gains), "min": min(gains), "max": max(gains)},
+    **{key: json.loads(pathlib.Path(path).read_text()) for key, path in measured},
 }
 path = pathlib.Path(__file__).with_name(f"{name}.json")
 path.write_text(json.dumps(evidence, indent=2) + "\n")

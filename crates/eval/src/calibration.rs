@@ -9,11 +9,17 @@
 //! | Brier score | mean of `(c - j)²` (Brier 1950) |
 //!
 //! With 11 bins each of the levels 0, 0.1, .., 1 has a bin of its own.
+//!
+//! Intervals are percentiles of 2,000 bootstrap resamples of the questions, with all their answers, and those of a difference between two models are paired:
+//! both answer the same resample. Noise only adds to a calibration error, in a resample once more, so that its interval leans upwards.
 
 use serde::Serialize;
 
-use crate::interval::{Interval, wilson};
+use crate::interval::{Interval, bootstrap, wilson};
 use crate::metrics::mean;
+
+/// Resamples of an interval.
+const RESAMPLES: u32 = 2_000;
 
 /// Bins of the calibration error.
 pub const BINS: usize = 11;
@@ -84,6 +90,70 @@ pub fn calibration(stated: &[(f64, bool)]) -> Option<Calibration> {
     })
 }
 
+/// The confidence and the outcome of each answer to a question whose confidence can be read.
+pub type Question = Vec<(f64, bool)>;
+
+/// Accuracy, calibration error, AUROC and Brier score, or what belongs to each; `None` where they are not defined.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Measures<T> {
+    /// Of the share of right answers.
+    pub accuracy: Option<T>,
+    /// Of the expected calibration error.
+    pub ece: Option<T>,
+    /// Of the area under the ROC curve.
+    pub auroc: Option<T>,
+    /// Of the Brier score.
+    pub brier: Option<T>,
+}
+
+/// A measure, for short.
+type Measure = fn(&Calibration) -> Option<f64>;
+
+impl<T> Measures<T> {
+    fn of(make: impl Fn(Measure) -> Option<T>) -> Self {
+        Self {
+            accuracy: make(|found| Some(found.accuracy)),
+            ece: make(|found| Some(found.ece)),
+            auroc: make(|found| found.auroc),
+            brier: make(|found| Some(found.brier)),
+        }
+    }
+}
+
+/// A measure of the answers to some questions.
+fn measured(questions: &[Question], rows: &[usize], measure: Measure) -> Option<f64> {
+    let stated: Vec<(f64, bool)> = rows.iter().flat_map(|&row| questions[row].iter().copied()).collect();
+    measure(&calibration(&stated)?)
+}
+
+/// The 95 % intervals of the measures.
+pub fn intervals(questions: &[Question], seed: u64) -> Measures<Interval> {
+    Measures::of(|measure| bootstrap(questions.len(), RESAMPLES, seed, |rows| measured(questions, rows, measure)))
+}
+
+/// A difference and its 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Difference {
+    /// The second less the first.
+    pub difference: f64,
+    /// Its interval.
+    pub interval: Interval,
+}
+
+/// By how much the measures of `after` exceed those of `before`, which answer the same questions in the same order.
+///
+/// # Panics
+/// Where the numbers of questions differ.
+pub fn differences(before: &[Question], after: &[Question], seed: u64) -> Measures<Difference> {
+    assert_eq!(before.len(), after.len(), "both answer the same questions");
+    let all: Vec<usize> = (0..before.len()).collect();
+    Measures::of(|measure| {
+        let difference = |rows: &[usize]| Some(measured(after, rows, measure)? - measured(before, rows, measure)?);
+        let interval = bootstrap(all.len(), RESAMPLES, seed, difference)?;
+        Some(Difference { difference: difference(&all)?, interval })
+    })
+}
+
 /// The area under the ROC curve by ranks; `None` where a class is missing.
 pub fn auroc(stated: &[(f64, bool)]) -> Option<f64> {
     let mut sorted: Vec<(f64, bool)> = stated.to_vec();
@@ -128,6 +198,40 @@ mod tests {
         assert!((found.auroc.unwrap() - 5.0 / 6.0).abs() < 1e-12);
         assert_eq!((found.answers, found.accuracy), (5, 0.4));
         assert_eq!(calibration(&[]), None);
+    }
+
+    /// Questions with two answers each, right with probability 0.7, whose confidence says so where `skill` is large.
+    fn questions(skill: f64, seed: u64) -> Vec<Question> {
+        let random = Random::new(seed, Purpose::Test);
+        let answer = |random: Random| {
+            let right = random.at(0).uniform() < 0.7;
+            let known = if random.at(1).uniform() < skill { f64::from(u8::from(right)) } else { 0.7 };
+            ((10.0 * known).round() / 10.0, right)
+        };
+        (0..300).map(|row| (0..2).map(|sample| answer(random.prompt(row).sample(sample))).collect()).collect()
+    }
+
+    #[test]
+    fn intervals_hold_the_measure_and_differences_are_paired() {
+        let (dull, sharp) = (questions(0.2, 1), questions(0.8, 1));
+        let found = calibration(&sharp.concat()).unwrap();
+        let intervals = intervals(&sharp, 0);
+        assert!(
+            intervals.auroc.unwrap().contains(found.auroc.unwrap()) && intervals.brier.unwrap().contains(found.brier)
+        );
+        let gain = differences(&dull, &sharp, 0);
+        let auroc = gain.auroc.unwrap();
+        assert!(auroc.interval.contains(auroc.difference) && auroc.interval.low > 0.0);
+        assert!(gain.brier.unwrap().interval.high < 0.0);
+        // The same answers differ by exactly nothing, however the questions are drawn.
+        let none = differences(&sharp, &sharp, 0);
+        assert_eq!(none.ece.unwrap(), Difference { difference: 0.0, interval: Interval { low: 0.0, high: 0.0 } });
+        // Nobody wrong: no AUROC, neither of the whole nor of a resample.
+        assert_eq!(super::intervals(&[vec![(0.9, true)], vec![(0.8, true)]], 0).auroc, None);
+        assert_eq!(
+            super::intervals(&[vec![], vec![]], 0),
+            Measures { accuracy: None, ece: None, auroc: None, brier: None }
+        );
     }
 
     #[test]

@@ -102,6 +102,28 @@ pub fn bootstrap_deviation(count: usize, resamples: u32, seed: u64, statistic: i
     standard_deviation(&(0..resamples).map(resample).collect::<Vec<_>>())
 }
 
+/// The 95 % percentile bootstrap interval of a statistic of `count` rows, which it is given by number; it may be undefined for some resamples, which
+/// are left out. `None` where it is for all.
+pub fn bootstrap(
+    count: usize,
+    resamples: u32,
+    seed: u64,
+    statistic: impl Fn(&[usize]) -> Option<f64>,
+) -> Option<Interval> {
+    let random = Random::new(seed, Purpose::Bootstrap);
+    let mut rows = vec![0; count];
+    let mut resample = |number: u32| {
+        let random = random.sample(number);
+        for (draw, row) in rows.iter_mut().enumerate() {
+            *row = random.at(draw as u32).below(count as u64) as usize;
+        }
+        statistic(&rows)
+    };
+    let mut values: Vec<f64> = (0..resamples).filter_map(&mut resample).collect();
+    values.sort_unstable_by(f64::total_cmp);
+    (!values.is_empty()).then(|| Interval { low: quantile(&values, 0.025), high: quantile(&values, 0.975) })
+}
+
 /// The quantile of sorted values at `level` in `[0, 1]`, linear between neighbours (Hyndman and Fan's type 7); 0 for none.
 pub fn quantile(sorted: &[f64], level: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };

@@ -533,6 +533,12 @@ pub struct Calibration {
     /// Answers to each question
     #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub n: u32,
+    /// Write every answer to this file, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub answers: Option<PathBuf>,
+    /// Answers to the same questions that `--answers` wrote for another model: say how much this one differs
+    #[arg(long, value_name = "FILE")]
+    pub before: Option<PathBuf>,
     /// Write the reliability diagram to this HTML file
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,

@@ -96,7 +96,23 @@ fn calibration_counts_what_it_cannot_read() {
     let output = ask(&["questions.jsonl", "--json"]);
     expect(0, &output);
     let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
-    assert_eq!((found["answers"].as_u64(), found["malformed"].as_u64()), (Some(2), Some(2)));
+    assert_eq!((found["asked"].as_u64(), found["malformed"].as_u64()), (Some(2), Some(2)));
+    // Answers that were written can be compared with, as long as they are to the same questions.
+    let output = ask(&["questions.jsonl", "--answers", "answers.jsonl"]);
+    expect(0, &output);
+    let written = fs::read_to_string(folder.path().join("answers.jsonl")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(written.lines().next().unwrap()).unwrap();
+    assert_eq!((first["question"].as_str(), first["right"].as_bool()), (Some("What is 2 + 2?"), None));
+    let spoken = written.replace("\"confidence\":null,\"right\":null", "\"confidence\":3,\"right\":true");
+    write(folder.path(), "spoken.jsonl", &spoken);
+    let output = ask(&["questions.jsonl", "--before", "spoken.jsonl", "--json"]);
+    expect(0, &output);
+    let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert!(found["differences"]["ece"].is_null(), "there is nothing to compare with where nothing can be read");
+    write(folder.path(), "other.jsonl", "{\"question\": \"What is 2 + 2?\", \"answer\": 4}\n");
+    let output = ask(&["other.jsonl", "--before", "answers.jsonl"]);
+    expect(1, &output);
+    assert!(stderr(&output).contains("answers.jsonl, line 2: question 1 is not \"Capital of Italy?\""));
     let output = ask(&["bad.jsonl"]);
     expect(1, &output);
     assert!(

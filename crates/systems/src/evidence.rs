@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 
+use base::Clock;
 use eval::Interval;
 use eval::interval::student;
 use eval::metrics::mean;
@@ -80,6 +81,9 @@ pub struct Evidence {
     pub seeds: Vec<u64>,
     /// Seconds of all trials together, each on one thread.
     pub seconds: f64,
+    /// What they were measured by. By the wall, they are more than the processor time, by as much as the machine was busy.
+    #[serde(default)]
+    pub clock: Clock,
     /// The claims.
     pub claims: Vec<Judgement>,
     /// Mean over the seeds of every number, by arm.
@@ -126,6 +130,7 @@ pub fn evidence(
             arm.entry(name.clone()).or_default().push(*value);
         }
     }
+    let by_wall = finished.iter().any(|trial| trial.clock == Clock::Wall);
     let means = |numbers: BTreeMap<String, Vec<f64>>| numbers.into_iter().map(|(name, values)| (name, mean(&values)));
     Evidence {
         system: system.name.into(),
@@ -136,12 +141,14 @@ pub fn evidence(
         settings,
         seeds: seeds.iter().map(|seed| seed.seed).collect(),
         seconds: finished.iter().map(|trial| trial.seconds).sum(),
+        clock: if by_wall { Clock::Wall } else { Clock::Processor },
         claims: system.claims.iter().map(|claim| judge(claim, &seeds)).collect(),
         arms: arms.into_iter().map(|(arm, numbers)| (arm, means(numbers).collect())).collect(),
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
     use super::*;
     use crate::measurements::Measurements;
@@ -164,6 +171,20 @@ mod tests {
         assert_eq!(verdict(&[0.5, 0.71, 0.9], Bound::AtLeast(0.6)), Verdict::Undecided);
         assert_eq!(verdict(&[0.7, 0.71, 0.72], Bound::AtMost(0.8)), Verdict::Holds);
         assert_eq!(verdict(&[0.7, 0.71, 0.72], Bound::AtMost(0.6)), Verdict::Fails);
+    }
+
+    #[test]
+    fn a_file_that_names_no_clock_was_measured_by_the_wall() {
+        let system = crate::SYSTEMS[0];
+        let trial =
+            |clock| Finished { arm: "arm".into(), seed: 0, seconds: 2.0, clock, measurements: Measurements::default() };
+        let of = |trials: &[Finished]| evidence(system, ("program", None), String::new(), Value::Null, trials);
+        let by_processor = of(&[trial(Clock::Processor), trial(Clock::Processor)]);
+        assert_eq!((by_processor.seconds, by_processor.clock), (4.0, Clock::Processor));
+        assert_eq!(of(&[trial(Clock::Processor), trial(Clock::Wall)]).clock, Clock::Wall);
+        let mut file = serde_json::to_value(by_processor).unwrap();
+        file.as_object_mut().unwrap().remove("clock");
+        assert_eq!(serde_json::from_value::<Evidence>(file).unwrap().clock, Clock::Wall);
     }
 
     #[test]

@@ -4,16 +4,16 @@
 //! DIR/HASH/ARM-SEED.json      what was measured; HASH is that of the settings, so that different settings never meet
 //! ```
 //!
-//! Every trial runs on one thread: what it measures does not depend on how many run beside it. A process that is killed loses
-//! the trials that it was in, and the next one goes on with the rest.
+//! Every trial runs on one thread, the only one of a pool of its own: what it measures does not depend on how many run beside it, and
+//! the processor time of that thread is the trial's. A process that is killed loses the trials that it was in, and the next one goes on
+//! with the rest.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
 
-use base::files;
+use base::{Clock, Stopwatch, files};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -70,8 +70,11 @@ pub struct Finished {
     pub arm: String,
     /// The seed.
     pub seed: u64,
-    /// Seconds it took.
+    /// Seconds it took, the start of its seed included for the trial that made that.
     pub seconds: f64,
+    /// What they were measured by.
+    #[serde(default)]
+    pub clock: Clock,
     /// What was measured.
     pub measurements: Measurements,
 }
@@ -144,7 +147,7 @@ impl Reproduction<'_> {
         seed: u64,
         watch: &(dyn Fn(Event) + Sync),
     ) -> Result<()> {
-        let started = Instant::now();
+        let stopwatch = Stopwatch::start();
         let progress = |step, steps| watch(Event::Step { arm: arm.name, seed, step, steps });
         let trial = Trial { seed, interrupt: self.interrupt, progress: &progress };
         trial.go_on()?;
@@ -152,7 +155,8 @@ impl Reproduction<'_> {
         if let Some((name, value)) = measurements.non_finite() {
             return Err(Error::NonFinite { arm: arm.name, seed, name, value });
         }
-        let finished = Finished { arm: arm.name.into(), seed, seconds: started.elapsed().as_secs_f64(), measurements };
+        let (seconds, clock) = stopwatch.seconds();
+        let finished = Finished { arm: arm.name.into(), seed, seconds, clock, measurements };
         let text = serde_json::to_string(&finished).map_err(|error| Error::Settings {
             system: self.system.name,
             reason: format!("its measurements cannot be written: {error}"),

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use posttrain_systems as systems;
 use systems::reproduce::{Finished, by_seed};
@@ -32,8 +33,12 @@ fn measured(finished: &[Finished]) -> Vec<(String, &systems::Measurements)> {
 fn every_claim_and_every_figure_finds_what_it_reads() {
     for system in SYSTEMS {
         let folder = tempfile::tempdir().unwrap();
+        let started = Instant::now();
         let finished = run(system, folder.path(), 2);
         assert_eq!(finished.len(), system.arms.len(), "{}", system.name);
+        // Two threads compute, and what they take is all that is counted: nothing twice, whoever else computes beside them.
+        let seconds: f64 = finished.iter().map(|trial| trial.seconds).sum();
+        assert!(seconds > 0.0 && seconds <= 2.0 * started.elapsed().as_secs_f64(), "{}: {seconds}", system.name);
         let seeds = by_seed(&finished);
         for claim in system.claims {
             assert!((claim.measure)(&seeds[0]).is_some(), "{}, claim {}: nothing is measured", system.name, claim.id);

@@ -13,6 +13,11 @@
 //! `KL(Bern(p*) ‖ Bern(p))`. So whoever maximises the reward states what is true. `n` is 1 for the best bet and -1.0003 for the worst. The
 //! bonus is the same for every `c` and moves no optimum; it makes "right and sure" worth more than "wrong and sure of that".
 //!
+//! Where answers are trained too, it must do more. An answer that is surely wrong, with 0 for it, is paid 1; an attempt that is right with
+//! probability `p`, and says so, `1 - H(p) / (M - m) + p · bonus`, with `H(p) = - p ln p - (1 - p) ln (1 - p)`. Attempts pay where `bonus > H(p) / (p (M - m))`:
+//! with 0.25 those that are right more than seven times in ten, with 1 those that are more than once in twelve. Below that a policy learns to
+//! be wrong and to say so.
+//!
 //! Other scores in its place: Brier's, `n = 1 - 2 (p - j)²`, which is proper too, and the linear one, `n = 2 (j p + (1 - j) (1 - p)) - 1`, which is
 //! not: it is largest at 0 or 1.
 //!
@@ -232,6 +237,23 @@ mod tests {
         }
         assert!((options.pay(Some(10), true) - options.pay(Some(0), false) - 0.25).abs() < 1e-12);
         assert_eq!(ConfidenceOptions::default().pay(None, true), -30.0);
+    }
+
+    #[test]
+    fn an_attempt_pays_more_than_being_surely_wrong_where_the_bonus_is_large_enough() {
+        let (best, worst) = (0.999f64.ln(), 0.001f64.ln() / 2.0);
+        let least = |p: f64| -(p * p.ln() + (1.0 - p) * (1.0 - p).ln()) / (p * (best - worst));
+        for (bonus, p) in [(0.25, 0.7), (1.0, 1.0 / 12.0)] {
+            assert!((least(p) - bonus).abs() < 0.005, "{bonus}: {}", least(p));
+        }
+        for (level, p) in (1..LEVELS).map(|level| (level, f64::from(level) / f64::from(LEVELS))) {
+            for bonus in [least(p) - 0.01, least(p) + 0.01] {
+                let attempt =
+                    p * (Scoring::Log.value(level, true) + bonus) + (1.0 - p) * Scoring::Log.value(level, false);
+                // The clip moves both ends by a thousandth.
+                assert_eq!(attempt > Scoring::Log.value(0, false), bonus > least(p), "{level}, {bonus}");
+            }
+        }
     }
 
     #[test]

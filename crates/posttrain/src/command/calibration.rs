@@ -1,18 +1,22 @@
 //! `posttrain eval calibration`: does a model know what it knows?
 //!
 //! Every question is asked with the request to state a confidence from 0 to 10 ([`mod@envs::reward::confidence`]); confidences are then held
-//! against the answers ([`mod@eval::calibration`]). Answers without a readable confidence are counted, and left out of everything but that count
-//! and, where at least the answer can be read, the accuracy.
+//! against the answers ([`mod@eval::calibration`]), and against those of another model to the same questions. Answers without a readable
+//! confidence are counted, and left out of everything but that count.
+
+use std::path::Path;
 
 use base::{Purpose, Random, files};
 use envs::reward::confidence::{LEVELS, accepted, is_right, parse};
-use eval::calibration::{Calibration, calibration};
+use eval::Interval;
+use eval::calibration::{Calibration, Difference, Measures, Question, calibration, differences, intervals};
 use eval::interval::wilson;
 use model::chat::Message;
 use rollout::{Generator, Request};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::eval::write_lines;
 use super::generate::{BATCH, encode, open, options};
 use crate::cli::Calibration as Arguments;
 use crate::failure::Failure;
@@ -29,16 +33,43 @@ const INSTRUCTION: &str = "Answer the question in as few words as possible, and 
 #[derive(Serialize)]
 struct Found {
     model: String,
-    answers: usize,
+    asked: usize,
     malformed: usize,
+    /// Of the answers that can be read.
     #[serde(flatten)]
     calibration: Option<Calibration>,
+    /// 95 % intervals.
+    intervals: Measures<Interval>,
+    /// To the answers of `--before`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    differences: Option<Measures<Difference>>,
+}
+
+/// An answer, as it is written down.
+#[derive(Serialize, Deserialize)]
+struct Stated {
+    id: usize,
+    sample: usize,
+    question: String,
+    completion: String,
+    /// From 0 to 10; absent where none can be read.
+    confidence: Option<u8>,
+    /// Whether the answer is right; absent where none can be read.
+    right: Option<bool>,
+}
+
+impl Stated {
+    /// What calibration is about.
+    fn pair(&self) -> Option<(f64, bool)> {
+        Some((f64::from(self.confidence?) / f64::from(LEVELS), self.right?))
+    }
 }
 
 /// Runs the command.
 pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     let options = options(&arguments.sampling)?;
     let rows = read(arguments)?;
+    let before = arguments.before.as_ref().map(|path| earlier(path, &rows)).transpose()?;
     let model = open(&arguments.model, opener)?;
     let system = arguments.system.as_deref().unwrap_or(INSTRUCTION);
     let mut requests = Vec::new();
@@ -53,18 +84,34 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     })?;
     progress.clear();
 
-    let mut stated = Vec::new();
-    for (index, episode) in episodes.iter().enumerate() {
-        let (_, gold) = &rows[index / arguments.n as usize];
-        if let Some((answer, level)) = parse(&episode.text).and_then(|stated| Some((stated.answer, stated.level?))) {
-            stated.push((f64::from(level) / f64::from(LEVELS), is_right(answer, gold.iter().map(String::as_str))));
+    let n = arguments.n as usize;
+    let stated = episodes.iter().enumerate().map(|(index, episode)| {
+        let (question, gold) = &rows[index / n];
+        let parsed = parse(&episode.text).and_then(|stated| Some((stated.answer, stated.level?)));
+        Stated {
+            id: index / n,
+            sample: index % n,
+            question: question.clone(),
+            completion: episode.text.clone(),
+            confidence: parsed.map(|(_, level)| level),
+            right: parsed.map(|(answer, _)| is_right(answer, gold.iter().map(String::as_str))),
         }
+    });
+    let stated: Vec<Stated> = stated.collect();
+    if let Some(path) = &arguments.answers {
+        let lines: Vec<Value> =
+            stated.iter().map(serde_json::to_value).collect::<Result<_, _>>().map_err(unwritable)?;
+        write_lines(path, &lines)?;
     }
+    let questions = by_question(&stated, rows.len());
+    let pairs = questions.concat();
     let found = Found {
         model: model.name,
-        answers: episodes.len(),
-        malformed: episodes.len() - stated.len(),
-        calibration: calibration(&stated),
+        asked: episodes.len(),
+        malformed: episodes.len() - pairs.len(),
+        calibration: calibration(&pairs),
+        intervals: intervals(&questions, arguments.sampling.seed),
+        differences: before.map(|before| differences(&before, &questions, arguments.sampling.seed)),
     };
     if let Some(path) = &arguments.report {
         files::write(path, picture(&found).as_bytes())?;
@@ -72,12 +119,46 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     }
     match arguments.json {
         true => {
-            let text = serde_json::to_string_pretty(&found)
-                .map_err(|error| Failure::new(format!("the result cannot be written: {error}")))?;
+            let text = serde_json::to_string_pretty(&found).map_err(unwritable)?;
             print(text + "\n")
         }
         false => print(table(&found)),
     }
+}
+
+fn unwritable(error: serde_json::Error) -> Failure {
+    Failure::new(format!("the result cannot be written: {error}"))
+}
+
+/// The answers that can be read, question by question.
+fn by_question(stated: &[Stated], count: usize) -> Vec<Question> {
+    let mut questions = vec![Question::new(); count];
+    for one in stated {
+        questions[one.id].extend(one.pair());
+    }
+    questions
+}
+
+/// Answers of another model that `--answers` wrote, to these very questions.
+fn earlier(path: &Path, rows: &[(String, Vec<String>)]) -> Result<Vec<Question>, Failure> {
+    let name = path.display();
+    let text = files::read_to_string(path)?;
+    let mut stated: Vec<Stated> = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let wrong = |reason: String| {
+            Failure::new(format!("{name}, line {}: {reason}", number + 1))
+                .hint("`posttrain eval calibration QUESTIONS --model OTHER --answers FILE` writes such a file")
+        };
+        let one: Stated = serde_json::from_str(line).map_err(|error| wrong(format!("no answer: {error}")))?;
+        if rows.get(one.id).is_none_or(|(question, _)| *question != one.question) {
+            return Err(wrong(format!("question {} is not {:?} in the file of questions", one.id, one.question)));
+        }
+        stated.push(one);
+    }
+    if let Some(missing) = (0..rows.len()).find(|id| stated.iter().all(|one| one.id != *id)) {
+        return Err(Failure::new(format!("{name} has no answer to question {missing}, {:?}", rows[missing].0)));
+    }
+    Ok(by_question(&stated, rows.len()))
 }
 
 /// Questions with their accepted answers.
@@ -103,25 +184,42 @@ fn read(arguments: &Arguments) -> Result<Vec<(String, Vec<String>)>, Failure> {
 }
 
 fn table(found: &Found) -> String {
-    let malformed = wilson(found.malformed, found.answers);
-    let mut text = format!("model       {}\nanswers     {}\n", found.model, found.answers);
+    let malformed = wilson(found.malformed, found.asked);
+    let mut text = format!("model       {}\nanswers     {}\n", found.model, found.asked);
     text += &format!(
         "malformed   {:.1} %  (95 % interval {:.1} to {:.1})\n",
-        100.0 * found.malformed as f64 / found.answers as f64,
+        100.0 * found.malformed as f64 / found.asked as f64,
         100.0 * malformed.low,
         100.0 * malformed.high
     );
     let Some(calibration) = &found.calibration else {
         return text + "no confidence could be read\n";
     };
-    text += &format!("accuracy    {:.1} %\n", 100.0 * calibration.accuracy);
-    text += &format!("confidence  {:.1} %\n", 100.0 * calibration.confidence);
-    text += &format!("ECE         {:.4}\n", calibration.ece);
-    text += &match calibration.auroc {
-        Some(auroc) => format!("AUROC       {auroc:.4}\n"),
-        None => "AUROC       undefined: all answers are right, or none\n".into(),
-    };
-    text += &format!("Brier       {:.4}\n\nconfidence  right  95 % interval   answers\n", calibration.brier);
+    text += &format!("confidence  {:.4}\n", calibration.confidence);
+    let intervals = &found.intervals;
+    for (name, value, interval) in [
+        ("accuracy", Some(calibration.accuracy), intervals.accuracy),
+        ("ECE", Some(calibration.ece), intervals.ece),
+        ("AUROC", calibration.auroc, intervals.auroc),
+        ("Brier", Some(calibration.brier), intervals.brier),
+    ] {
+        text += &match value.zip(interval) {
+            Some((value, of)) => format!("{name:10}  {value:.4}  (95 % interval {:.4} to {:.4})\n", of.low, of.high),
+            None => format!("{name:10}  undefined: all answers are right, or none\n"),
+        };
+    }
+    if let Some(Measures { accuracy, ece, auroc, brier }) = found.differences {
+        text += "\nless the answers before\n";
+        for (name, difference) in [("accuracy", accuracy), ("ECE", ece), ("AUROC", auroc), ("Brier", brier)] {
+            text += &match difference {
+                Some(Difference { difference, interval: of }) => {
+                    format!("{name:10}  {difference:+.4}  (95 % interval {:+.4} to {:+.4})\n", of.low, of.high)
+                }
+                None => format!("{name:10}  undefined: all answers of one are right, or none\n"),
+            };
+        }
+    }
+    text += "\nconfidence  right  95 % interval   answers\n";
     for bin in &calibration.bins {
         text += &format!(
             "{:>10}  {:5.3}  {:5.3} to {:5.3}  {:7}\n",

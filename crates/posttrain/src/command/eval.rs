@@ -75,7 +75,8 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
     print(text)
 }
 
-fn write_lines(path: &Path, values: &[Value]) -> Result<(), Failure> {
+/// Writes one JSON object a line.
+pub(super) fn write_lines(path: &Path, values: &[Value]) -> Result<(), Failure> {
     let lines: String = values.iter().map(|value| format!("{value}\n")).collect();
     Ok(files::write(path, lines.as_bytes())?)
 }

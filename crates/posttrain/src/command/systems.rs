@@ -8,8 +8,7 @@ use systems::{Evidence, Role, SYSTEMS, System, WriteData};
 
 use crate::cli::{Systems, SystemsData};
 use crate::failure::Failure;
-use crate::report::duration;
-use crate::report::systems::{measured, tally};
+use crate::report::systems::{measured, tally, time};
 use crate::terminal::{Terminal, print};
 
 /// Runs the command.
@@ -70,18 +69,20 @@ fn markdown(folder: &Path) -> Result<String, Failure> {
         "# Systems\n\nWritten by `posttrain systems --markdown`; do not edit.\n\n\
          Published systems, reproduced in miniature: `posttrain reproduce NAME` trains the method, its baselines and its ablations over seeds, \
          and judges every claim by Student's 95 % interval of its mean over the seeds. A claim *holds* where the whole interval keeps \
-         the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run.\n\n\
+         the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run. The time is the \
+         processor time of all trials, which run on one thread each: two idle cores need half as long. *At most* marks a time that was taken by the \
+         wall, waiting for other work included.\n\n\
          | system | what is claimed | evidence | time of one core | recipes of other scales |\n| --- | --- | --- | --- | --- |\n",
     );
     let mut sections = String::new();
     for system in SYSTEMS {
         let found = evidence(folder, system)?;
         let known = found.as_ref().map_or_else(|| "none yet".to_owned(), tally);
-        let time = found.as_ref().map(|found| duration(found.seconds)).unwrap_or_default();
+        let needed = found.as_ref().map(time).unwrap_or_default();
         let recipe = |name: &&str| format!("[{name}](../crates/systems/src/{}/{name}.toml)", system.folder());
         let recipes: Vec<String> = system.recipes.iter().map(recipe).collect();
         let recipes = recipes.join(", ");
-        text += &format!("| [{0}](#{0}) | {1} | {known} | {time} | {recipes} |\n", system.name, system.summary);
+        text += &format!("| [{0}](#{0}) | {1} | {known} | {needed} | {recipes} |\n", system.name, system.summary);
         sections += &section(system, found.as_ref());
     }
     Ok(text + &sections)
@@ -119,7 +120,7 @@ fn section(system: &System, evidence: Option<&Evidence>) -> String {
             text += &format!(
                 "\n{} seeds, {} of one core; [evidence/{}.json](../evidence/{}.json).\n",
                 evidence.seeds.len(),
-                duration(evidence.seconds),
+                time(evidence),
                 system.name,
                 system.name
             );

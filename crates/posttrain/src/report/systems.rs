@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use base::Clock;
 use systems::reproduce::{Finished, by_seed};
 use systems::{Evidence, Judgement, System, Verdict};
 
@@ -30,6 +31,14 @@ pub fn tally(evidence: &Evidence) -> String {
     };
     let parts = [of(holds, "holds", "hold"), of(fails, "fails", "fail"), of(undecided, "undecided", "undecided")];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// The time that all trials took together on one core, in words. Wall time is more than that.
+pub fn time(evidence: &Evidence) -> String {
+    match evidence.clock {
+        Clock::Processor => duration(evidence.seconds),
+        Clock::Wall => format!("at most {}", duration(evidence.seconds)),
+    }
 }
 
 /// A page in the style of reports.
@@ -75,7 +84,7 @@ fn section(system: &System, evidence: &Evidence, finished: &[Finished]) -> Strin
         "<div class=\"facts\">{}{}{}{}</div>",
         fact("claims", tally(evidence)),
         fact("seeds", evidence.seeds.len().to_string()),
-        fact("time of one core", duration(evidence.seconds)),
+        fact("time of one core", time(evidence)),
         fact("settings", evidence.config_sha256[..12].to_owned())
     );
     html += &claims(evidence);

@@ -28,8 +28,17 @@ pub(super) struct Doubt<'a> {
     pub rows: usize,
     pub ask: Ask<'a>,
     pub bet: ConfidenceOptions,
-    /// Weight of the divergence that keeps the answers what they are, if anything does.
-    pub retain_weight: Option<f64>,
+    /// What stays near the reference, if anything does.
+    pub retained: Option<Kept>,
+}
+
+/// What updates keep near the reference, and with which weight.
+#[derive(Clone, Copy)]
+pub(super) enum Kept {
+    /// The answers: they stay what they are.
+    Answers(f64),
+    /// The confidences: no level that the reference states dies out.
+    Confidences(f64),
 }
 
 impl Method for Doubt<'_> {
@@ -50,16 +59,19 @@ impl Method for Doubt<'_> {
     }
 
     fn needs_reference(&self) -> bool {
-        self.options.objective.needs_reference() || self.retain_weight.is_some()
+        self.options.objective.needs_reference() || self.retained.is_some()
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> train::Result<Report> {
         let prompts = (self.ask)(step)?;
-        let answers: Vec<Example> = prompts.iter().map(answer).collect();
+        let retained = self.retained.map(|kept| match kept {
+            Kept::Answers(weight) => (prompts.iter().map(answer).collect(), weight),
+            Kept::Confidences(weight) => (prompts.iter().map(confidence).collect(), weight),
+        });
         // With a baseline made of the group, nothing is carried from step to step that the decoder does not carry.
         let mut policy = Policy::new(self.options.clone(), prompts, Box::new(Bet(self.bet.clone())))?;
-        if let Some(weight) = self.retain_weight {
-            policy = policy.with_retained(answers, weight)?;
+        if let Some((rows, weight)) = retained {
+            policy = policy.with_retained(rows, weight)?;
         }
         policy.step(step)
     }
@@ -102,6 +114,13 @@ fn continued(question: &Prompt, episode: &Episode, tokenizer: &Tokenizer) -> Pro
 fn answer(prompt: &Prompt) -> Example {
     let loss_mask = (0..prompt.ids.len()).map(|index| index >= world::QUESTION_LENGTH).collect();
     Example { ids: prompt.ids.to_vec(), loss_mask, source: prompt.source.clone() }
+}
+
+/// An answered question as a row whose loss is about where the confidence is stated; which one stands there does not matter to a divergence.
+fn confidence(prompt: &Prompt) -> Example {
+    let ids = [&prompt.ids[..], &[world::LEVEL]].concat();
+    let loss_mask = (0..ids.len()).map(|index| index == prompt.ids.len()).collect();
+    Example { ids, loss_mask, source: prompt.source.clone() }
 }
 
 /// Whether a completion begins with the value that the question asks for.
@@ -202,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_row_of_an_answer_is_about_the_answer_alone() {
+    fn what_is_kept_is_the_answer_or_the_confidence_alone() {
         let question = [1, 3, 90, 27, 4, 5];
         let ids = [&question[..], &[40, 6, CONFIDENCE]].concat();
         let prompt = Prompt {
@@ -216,5 +235,8 @@ mod tests {
         let row = answer(&prompt);
         assert_eq!(row.ids, ids);
         assert_eq!(row.loss_mask, [false, false, false, false, false, false, true, true, true]);
+        let row = confidence(&prompt);
+        assert_eq!(row.ids[..9], ids);
+        assert_eq!(row.loss_mask, [[false; 9].as_slice(), &[true]].concat());
     }
 }

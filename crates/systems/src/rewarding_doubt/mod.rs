@@ -25,7 +25,8 @@
 //!    value head. For bets on one outcome the mean is the better baseline, and the two-layer body has no value loss to serve beside.
 //! 2. What shared weights do to the answers is large in a body of two layers, where little belongs to confidence alone. Every update therefore adds
 //!    `λ KL(π_ref ‖ π)` at the tokens of the answers that were sampled in the step ([`mod@train::retained`]); the arm `no-retention` does without. Only
-//!    answers to questions that confidence is trained on are kept this way. A bonus for entropy keeps trying the levels.
+//!    answers to questions that confidence is trained on are kept this way. A bonus for entropy keeps trying the levels; where the odds are known, the same
+//!    divergence at the confidence does.
 //! 3. Rewards are on the paper's scale of 1; its code multiplies them by 10, and advantages are scaled by their deviation either way. The weight of
 //!    the divergence is constant; theirs follows the divergence.
 //! 4. Minibatches are consecutive prompts of a step.
@@ -55,7 +56,7 @@ use crate::error::{Error, Result};
 use crate::experiment::{Experiment, Trial, open};
 use crate::measurements::Measurements;
 use crate::system::{Arm, Bound, Claim, Figure, Role, System};
-use bets::{Doubt, JointBet, answered, is_right};
+use bets::{Doubt, JointBet, Kept, answered, is_right};
 use world::{CONFIDENCE, Fact, Memory, MemoryOptions, Part};
 
 pub use odds::OddsOptions;
@@ -260,15 +261,20 @@ impl Experiment for RewardingDoubt {
         self.sft.validate().map_err(|error| error.within("sft"))?;
         self.answers.validate()?;
         self.lora.validate()?;
-        if !(self.retain_weight.is_finite() && self.retain_weight > 0.0) {
-            let reason = format!("retain_weight is {}, expected a number above 0", self.retain_weight);
-            return Err(Error::Settings { system: "rewarding-doubt", reason });
+        for (name, weight) in [("retain_weight", self.retain_weight), ("odds.retain_weight", self.odds.retain_weight)] {
+            if !(weight.is_finite() && weight > 0.0) {
+                let reason = format!("{name} is {weight}, expected a number above 0");
+                return Err(Error::Settings { system: "rewarding-doubt", reason });
+            }
         }
-        if self.ppo.has_value_model() {
-            let reason = "ppo.objective.baseline is \"value\", expected one that needs no value model".into();
-            return Err(Error::Settings { system: "rewarding-doubt", reason });
+        for (name, options) in [("ppo", self.ppo.clone()), ("odds", self.odds_options())] {
+            if options.has_value_model() {
+                let reason = format!("{name}.objective.baseline is \"value\", expected one that needs no value model");
+                return Err(Error::Settings { system: "rewarding-doubt", reason });
+            }
+            options.validate().map_err(|error| error.within(name))?;
         }
-        Ok(self.ppo.validate().map_err(|error| error.within("ppo"))?)
+        Ok(())
     }
 
     fn start(&self, trial: &Trial<'_>) -> Result<Start> {
@@ -462,7 +468,7 @@ impl RewardingDoubt {
                 rows: questions.len(),
                 ask: Box::new(move |step| answered(step, &questions, size, &sampling)),
                 bet,
-                retain_weight: (answers == Answers::Retained).then_some(self.retain_weight),
+                retained: (answers == Answers::Retained).then_some(Kept::Answers(self.retain_weight)),
             }),
         };
         let mut decoder = start.decoder.clone();
