@@ -15,7 +15,7 @@
 
 use serde::Serialize;
 
-use crate::interval::{Interval, bootstrap, wilson};
+use crate::interval::{Interval, percentiles, resampled, wilson};
 use crate::metrics::mean;
 
 /// Resamples of an interval.
@@ -120,15 +120,16 @@ impl<T> Measures<T> {
     }
 }
 
-/// A measure of the answers to some questions.
-fn measured(questions: &[Question], rows: &[usize], measure: Measure) -> Option<f64> {
+/// The calibration of the answers to some questions.
+fn of_rows(questions: &[Question], rows: &[usize]) -> Option<Calibration> {
     let stated: Vec<(f64, bool)> = rows.iter().flat_map(|&row| questions[row].iter().copied()).collect();
-    measure(&calibration(&stated)?)
+    calibration(&stated)
 }
 
 /// The 95 % intervals of the measures.
 pub fn intervals(questions: &[Question], seed: u64) -> Measures<Interval> {
-    Measures::of(|measure| bootstrap(questions.len(), RESAMPLES, seed, |rows| measured(questions, rows, measure)))
+    let found = resampled(questions.len(), RESAMPLES, seed, |rows| of_rows(questions, rows));
+    Measures::of(|measure| percentiles(found.iter().flatten().filter_map(measure).collect()))
 }
 
 /// A difference and its 95 % interval.
@@ -147,10 +148,12 @@ pub struct Difference {
 pub fn differences(before: &[Question], after: &[Question], seed: u64) -> Measures<Difference> {
     assert_eq!(before.len(), after.len(), "both answer the same questions");
     let all: Vec<usize> = (0..before.len()).collect();
+    let both = |rows: &[usize]| Some((of_rows(before, rows)?, of_rows(after, rows)?));
+    let (found, whole) = (resampled(all.len(), RESAMPLES, seed, both), both(&all));
     Measures::of(|measure| {
-        let difference = |rows: &[usize]| Some(measured(after, rows, measure)? - measured(before, rows, measure)?);
-        let interval = bootstrap(all.len(), RESAMPLES, seed, difference)?;
-        Some(Difference { difference: difference(&all)?, interval })
+        let difference = |(before, after): &(Calibration, Calibration)| Some(measure(after)? - measure(before)?);
+        let interval = percentiles(found.iter().flatten().filter_map(difference).collect())?;
+        Some(Difference { difference: difference(whole.as_ref()?)?, interval })
     })
 }
 

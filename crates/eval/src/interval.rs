@@ -45,8 +45,7 @@ pub const RESAMPLES: u32 = 10_000;
 /// The 95 % percentile bootstrap interval of the mean of `values` (Efron, 1979). The draws are counter-based: the same
 /// values, seed and resamples give the same interval. `[0, 0]` for no values.
 pub fn bootstrap_mean(values: &[f64], resamples: u32, seed: u64) -> Interval {
-    let means = resampled_means(values, resamples, seed);
-    Interval { low: quantile(&means, 0.025), high: quantile(&means, 0.975) }
+    percentiles(resampled_means(values, resamples, seed)).unwrap_or(Interval { low: 0.0, high: 0.0 })
 }
 
 /// The sorted means of `resamples` resamples of `values`.
@@ -54,17 +53,30 @@ pub(crate) fn resampled_means(values: &[f64], resamples: u32, seed: u64) -> Vec<
     if values.is_empty() {
         return Vec::new();
     }
-    let random = Random::new(seed, Purpose::Bootstrap);
-    let n = values.len() as u64;
-    let mut means: Vec<f64> = (0..resamples)
-        .map(|resample| {
-            let random = random.sample(resample);
-            let sum: f64 = (0..n as u32).map(|draw| values[random.at(draw).below(n) as usize]).sum();
-            sum / n as f64
-        })
-        .collect();
+    let mean = |rows: &[usize]| rows.iter().map(|&row| values[row]).sum::<f64>() / values.len() as f64;
+    let mut means = resampled(values.len(), resamples, seed, mean);
     means.sort_unstable_by(f64::total_cmp);
     means
+}
+
+/// A statistic of each of `resamples` resamples of `count` rows, which it is given by number.
+pub(crate) fn resampled<T>(count: usize, resamples: u32, seed: u64, statistic: impl Fn(&[usize]) -> T) -> Vec<T> {
+    let random = Random::new(seed, Purpose::Bootstrap);
+    let mut rows = vec![0; count];
+    let resample = |number: u32| {
+        let random = random.sample(number);
+        for (draw, row) in (0..).zip(&mut rows) {
+            *row = random.at(draw).below(count as u64) as usize;
+        }
+        statistic(&rows)
+    };
+    (0..resamples).map(resample).collect()
+}
+
+/// The 95 % percentile interval of a statistic from its values over resamples; `None` for no values.
+pub(crate) fn percentiles(mut values: Vec<f64>) -> Option<Interval> {
+    values.sort_unstable_by(f64::total_cmp);
+    (!values.is_empty()).then(|| Interval { low: quantile(&values, 0.025), high: quantile(&values, 0.975) })
 }
 
 /// The 95 % interval of the mean of independent values from one normal distribution (Student, 1908): exact for any number of values from
@@ -100,28 +112,6 @@ pub fn bootstrap_deviation(count: usize, resamples: u32, seed: u64, statistic: i
         statistic(&(0..count).map(|row| random.at(row as u32).below(count as u64) as usize).collect::<Vec<_>>())
     };
     standard_deviation(&(0..resamples).map(resample).collect::<Vec<_>>())
-}
-
-/// The 95 % percentile bootstrap interval of a statistic of `count` rows, which it is given by number; it may be undefined for some resamples, which
-/// are left out. `None` where it is for all.
-pub fn bootstrap(
-    count: usize,
-    resamples: u32,
-    seed: u64,
-    statistic: impl Fn(&[usize]) -> Option<f64>,
-) -> Option<Interval> {
-    let random = Random::new(seed, Purpose::Bootstrap);
-    let mut rows = vec![0; count];
-    let mut resample = |number: u32| {
-        let random = random.sample(number);
-        for (draw, row) in rows.iter_mut().enumerate() {
-            *row = random.at(draw as u32).below(count as u64) as usize;
-        }
-        statistic(&rows)
-    };
-    let mut values: Vec<f64> = (0..resamples).filter_map(&mut resample).collect();
-    values.sort_unstable_by(f64::total_cmp);
-    (!values.is_empty()).then(|| Interval { low: quantile(&values, 0.025), high: quantile(&values, 0.975) })
 }
 
 /// The quantile of sorted values at `level` in `[0, 1]`, linear between neighbours (Hyndman and Fan's type 7); 0 for none.

@@ -16,7 +16,7 @@ pub(crate) fn bfloat16(x: f32) -> u16 {
 
 /// The number whose bits as bfloat16 are `half`.
 #[inline(always)]
-fn widened(half: u16) -> f32 {
+pub(crate) fn widened(half: u16) -> f32 {
     f32::from_bits(u32::from(half) << 16)
 }
 

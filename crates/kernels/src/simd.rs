@@ -260,7 +260,7 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn widen(from: *const u16) -> [f32; 4] {
         // SAFETY: the trait's contract.
-        unsafe { from.cast::<[u16; 4]>().read() }.map(|half| f32::from_bits(u32::from(half) << 16))
+        unsafe { from.cast::<[u16; 4]>().read() }.map(crate::half::widened)
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, vector: [f32; 4]) {

@@ -95,9 +95,7 @@ impl GroupWeights {
     /// # Errors
     /// Those of [`GroupWeights::after`].
     pub fn of(&self, options: GroupDro, mean: Loss, groups: &[u32]) -> Result<(Loss, Self)> {
-        let shares = mean.values()?;
-        let losses: Vec<f64> = shares.iter().map(|share| share * shares.len() as f64).collect();
-        let after = self.after(options, &losses, groups)?;
+        let after = self.after(options, &mean.row_losses()?, groups)?;
         Ok((mean.reweighted(after.relative(groups)?)?, after))
     }
 

@@ -78,6 +78,12 @@ impl Loss {
         Ok(Self { per_token: self.per_token.add(&other.per_token)?, statistics })
     }
 
+    /// The losses of rows whose mean this is: each holds its share `1/n` of it.
+    pub fn row_losses(&self) -> Result<Vec<f64>> {
+        let shares = self.values()?;
+        Ok(shares.iter().map(|share| share * shares.len() as f64).collect())
+    }
+
     /// The mean over rows with other weights: each row's loss times how much it counts relative to its share of the mean. Adds the
     /// statistics `row_weights/mean` and `row_weights/max` over these weights.
     pub fn reweighted(self, relative: Vec<f64>) -> Result<Self> {

@@ -137,9 +137,8 @@ impl WorstCase {
     /// # Errors
     /// Those of [`WorstCase::relative_weights`].
     pub fn of(&self, mean: Loss, prompts: &[u32]) -> Result<Loss> {
-        let shares = mean.values()?;
-        let losses: Vec<f64> = shares.iter().map(|share| share * shares.len() as f64).collect();
-        mean.reweighted(self.relative_weights(&losses, prompts)?)
+        let weights = self.relative_weights(&mean.row_losses()?, prompts)?;
+        mean.reweighted(weights)
     }
 
     /// The worst weights, times the number of losses.

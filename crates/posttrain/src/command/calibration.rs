@@ -143,7 +143,7 @@ fn by_question(stated: &[Stated], count: usize) -> Vec<Question> {
 fn earlier(path: &Path, rows: &[(String, Vec<String>)]) -> Result<Vec<Question>, Failure> {
     let name = path.display();
     let text = files::read_to_string(path)?;
-    let mut stated: Vec<Stated> = Vec::new();
+    let (mut stated, mut answered) = (Vec::<Stated>::new(), vec![false; rows.len()]);
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |reason: String| {
             Failure::new(format!("{name}, line {}: {reason}", number + 1))
@@ -153,9 +153,10 @@ fn earlier(path: &Path, rows: &[(String, Vec<String>)]) -> Result<Vec<Question>,
         if rows.get(one.id).is_none_or(|(question, _)| *question != one.question) {
             return Err(wrong(format!("question {} is not {:?} in the file of questions", one.id, one.question)));
         }
+        answered[one.id] = true;
         stated.push(one);
     }
-    if let Some(missing) = (0..rows.len()).find(|id| stated.iter().all(|one| one.id != *id)) {
+    if let Some(missing) = answered.iter().position(|answered| !answered) {
         return Err(Failure::new(format!("{name} has no answer to question {missing}, {:?}", rows[missing].0)));
     }
     Ok(by_question(&stated, rows.len()))
