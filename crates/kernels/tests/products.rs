@@ -49,7 +49,7 @@ fn naive(
     }
 }
 
-const SHAPES: [(usize, usize, usize); 12] = [
+const SHAPES: [(usize, usize, usize); 13] = [
     (1, 1, 1),
     (1, 33, 7),
     (2, 64, 64),
@@ -60,7 +60,8 @@ const SHAPES: [(usize, usize, usize); 12] = [
     (13, 96, 300),
     (16, 40, 601),
     (49, 70, 33),
-    (150, 37, 310),
+    (150, 37, 620),
+    (60, 33, 1190),
     (301, 64, 19),
 ];
 

@@ -4,6 +4,7 @@ use crate::half::bfloat16;
 use crate::isa::multiversion;
 use crate::matrix::kernel::PANEL;
 use crate::matrix::{Matrix, Precision};
+use crate::simd::{Lines, prefetch};
 
 /// Steps of the reduced index `k` are elements, or pairs of bfloat16.
 pub(crate) fn steps(precision: Precision, k: usize) -> usize {
@@ -28,6 +29,19 @@ fn pair_block(elements: &[f32; 2 * BLOCK]) -> [f32; BLOCK] {
     std::array::from_fn(|step| f32::from_bits(u32::from(rounded[2 * step]) | u32::from(rounded[2 * step + 1]) << 16))
 }
 
+/// Steps ahead for which sources are asked for whose steps lie apart: the processor sees no stream in a few lines of each row.
+const STEPS_AHEAD: usize = 8;
+/// Blocks of steps ahead for which sources are asked for whose steps are neighbours.
+const BLOCKS_AHEAD: usize = 2;
+
+/// Asks for `count` elements of `data` from `start` on, which may lie beyond its end.
+#[inline(always)]
+fn ask_for(data: &[f32], start: usize, count: usize) {
+    for line in (0..count).step_by(Lines::FLOATS) {
+        prefetch(data.as_ptr().wrapping_add(start + line));
+    }
+}
+
 /// `count` vectors of length `k`: element `step` of vector `i` is `data[i * stride + step * step_stride]`.
 #[derive(Clone, Copy)]
 struct Vectors<'a> {
@@ -50,6 +64,9 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
     }
     if stride == 1 {
         for (step, out) in out.chunks_exact_mut(width).enumerate().take(whole) {
+            for element in 0..per_step {
+                ask_for(data, ((step + STEPS_AHEAD) * per_step + element) * step_stride, count);
+            }
             let first = &data[step * per_step * step_stride..][..count];
             if PAIRS {
                 let second = &data[(step * 2 + 1) * step_stride..][..count];
@@ -66,6 +83,7 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
         for start in (0..blocks).step_by(BLOCK) {
             for i in 0..count {
                 let source = &data[i * stride + start * per_step..];
+                ask_for(source, BLOCKS_AHEAD * BLOCK * per_step, BLOCK * per_step);
                 let values: [f32; BLOCK] = if PAIRS {
                     pair_block(source.first_chunk().expect("a block of pairs"))
                 } else {
@@ -149,7 +167,8 @@ fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]
     /// Rows that are rounded before they go to their tiles; a multiple of every whole tile's height.
     const RUN: usize = 144;
     let Vectors { data, count, k, step_stride, .. } = source;
-    let steps = if PAIRS { k.div_ceil(2) } else { k };
+    let per_step = if PAIRS { 2 } else { 1 };
+    let steps = k.div_ceil(per_step);
     let zeros = [0.0; RUN];
     let mut run = [0.0; RUN];
     let whole = RUN / height * height;
@@ -157,7 +176,10 @@ fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]
         let len = whole.min(count - start);
         let run = &mut run[..len];
         for step in 0..steps {
-            let element = if PAIRS { 2 * step } else { step };
+            let element = step * per_step;
+            for element in element..element + per_step {
+                ask_for(data, (element + STEPS_AHEAD * per_step) * step_stride + start, len);
+            }
             let first = &data[element * step_stride + start..][..len];
             if PAIRS {
                 let second = match element + 1 < k {

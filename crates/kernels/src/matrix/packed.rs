@@ -5,13 +5,14 @@ use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply, tile_height};
 use crate::matrix::pack::{pack_panel, pack_tiles, steps};
 use crate::matrix::{Matrix, MatrixMut, Precision};
-use crate::parallel::{SharedMut, each, each_run};
+use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
 
-/// Steps of the reduced index in one block: a panel's block stays in the first-level cache's neighbourhood.
-pub(super) const BLOCK_STEPS: usize = 288;
-/// Rows of the left operand that one task packs at a time; their block stays in the second-level cache.
+/// Steps of the reduced index in one block. Each block reads and writes the destination once more; the left operand's has to stay in
+/// the second-level cache.
+pub(super) const BLOCK_STEPS: usize = 576;
+/// Rows of the left operand that one task packs at a time (324 KiB with the steps of a block).
 const BLOCK_ROWS: usize = 144;
 /// Rows up to which all of the left operand is packed first and tasks share out columns.
 const FEW_ROWS: usize = 48;
@@ -159,40 +160,47 @@ impl Task<'_> {
         Right::packed(self.precision, &self.panels[start..])
     }
 
-    /// A product of few rows: the left operand is read where it lies, or rounded once; tasks take runs of panels.
+    /// A product of few rows: the left operand is read where it lies, or rounded by each thread for itself, which is sooner done than
+    /// waiting for another thread's; tasks take runs of panels.
     fn few_rows(&self, columns: usize, work: usize, threads: usize) {
         let (a, isa) = (self.a, self.isa);
         let in_place = self.precision == Precision::F32 && a.col_stride == 1;
-        with_scratch([if in_place { 0 } else { a.rows * self.steps }], |[scratch]| {
-            let (left, data): (Left, &[f32]) = if in_place {
-                (Left::Rows { stride: a.row_stride }, a.data)
-            } else {
-                // A tile of one row is that row.
-                pack_tiles(isa, self.precision, a, 1, scratch);
-                (Left::Rows { stride: self.steps }, scratch)
-            };
-            let panels = columns.div_ceil(PANEL);
-            // A run's last panel asks for the first of the next.
-            each_run(panels, panels.div_ceil(8 * threads), work, |panels| {
-                let column = panels.start * PANEL;
-                let product = Product {
-                    rows: a.rows,
-                    columns: (panels.len() * PANEL).min(columns - column),
-                    steps: self.steps,
-                    a: data.as_ptr(),
-                    left,
-                    b: self.right(column * self.steps),
-                    panel_stride: PANEL * self.steps,
-                    step_stride: PANEL,
-                    // SAFETY: the columns from `column` on lie inside the rows of `c`.
-                    c: unsafe { self.c.get().add(column) },
-                    c_stride: self.c_stride,
-                    accumulate: self.accumulate,
-                    ahead: Lines::NONE,
+        let panels = columns.div_ceil(PANEL);
+        each_part(panels, panels.div_ceil(8 * threads), work, |runs| {
+            let mut runs = runs.peekable();
+            if runs.peek().is_none() {
+                return;
+            }
+            with_scratch([if in_place { 0 } else { a.rows * self.steps }], |[scratch]| {
+                let (left, data): (Left, &[f32]) = if in_place {
+                    (Left::Rows { stride: a.row_stride }, a.data)
+                } else {
+                    // A tile of one row is that row.
+                    pack_tiles(isa, self.precision, a, 1, scratch);
+                    (Left::Rows { stride: self.steps }, scratch)
                 };
-                // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of `c`
-                // belong to this task alone.
-                unsafe { multiply(isa, product) };
+                // A run's last panel asks for the first of the next.
+                for panels in runs {
+                    let column = panels.start * PANEL;
+                    let product = Product {
+                        rows: a.rows,
+                        columns: (panels.len() * PANEL).min(columns - column),
+                        steps: self.steps,
+                        a: data.as_ptr(),
+                        left,
+                        b: self.right(column * self.steps),
+                        panel_stride: PANEL * self.steps,
+                        step_stride: PANEL,
+                        // SAFETY: the columns from `column` on lie inside the rows of `c`.
+                        c: unsafe { self.c.get().add(column) },
+                        c_stride: self.c_stride,
+                        accumulate: self.accumulate,
+                        ahead: Lines::NONE,
+                    };
+                    // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of
+                    // `c` belong to this task alone.
+                    unsafe { multiply(isa, product) };
+                }
             });
         });
     }

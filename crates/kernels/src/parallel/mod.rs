@@ -30,27 +30,36 @@ pub(crate) fn each(count: usize, elements: usize, work: impl Fn(usize) + Sync + 
     }
 }
 
-/// Calls `work` with runs of at most `size` neighbours of the indices below `count`, on all threads if `elements` of work in total
-/// are worth it.
+/// Calls `work` once for each thread's part of the indices below `count`, with the runs of at most `size` neighbours that are still
+/// to be done; on all threads if `elements` of work in total are worth it.
 ///
 /// Each thread has a part of its own, through which it goes in order before it takes what is left of the others': so what
 /// it asks the memory for ahead is its own, and a thread that is held up holds up nobody.
-pub(crate) fn each_run(count: usize, size: usize, elements: usize, work: impl Fn(Range<usize>) + Sync + Send) {
+pub(crate) fn each_part(
+    count: usize,
+    size: usize,
+    elements: usize,
+    work: impl Fn(&mut dyn Iterator<Item = Range<usize>>) + Sync + Send,
+) {
     let parts = rayon::current_num_threads();
     let part_len = count.div_ceil(parts);
     let taken: Vec<AtomicUsize> = (0..parts).map(|_| AtomicUsize::new(0)).collect();
     each(parts, elements, |own| {
-        for part in (own..parts).chain(0..own) {
+        let mut runs = (own..parts).chain(0..own).flat_map(|part| {
             let end = count.min((part + 1) * part_len);
-            loop {
-                let start = part * part_len + taken[part].fetch_add(size, Ordering::Relaxed);
-                if start >= end {
-                    break;
-                }
-                work(start..end.min(start + size));
-            }
-        }
+            let next = &taken[part];
+            std::iter::from_fn(move || {
+                let start = part * part_len + next.fetch_add(size, Ordering::Relaxed);
+                (start < end).then(|| start..end.min(start + size))
+            })
+        });
+        work(&mut runs);
     });
+}
+
+/// Calls `work` with each run of [`each_part`].
+pub(crate) fn each_run(count: usize, size: usize, elements: usize, work: impl Fn(Range<usize>) + Sync + Send) {
+    each_part(count, size, elements, |runs| runs.for_each(&work));
 }
 
 /// Calls `work` with each of `items`, on the kernels' own threads: for what is done between products, where the threads of
