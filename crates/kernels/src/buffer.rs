@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::ops::Range;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -85,11 +86,26 @@ unsafe impl Sync for Storage {}
 impl Floats {
     /// `len` zeros.
     pub fn zeros(len: usize) -> Self {
+        let mut floats = Self::sparse(len);
+        floats.want_large_pages(0..len);
+        floats
+    }
+
+    /// `len` zeros of which few will be written to, here and there: in small pages, because the first write to a page takes all of it.
+    pub fn sparse(len: usize) -> Self {
         #[cfg(target_os = "linux")]
         if let Some(mapped) = Storage::map(len) {
             return Self(mapped);
         }
         Self(Storage::Allocated(vec![0.0; len]))
+    }
+
+    /// Asks for large pages under a part that has not been written to.
+    ///
+    /// # Panics
+    /// If the part does not lie inside.
+    pub fn want_large_pages(&mut self, part: Range<usize>) {
+        ask_for_large_pages(self[part].as_ptr_range());
     }
 }
 
@@ -100,14 +116,11 @@ impl Storage {
 
     /// A mapping of zeros, where it is worth one and the system gives one.
     fn map(len: usize) -> Option<Self> {
-        use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
         let bytes = len.checked_mul(size_of::<f32>()).filter(|&bytes| bytes >= Self::WORTH_MAPPING)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the system chooses a place where nothing is mapped.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, protection, MapFlags::PRIVATE) }.ok()?;
-        // A refusal costs speed alone.
-        // SAFETY: the advice changes what backs the pages, not what they hold.
-        let _ = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
         Some(Self::Mapped { start: std::ptr::NonNull::new(start.cast())?, len })
     }
 }
@@ -160,24 +173,30 @@ impl fmt::Debug for Floats {
     }
 }
 
-/// Asks for large pages under memory that has not been written to.
+/// Memory that has not been written to, in large pages.
 fn in_large_pages<T>(memory: Vec<T>) -> Vec<T> {
+    let start = memory.as_ptr();
+    ask_for_large_pages(start..start.wrapping_add(memory.capacity()));
+    memory
+}
+
+/// Asks for large pages under the whole pages of memory that has not been written to, if they are worth one.
+fn ask_for_large_pages<T>(memory: Range<*const T>) {
     #[cfg(target_os = "linux")]
     {
-        const PAGE: usize = 4096;
         const LARGE: usize = 2 << 20;
-        let start = (memory.as_ptr() as usize).next_multiple_of(PAGE);
-        let end = (memory.as_ptr() as usize + memory.capacity() * size_of::<T>()) / PAGE * PAGE;
-        if end.saturating_sub(start) >= LARGE {
-            let start = memory.as_ptr().cast::<u8>().wrapping_add(start - memory.as_ptr() as usize);
+        let page = rustix::param::page_size();
+        let start = memory.start.cast::<u8>();
+        let start = start.wrapping_add(start.addr().next_multiple_of(page) - start.addr());
+        let bytes = (memory.end.addr() / page * page).saturating_sub(start.addr());
+        if bytes >= LARGE {
             // A refusal costs speed alone.
-            // SAFETY: the advice changes what backs the pages, not what they hold, and they belong to `memory`.
-            let _ = unsafe {
-                rustix::mm::madvise(start.cast_mut().cast(), end - start as usize, rustix::mm::Advice::LinuxHugepage)
-            };
+            // SAFETY: the advice changes what backs the pages, not what they hold.
+            let _ = unsafe { rustix::mm::madvise(start.cast_mut().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
         }
     }
-    memory
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
 }
 
 /// Runs `work` with `N` scratch buffers of this thread, whose contents are unspecified.
@@ -204,7 +223,8 @@ mod tests {
     #[test]
     fn floats_are_zero_until_written_whether_they_are_mapped_or_not() {
         for len in [0, 1, 1000, (8 << 20) - 1, 8 << 20, (8 << 20) + 7] {
-            let mut floats = Floats::zeros(len);
+            let mut floats = Floats::sparse(len);
+            floats.want_large_pages(len / 3..len / 2);
             assert!(floats.len() == len && floats.iter().all(|x| *x == 0.0), "{len} zeros");
             floats.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
             let clone = floats.clone();

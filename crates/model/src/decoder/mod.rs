@@ -137,7 +137,9 @@ impl Decoder {
     /// As [`Decoder::new`].
     pub fn packed(config: ModelConfig, weights: impl Source, precision: Precision) -> Result<Self> {
         crate::weights::check(&config, &weights)?;
-        let mut decoder = Self::zeros(config)?;
+        // Between the embedding and what it holds besides, norms and biases, lie the weights that it does not.
+        let mut decoder = Self::with_base(config, Floats::sparse)?;
+        decoder.base.want_large_pages(decoder.embedding.clone());
         let linears = decoder.layers.iter_mut().flat_map(Layer::linears_mut);
         linears.collect::<Vec<_>>().into_par_iter().try_for_each(|linear| linear.pack_from(precision, &weights))?;
         let packed: HashSet<String> =
@@ -203,6 +205,11 @@ impl Decoder {
     }
 
     fn zeros(config: ModelConfig) -> Result<Self> {
+        Self::with_base(config, Floats::zeros)
+    }
+
+    /// A decoder whose base parameters, so many zeros, come from `zeros`.
+    fn with_base(config: ModelConfig, zeros: fn(usize) -> Floats) -> Result<Self> {
         config.validate()?;
         let d = config.hidden_size;
         let mut layout = Layout::default();
@@ -219,7 +226,7 @@ impl Decoder {
         };
         Ok(Self {
             tables: config.ropes.iter().map(table).collect(),
-            base: Floats::zeros(layout.len),
+            base: zeros(layout.len),
             layout: Arc::new(layout),
             embedding,
             layers,
