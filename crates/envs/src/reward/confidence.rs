@@ -28,15 +28,21 @@
 //! answer: `F1 = 2 · common / (words of one + words of the other)` above 1/2. Its number must be whole: `8.5` cannot be read, where a single answer's
 //! fraction is lost. A reply is paid the mean over its facts; one without any cannot be read.
 //!
-//! Deviation from the paper, with several facts: there every confidence is sampled anew after what stands before it, and is an episode of its own. Here a
-//! reply is one episode, and its tokens share the mean of its bets.
+//! Each stated confidence is a span of its own ([`SpanScore`]), paid its bet. With `credit = "span"` a policy gradient trains the confidences alone, each by
+//! its own bet: answers carry no loss, as in the paper, and how many facts a reply states is not paid for. With credit by whole replies all tokens share the
+//! mean, and a reply gains by repeating the fact that it is surest of. A reply without any fact is paid as a whole either way.
+//!
+//! Deviation from the paper, with several facts: there every confidence is sampled anew, at temperature 1, after an answer that was sampled at 0.6. Here
+//! a reply is sampled once.
+
+use std::ops::Range;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Reward, RewardError};
-use crate::score::{Answer, Score, Status};
+use crate::score::{Answer, Score, SpanScore, Status};
 
 /// How a bet is paid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -89,11 +95,11 @@ pub enum Facts {
 pub struct ConfidenceOptions {
     /// The column with the expected answer, or a list of answers each of which is right; in it, a list of other names for one of them.
     pub column: String,
-    /// What a reply states.
+    /// What a reply states: one answer, the first, or several, each with a confidence of its own.
     pub facts: Facts,
     /// How a bet is paid.
     pub scoring: Scoring,
-    /// Factor of the whole reward.
+    /// Factor of the whole reward; in the paper 10, and 5 with several facts.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub scale: f64,
     /// Added for a right answer, before the factor.
@@ -129,22 +135,24 @@ impl ConfidenceOptions {
     /// What a reply is paid: the mean over the bets that it states.
     fn score(&self, reply: &str, gold: &[String]) -> Score {
         let stated = self.facts.of(reply);
-        let bets: Vec<(Option<u8>, bool)> =
-            stated.iter().map(|stated| (stated.level, self.facts.is_right(stated.answer, gold))).collect();
-        // A reply that states nothing is one bet that cannot be read.
-        let bets = if bets.is_empty() { vec![(None, false)] } else { bets };
-        let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
-        let levels: Vec<f64> = bets.iter().filter_map(|bet| Some(f64::from(bet.0?) / f64::from(LEVELS))).collect();
-        let status = match (levels.is_empty(), bets.iter().all(|bet| bet.1)) {
+        let right: Vec<bool> = stated.iter().map(|stated| self.facts.is_right(stated.answer, gold)).collect();
+        let paid: Vec<f64> = stated.iter().zip(&right).map(|(stated, &right)| self.pay(stated.level, right)).collect();
+        let levels: Vec<f64> =
+            stated.iter().filter_map(|stated| Some(f64::from(stated.level?) / f64::from(LEVELS))).collect();
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let status = match (levels.is_empty(), right.iter().all(|right| *right)) {
             (true, _) => Status::Malformed,
             (false, true) => Status::Ok,
             (false, false) => Status::Wrong,
         };
-        let pay = bets.iter().map(|&(level, right)| self.pay(level, right)).collect();
-        let mut score = Score::new(mean(pay), status);
-        score.parts.push(("right".into(), mean(bets.iter().map(|bet| f64::from(u8::from(bet.1))).collect())));
+        // A reply that states nothing is one bet that cannot be read.
+        let mut score = Score::new(if stated.is_empty() { self.pay(None, false) } else { mean(&paid) }, status);
+        let spans = stated.iter().zip(paid).map(|(stated, reward)| SpanScore { text: stated.number.clone(), reward });
+        score.spans = spans.collect();
+        let right: Vec<f64> = right.into_iter().map(|right| f64::from(u8::from(right))).collect();
+        score.parts.push(("right".into(), mean(&right)));
         if !levels.is_empty() {
-            score.parts.push(("confidence".into(), mean(levels)));
+            score.parts.push(("confidence".into(), mean(&levels)));
         }
         if self.facts == Facts::Several {
             score.parts.push(("facts".into(), stated.len() as f64));
@@ -154,12 +162,14 @@ impl ConfidenceOptions {
 }
 
 /// An answer and the confidence stated with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stated<'a> {
     /// The answer.
     pub answer: &'a str,
     /// The confidence, if it is one of 0 to 10.
     pub level: Option<u8>,
+    /// Where its number is: bytes of the text.
+    pub number: Range<usize>,
 }
 
 impl Facts {
@@ -183,38 +193,36 @@ impl Facts {
 
 /// Reads the first `Answer: <answer>, Confidence: <number>` of a line.
 pub fn parse(text: &str) -> Option<Stated<'_>> {
-    let (answer, number, _) = find(text, |c| c.is_ascii_digit())?;
-    Some(Stated { answer, level: number.parse().ok().filter(|level| *level <= LEVELS) })
+    let (answer, number) = find(text, 0, |c| c.is_ascii_digit())?;
+    let level = text[number.clone()].parse().ok().filter(|level| *level <= LEVELS);
+    Some(Stated { answer, level, number })
 }
 
 /// Reads every `Answer: <answer>, Confidence: <number>`, each within a line.
 pub fn parse_all(text: &str) -> Vec<Stated<'_>> {
-    let mut found = Vec::new();
-    let mut rest = text;
-    while let Some((answer, number, after)) = find(rest, |c| c.is_ascii_digit() || c == '.') {
-        let number = number.parse::<f64>().ok().filter(|number| number.fract() == 0.0);
-        let level = number.filter(|number| *number <= f64::from(LEVELS)).map(|number| number as u8);
-        found.push(Stated { answer, level });
-        rest = after;
+    let mut found: Vec<Stated<'_>> = Vec::new();
+    let end = |found: &[Stated<'_>]| found.last().map_or(0, |last| last.number.end);
+    while let Some((answer, number)) = find(text, end(&found), |c| c.is_ascii_digit() || c == '.') {
+        let value = text[number.clone()].parse::<f64>().ok().filter(|value| value.fract() == 0.0);
+        let level = value.filter(|value| *value <= f64::from(LEVELS)).map(|value| value as u8);
+        found.push(Stated { answer, level, number });
     }
     found
 }
 
-/// The first answer with a number of these characters behind it: both, and the text after them.
-fn find(text: &str, belongs: impl Fn(char) -> bool) -> Option<(&str, &str, &str)> {
-    let mut rest = text;
-    while let Some(at) = rest.find("Answer:") {
-        rest = &rest[at + "Answer:".len()..];
-        let from = rest.trim_start();
-        let line = from.lines().next().unwrap_or_default();
+/// The first answer from here on with a number of these characters behind it, and where the number is.
+fn find(text: &str, from: usize, belongs: impl Fn(char) -> bool) -> Option<(&str, Range<usize>)> {
+    let answers = text[from..].match_indices("Answer:").map(|(at, name)| from + at + name.len());
+    for start in answers {
+        let start = text.len() - text[start..].trim_start().len();
+        let line = text[start..].lines().next().unwrap_or_default();
         for (comma, _) in line.match_indices(',') {
             let Some(number) = line[comma + 1..].trim_start().strip_prefix("Confidence:") else { continue };
             let number = number.trim_start();
             let length = number.find(|c: char| !belongs(c)).unwrap_or(number.len());
             if number[..length].contains(|c: char| c.is_ascii_digit()) {
-                // What is left of the line begins as far from its end as the number's end is.
-                let after = line.len() - (number.len() - length);
-                return Some((line[..comma].trim_end(), &number[..length], &from[after..]));
+                let at = start + line.len() - number.len();
+                return Some((line[..comma].trim_end(), at..at + length));
             }
         }
     }
@@ -423,7 +431,7 @@ mod tests {
         assert_eq!(read("Answer: a, Confidence: ...\nAnswer: b"), []);
         assert_eq!(read(""), []);
         // Where there is one, both ways of reading agree.
-        let one = "So. Answer:  Rome, Confidence:10.";
+        let one = "So. Answer:  Rome, Confidence:10, surely.";
         assert_eq!(parse_all(one), [parse(one).unwrap()]);
     }
 
@@ -456,9 +464,19 @@ mod tests {
             let paid = options.score(nothing, &gold);
             assert_eq!((paid.value, paid.status), (-15.0, Status::Malformed), "{nothing}");
         }
+        // Each number is paid its own bet; where there is none, the reply is paid as a whole.
+        let reply = "Answer: Austen, Confidence: 9\nAnswer: Rome, Confidence: 10.\nAnswer: Emma, Confidence: 99";
+        let spans = options.score(reply, &gold).spans;
+        let read: Vec<&str> = spans.iter().map(|span| &reply[span.text.clone()]).collect();
+        assert_eq!(read, ["9", "10.", "99"]);
+        let bets = [(Some(9), true), (Some(10), false), (None, true)];
+        assert!(spans.iter().zip(bets).all(|(span, (level, right))| span.reward == options.pay(level, right)));
+        assert!(options.score("Austen, surely", &gold).spans.is_empty());
         // One fact is one answer.
         let (one, reply) = (ConfidenceOptions { scale: 5.0, ..Default::default() }, "Answer: Emma, Confidence: 7");
-        assert_eq!(options.score(reply, &gold).value, one.score(reply, &gold).value);
+        let (several, one) = (options.score(reply, &gold), one.score(reply, &gold));
+        assert_eq!((several.value, &several.spans), (one.value, &one.spans));
+        assert_eq!((one.spans.len(), &reply[one.spans[0].text.clone()]), (1, "7"));
     }
 
     #[test]
