@@ -186,15 +186,13 @@ impl Replay {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
-    use std::ops::Range;
-
     use envs::Status;
     use rollout::Finish;
 
     use super::*;
 
     /// Spans of a text whose tokens are its bytes, followed by the token that ends it. The first `forced` tokens were not sampled.
-    fn spans(text: &str, forced: usize, of_text: &[Range<usize>], penalty: f64) -> Vec<SpanReward> {
+    fn spans(text: &str, forced: usize, of_text: &[(usize, usize)], penalty: f64) -> Vec<SpanReward> {
         let tokenizer = Tokenizer::bytes().unwrap();
         let completion: Vec<u32> = text.bytes().map(u32::from).chain([tokenizer.eos().unwrap()]).collect();
         let tokens = completion.len();
@@ -213,7 +211,8 @@ mod tests {
             transcript: None,
             text: text.to_owned(),
         };
-        let span = |(index, text): (usize, &Range<usize>)| SpanScore { text: text.clone(), reward: index as f64 };
+        let span =
+            |(index, &(start, end)): (usize, &(usize, usize))| SpanScore { text: start..end, reward: index as f64 };
         let spans = of_text.iter().enumerate().map(span).collect();
         let collected = Collected {
             rows: vec![0],
@@ -228,23 +227,23 @@ mod tests {
 
     #[test]
     fn a_span_has_the_tokens_that_hold_its_text_and_the_one_that_ends_it() {
-        let places = |text: &str, forced, of_text: &[Range<usize>]| -> Vec<Range<usize>> {
-            spans(text, forced, of_text, 0.0).into_iter().map(|span| span.tokens).collect()
+        let places = |text: &str, forced, of_text: &[(usize, usize)]| -> Vec<(usize, usize)> {
+            spans(text, forced, of_text, 0.0).into_iter().map(|span| (span.tokens.start, span.tokens.end)).collect()
         };
-        assert_eq!(places("a: 10", 0, &[3..5]), [3..6], "with the end of the text");
-        assert_eq!(places("a: 1\nb: 2", 0, &[3..4, 8..9]), [3..5, 8..10]);
-        assert_eq!(places("a: 1\nb: 2", 4, &[3..4, 8..9]), [0..1, 4..6], "among sampled tokens");
+        assert_eq!(places("a: 10", 0, &[(3, 5)]), [(3, 6)], "with the end of the text");
+        assert_eq!(places("a: 1\nb: 2", 0, &[(3, 4), (8, 9)]), [(3, 5), (8, 10)]);
+        assert_eq!(places("a: 1\nb: 2", 4, &[(3, 4), (8, 9)]), [(0, 1), (4, 6)], "among sampled tokens");
         // A character of two bytes is known with its second token.
-        assert_eq!(places("\u{e9}: 1", 0, &[4..5]), [4..6]);
-        assert_eq!(places("\u{e9}: 1", 0, &[0..2]), [1..3]);
-        assert_eq!(places("123", 0, &[0..1, 1..2, 2..3]), [0..1, 1..2, 2..4], "side by side");
-        assert_eq!(places("123", 0, &[0..2, 1..3]), [0..2, 2..4], "no token is in two");
-        assert_eq!(places("12", 0, &[0..9]), [0..3], "beyond the text");
+        assert_eq!(places("\u{e9}: 1", 0, &[(4, 5)]), [(4, 6)]);
+        assert_eq!(places("\u{e9}: 1", 0, &[(0, 2)]), [(1, 3)]);
+        assert_eq!(places("123", 0, &[(0, 1), (1, 2), (2, 3)]), [(0, 1), (1, 2), (2, 4)], "side by side");
+        assert_eq!(places("123", 0, &[(0, 2), (1, 3)]), [(0, 2), (2, 4)], "no token is in two");
+        assert_eq!(places("12", 0, &[(0, 9)]), [(0, 3)], "beyond the text");
     }
 
     #[test]
     fn what_is_paid_beside_the_score_is_paid_to_every_span() {
-        let rewards: Vec<f64> = spans("1 2", 0, &[0..1, 2..3], 0.25).iter().map(|span| span.reward).collect();
+        let rewards: Vec<f64> = spans("1 2", 0, &[(0, 1), (2, 3)], 0.25).iter().map(|span| span.reward).collect();
         assert_eq!(rewards, [-0.25, 0.75]);
         assert!(spans("1 2", 0, &[], 0.25).is_empty(), "judged as a whole");
     }
