@@ -20,5 +20,5 @@ pub use partner::{Partner, PartnerConfig};
 pub use reward::model::ModelRewardOptions;
 pub use reward::process::{OnError, ProcessOptions};
 pub use reward::{Reward, RewardConfig, RewardError, RewardKind, Silent, Weighted};
-pub use score::{Answer, Columns, Score, Status, TurnScore};
+pub use score::{Answer, Columns, Score, SpanScore, Status, TurnScore};
 pub use tasks::{Problem, Split, Task, TaskConfig};

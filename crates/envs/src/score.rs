@@ -1,5 +1,7 @@
 //! What a reward sees and what it says.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 /// The columns of a prompt's row, with everything the data set carried along: the expected answer among them.
@@ -51,6 +53,19 @@ pub struct Score {
     /// whole.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub turns: Vec<TurnScore>,
+    /// Parts of the answer that are judged on their own, in the order of the text, none within another; empty where the answer is judged as a whole. With
+    /// `credit = "span"` a policy gradient pays them, and not the value.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spans: Vec<SpanScore>,
+}
+
+/// A judgement of one part of an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpanScore {
+    /// Where it is: bytes of the completion's text.
+    pub text: Range<usize>,
+    /// What it is paid in place of the score's value, always finite.
+    pub reward: f64,
 }
 
 /// An environment's judgement of one turn.
@@ -69,7 +84,7 @@ pub struct TurnScore {
 impl Score {
     /// A score without parts.
     pub fn new(value: f64, status: Status) -> Self {
-        Self { value, status, parts: Vec::new(), turns: Vec::new() }
+        Self { value, status, parts: Vec::new(), turns: Vec::new(), spans: Vec::new() }
     }
 
     /// 1 for [`Status::Ok`], 0 for every other status.

@@ -3,12 +3,15 @@
 
 use std::time::{Duration, Instant};
 
+use posttrain_envs::reward::confidence::Facts;
 use posttrain_envs::reward::{LengthOptions, length::LengthReward};
 use posttrain_envs::verify::expression::{ExpressionError, ExpressionReward, evaluate};
 use posttrain_envs::verify::format::FormatReward;
 use posttrain_envs::verify::number::{NumberReward, Numbers, parse};
 use posttrain_envs::verify::{Budget, Exhausted, ExpressionOptions, FormatOptions, NumberOptions, Place, Rational};
-use posttrain_envs::{Answer, Columns, Reward, RewardConfig, RewardError, RewardKind, Score, Status, Weighted};
+use posttrain_envs::{
+    Answer, Columns, Reward, RewardConfig, RewardError, RewardKind, Score, SpanScore, Status, Weighted,
+};
 use proptest::prelude::*;
 
 fn ratio(numerator: i128, denominator: i128) -> Rational {
@@ -298,6 +301,21 @@ proptest! {
     }
 
     #[test]
+    fn stated_confidences_are_numbers_of_the_text_in_order(text in r"(Answer:|Confidence:|,|[0-9.]| |\n|é|x){0,40}") {
+        let found = Facts::Several.of(&text);
+        let starts = [0].into_iter().chain(found.iter().map(|stated| stated.number.end));
+        for (stated, start) in found.iter().zip(starts) {
+            prop_assert!(start < stated.number.start);
+            let number = &text[stated.number.clone()];
+            prop_assert!(number.contains(|c: char| c.is_ascii_digit()) && text.contains(stated.answer));
+            prop_assert!(stated.level.is_none_or(|level| number.parse() == Ok(f64::from(level))));
+        }
+        // Where one is read, several begin there or before.
+        let first = Facts::One.of(&text).into_iter().next();
+        prop_assert!(first.is_none_or(|first| found[0].number.start <= first.number.start));
+    }
+
+    #[test]
     fn a_budget_bounds_the_work(text in r"[-+*/^()0-9 ]{0,60}", steps in 0u64..200) {
         let unbounded = evaluate(&text, &mut Budget::new(1_000_000));
         match evaluate(&text, &mut Budget::new(steps)) {
@@ -355,6 +373,16 @@ fn weights_add_up_over_the_rewards_that_apply() {
     let score = total(vec![(1.0, Fixed("a", ok(1.0))), (1.0, Fixed("b", Some(Score::verdict(Status::Timeout))))]);
     assert_eq!(score.unwrap().status, Status::Timeout, "a failure is not hidden");
     assert_eq!(total(vec![(1.0, Fixed("a", None))]), None);
+
+    // A part of the answer is paid its own reward, and what the others pay for the answer.
+    let spans = vec![SpanScore { text: 0..2, reward: 3.0 }, SpanScore { text: 4..5, reward: -1.0 }];
+    let judged = Some(Score { spans, ..Score::new(1.0, Status::Ok) });
+    let other = Some(Score { spans: vec![SpanScore { text: 2..3, reward: 0.0 }], ..Score::new(0.5, Status::Ok) });
+    let members = vec![(2.0, Fixed("a", judged)), (1.0, Fixed("b", ok(10.0))), (-1.0, Fixed("c", other))];
+    let score = total(members).unwrap();
+    assert_eq!(score.value, 11.5);
+    let expected = [(0..2, 2.0 * 3.0 + 10.0 - 0.5), (2..3, 2.0 + 10.0), (4..5, -2.0 + 10.0 - 0.5)];
+    assert_eq!(score.spans, expected.map(|(text, reward)| SpanScore { text, reward }));
 
     assert!(weighted(vec![]).is_err());
     assert!(weighted(vec![(f64::NAN, Fixed("a", None))]).is_err());

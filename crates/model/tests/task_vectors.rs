@@ -37,6 +37,26 @@ fn without_extrapolation_it_is_the_soup_to_the_last_bit() {
 }
 
 #[test]
+fn blocks_have_coefficients_of_their_own() {
+    let vectors = TaskVectors::new(random(1), vec![random(2), random(3)]).unwrap();
+    let blocks = vectors.blocks();
+    assert_eq!(blocks, 1 + random(1).config().layers.len());
+    // The same everywhere is the same model.
+    let everywhere = vectors.merged(&[1.25, -0.5].repeat(blocks)).unwrap();
+    assert_eq!(bits(&everywhere), bits(&vectors.merged(&[1.25, -0.5]).unwrap()));
+    // The second model's first layer, the third one's second, and the base elsewhere.
+    let mut coefficients = vec![0.0; 2 * blocks];
+    (coefficients[2], coefficients[5]) = (1.0, 1.0);
+    let (merged, parts) = (vectors.merged(&coefficients).unwrap(), [random(1), random(2), random(3)]);
+    for (index, (name, tensor)) in merged.views().enumerate() {
+        let from = if name.contains("layers.0.") { 1 } else { 2 * usize::from(name.contains("layers.1.")) };
+        let expected = parts[from].views().nth(index).unwrap().1.data;
+        assert_eq!(tensor.data, expected, "{name} is that of model {}", from + 1);
+    }
+    assert!(vectors.merged(&[0.5; 3]).err().unwrap().to_string().contains("or 2 for each of"));
+}
+
+#[test]
 fn sums_are_those_of_the_formula() {
     let (base, one, other) = (random(1), random(2), random(3));
     let merged =

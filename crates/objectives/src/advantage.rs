@@ -23,8 +23,9 @@
 //! | `sequence` | that of its completion, `(R_i - baseline) / scale` |
 //! | `token` | `(Σ_{k≥t} γ^{k-t} r_k - baseline) / scale` with baseline and scale of the scores alone; REINFORCE++, arXiv 2501.03262 |
 //! | `turn` | `(Σ_{j≥k} γ^{j-k} r_j - mean) / scale` of its turn `k`, compared turn by turn ([`mod@crate::turns`]); arXiv 2505.11821 |
+//! | `span` | `(r_s - baseline) / scale` of the span `s` that it is in, compared with the spans of the group ([`mod@crate::spans`]); 0 outside; arXiv 2503.02623 |
 //!
-//! Without a penalty in the reward and with γ = 1 the first two are the same, and with one turn all three. `whiten_advantages` then shifts and scales the
+//! Without a penalty in the reward and with γ = 1 the first two are the same, and with one turn or without spans all. `whiten_advantages` then shifts and scales the
 //! advantages of all loss tokens of the step to mean 0 and variance 1 (PPO, REINFORCE++).
 //!
 //! `ε` is [`EPSILON`], as in TRL. A sample without a reward (no reward function applied) takes no part in `m`, `s` and
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gae;
 use crate::loss::{Error, Result, check_length};
+use crate::spans::{SpanReward, Spans};
 use crate::turns::{self, TurnReward};
 
 /// Added to a standard deviation before dividing by it.
@@ -85,6 +87,8 @@ pub enum Credit {
     Token,
     /// Those of its turn in a conversation and of later ones, discounted by `gamma` a turn.
     Turn,
+    /// That of its span: of the part of an answer that a reward judges on its own. None, outside of such parts.
+    Span,
 }
 
 /// The parts of an advantage.
@@ -94,7 +98,7 @@ pub struct Estimator {
     pub baseline: Baseline,
     /// What the difference is divided by.
     pub scale: ScaleRewards,
-    /// Which rewards a token answers for; not read with a value model.
+    /// Which rewards a token answers for; with a value model only [`Credit::Span`] is read.
     pub credit: Credit,
     /// Discount of later rewards, per token.
     pub gamma: f64,
@@ -136,6 +140,8 @@ pub struct Rewards<'a> {
     pub token_rewards: Option<&'a [f64]>,
     /// The turns of each completion, for [`Credit::Turn`].
     pub turns: Option<&'a [Vec<TurnReward>]>,
+    /// The spans of each completion, for [`Credit::Span`].
+    pub spans: Option<&'a [Vec<SpanReward>]>,
     /// The reward of each group's greedy completion, for [`Baseline::Greedy`].
     pub greedy: Option<&'a [f64]>,
     /// The value model's estimate before each loss token, for [`Baseline::Value`].
@@ -147,7 +153,8 @@ pub struct Rewards<'a> {
 pub struct Advantages {
     /// One per loss token, completion by completion.
     pub tokens: Vec<f64>,
-    /// One per completion: the advantage of its first token, before whitening over tokens; 0 without loss tokens and a value model.
+    /// One per completion: the advantage of its first token, before whitening over tokens; 0 without loss tokens and a value model. With spans the mean of
+    /// theirs.
     pub sequences: Vec<f64>,
     /// What the value model is to learn, one per loss token; empty without a value model.
     pub returns: Vec<f64>,
@@ -169,6 +176,13 @@ impl Estimator {
         check_length("the rewards of tokens", rewards.token_rewards.map_or(tokens, <[f64]>::len), tokens)?;
         if let Some((index, value)) = first_non_finite(rewards.scores) {
             return Err(Error::NonFiniteReward { index, value });
+        }
+        if self.credit == Credit::Span {
+            check_length("values", rewards.values.map_or(tokens, <[f64]>::len), tokens)?;
+            let spans = Spans::new(rewards)?;
+            let found = Self { credit: Credit::Sequence, ..*self }.advantages(&spans.rewards(rewards.greedy))?;
+            let values = rewards.values.filter(|_| self.baseline == Baseline::Value);
+            return Ok(spans.spread(found, tokens, values));
         }
         let mut found = match self.baseline {
             Baseline::Value => self.by_value_model(rewards)?,

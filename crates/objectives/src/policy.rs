@@ -59,9 +59,10 @@ pub struct PolicyOptions {
     /// What the difference to the baseline is divided by (TRL's name): the standard deviation of the group, of the batch, or
     /// nothing. Not read with a value model.
     pub scale_rewards: ScaleRewards,
-    /// Which rewards a token answers for: those of its whole completion, those from itself on, or those of its turn in a
-    /// conversation and of later ones. The first two differ where `kl_in = "reward"` or `gamma` is below 1. Not read with a
-    /// value model.
+    /// Which rewards a token answers for: those of its whole completion, those from itself on, those of its turn in a
+    /// conversation and of later ones, or that of its span, a part of the answer that a reward judges on its own (the
+    /// `confidence` reward: a stated confidence), and none outside of spans. The first two differ where `kl_in = "reward"` or
+    /// `gamma` is below 1. With a value model only `span` is read.
     pub credit: Credit,
     /// Discount of later rewards, per token; with `credit = "turn"`, per turn.
     #[schemars(range(min = 0.0, max = 1.0))]

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use objectives::{
     AdaptiveEntropy, AdaptiveKl, Aggregation, Baseline, ClipKind, CorrectionMode, Credit, EntropyControl, Error,
     Estimator, Fold, GlobalCounts, KlDirection, KlEstimator, Loss, Negative, PolicyBatch, PolicyOptions, RatioLevel,
-    Rewards, ScaleRewards, SftBatch, TurnReward, ValueBatch,
+    Rewards, ScaleRewards, SftBatch, SpanReward, TurnReward, ValueBatch,
 };
 use posttrain_objectives as objectives;
 use proptest::prelude::*;
@@ -352,7 +352,7 @@ proptest! {
             let of = |credit, token_rewards| {
                 let estimator = Estimator { baseline, credit, ..Estimator::default() };
                 let rewards = Rewards {
-                    scores: &scores, groups: &[2, 4], lengths: &lengths, token_rewards, greedy: Some(&[0.5, 1.0]), values: None, turns: None,
+                    scores: &scores, groups: &[2, 4], lengths: &lengths, token_rewards, greedy: Some(&[0.5, 1.0]), values: None, turns: None, spans: None,
                 };
                 estimator.advantages(&rewards).unwrap()
             };
@@ -650,6 +650,7 @@ fn unscored_samples_take_no_part() {
             greedy: None,
             values: Some(&values),
             turns: None,
+            spans: None,
         };
         estimator.advantages(&rewards).unwrap()
     };
@@ -838,4 +839,110 @@ fn credit_by_turns_is_that_of_completions_where_there_is_one() {
     assert_eq!(estimator.advantages(&rewards).unwrap().tokens, [0.25, 0.5, 0.5, -0.25, -0.25, -0.5]);
     assert!(estimator.advantages(&Rewards { turns: None, ..rewards }).is_err(), "turns are missing");
     assert!(estimator.advantages(&Rewards { lengths: &[3, 2], ..rewards }).is_err(), "tokens that are in no turn");
+}
+
+/// A step of two completions of one prompt, the first with two spans and the second with one, and a completion that nobody judged.
+fn spans() -> [Vec<SpanReward>; 3] {
+    let span = |reward: f64, tokens| SpanReward { reward, tokens };
+    [vec![span(1.0, 1..3), span(-0.5, 4..5)], vec![span(0.25, 0..2)], vec![]]
+}
+
+/// A completion without spans, or within one, is paid as with credit by completions, whatever it is compared with.
+#[test]
+fn credit_by_spans_is_that_of_completions_where_the_whole_is_one() {
+    let (scores, lengths) = ([Some(1.0), Some(0.0), None, Some(3.0), Some(0.5)], [2, 0, 1, 2, 3]);
+    let rewards = [0.1, -0.2, 0.3, 0.0, 0.5, 0.1, 0.2, -0.1];
+    let values = [0.3, 0.1, 0.2, 0.0, 0.4, 0.6, 0.1, 0.2];
+    for baseline in [Baseline::GroupMean, Baseline::LeaveOneOut, Baseline::Greedy, Baseline::Value, Baseline::None] {
+        for scale in [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None] {
+            for whiten_advantages in [false, true] {
+                let estimator = Estimator { baseline, scale, whiten_advantages, ..Estimator::default() };
+                let given = Rewards {
+                    scores: &scores,
+                    groups: &[3, 2],
+                    lengths: &lengths,
+                    token_rewards: Some(&rewards),
+                    greedy: Some(&[0.5, 1.0]),
+                    values: Some(&values),
+                    ..Rewards::default()
+                };
+                let whole = estimator.advantages(&given).unwrap();
+                let by_span = Estimator { credit: Credit::Span, ..estimator };
+                let covered = |index: usize| {
+                    let reward = scores[index].unwrap_or(0.0);
+                    vec![SpanReward { reward, tokens: 0..lengths[index] }]
+                };
+                for spans in [vec![Vec::new(); 5], (0..5).map(covered).collect()] {
+                    let found = by_span.advantages(&Rewards { spans: Some(&spans), ..given }).unwrap();
+                    assert_eq!(found, whole, "{baseline:?} {scale:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Each span has the advantages of an episode whose prompt is what stands before it (Rewarding Doubt, 2.3); what is in no span has none.
+#[test]
+fn a_span_is_an_episode_of_its_own() {
+    let (rewards, values) =
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [0.2, 0.4, 0.1, 0.3, 0.6, 0.5, 0.2, 0.7, 0.1]);
+    // Tokens of spans: 1, 2 | 4 | 5, 6; of the completion without a score 8.
+    let places = [1, 2, 4, 5, 6, 8];
+    let of = |all: &[f64]| places.map(|place| all[place]);
+    for baseline in [Baseline::GroupMean, Baseline::LeaveOneOut, Baseline::Value, Baseline::None] {
+        let estimator = Estimator { baseline, whiten_advantages: baseline == Baseline::Value, ..Estimator::default() };
+        let spans = spans();
+        let given = Rewards {
+            scores: &[Some(0.25), Some(0.25), None],
+            groups: &[3],
+            lengths: &[5, 3, 1],
+            token_rewards: Some(&rewards),
+            values: Some(&values),
+            spans: Some(&spans),
+            ..Rewards::default()
+        };
+        let found = Estimator { credit: Credit::Span, ..estimator }.advantages(&given).unwrap();
+        let episodes = Rewards {
+            scores: &[Some(1.0), Some(-0.5), Some(0.25), None],
+            groups: &[4],
+            lengths: &[2, 1, 2, 1],
+            token_rewards: Some(&of(&rewards)),
+            values: Some(&of(&values)),
+            spans: None,
+            ..given
+        };
+        let expected = estimator.advantages(&episodes).unwrap();
+        assert_eq!(of(&found.tokens), expected.tokens[..], "{baseline:?}");
+        assert_eq!([0, 3, 7].map(|outside| found.tokens[outside]), [0.0; 3]);
+        assert_eq!(found.sequences[0], (expected.sequences[0] + expected.sequences[1]) / 2.0);
+        assert_eq!(found.sequences[1..], expected.sequences[2..]);
+        if baseline == Baseline::Value {
+            assert_eq!(of(&found.returns), expected.returns[..]);
+            assert_eq!([0, 3, 7].map(|outside| found.returns[outside]), [0, 3, 7].map(|outside| values[outside]));
+        }
+    }
+}
+
+#[test]
+fn spans_that_cannot_be_are_refused() {
+    let estimator = Estimator { credit: Credit::Span, ..Estimator::default() };
+    let refused = |spans: Option<&[Vec<SpanReward>]>| {
+        let rewards = Rewards {
+            scores: &[Some(1.0), None, None],
+            groups: &[3],
+            lengths: &[5, 3, 1],
+            spans,
+            ..Rewards::default()
+        };
+        estimator.advantages(&rewards).unwrap_err().to_string()
+    };
+    assert!(refused(None).starts_with("spans is missing"));
+    assert!(refused(Some(&spans()[..2])).contains("the list of spans has length 2, expected 3"));
+    let [mut first, second, third] = spans();
+    first[1].tokens = 2..5;
+    assert!(refused(Some(&[first.clone(), second.clone(), third.clone()])).contains("the start of a span is 2"));
+    first[1].tokens = 4..6;
+    assert!(refused(Some(&[first.clone(), second.clone(), third.clone()])).contains("the start of a span is 4"));
+    first[1] = SpanReward { reward: f64::NAN, tokens: 4..5 };
+    assert!(refused(Some(&[first, second, third])).contains("NaN"));
 }

@@ -169,6 +169,7 @@ fn advantages_of_tokens_agree_with_their_formulas() {
         greedy: Some(&greedy),
         values: Some(&values),
         turns: None,
+        spans: None,
     };
     let cases = reference["advantages"].as_array().unwrap();
     assert_eq!(cases.len(), 8);

@@ -256,6 +256,24 @@ impl From<Utility> for eval::Scalarisation {
     }
 }
 
+/// What has coefficients of its own in a frontier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Granularity {
+    /// A model.
+    Global,
+    /// Each layer, and what lies outside of the layers, after a search for models.
+    Block,
+}
+
+impl From<Granularity> for train::frontier::Granularity {
+    fn from(granularity: Granularity) -> Self {
+        match granularity {
+            Granularity::Global => Self::Global,
+            Granularity::Block => Self::Block,
+        }
+    }
+}
+
 /// `posttrain frontier`
 #[derive(Debug, Args)]
 pub struct Frontier {
@@ -286,6 +304,9 @@ pub struct Frontier {
     /// Rounds of half steps around what is left
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10))]
     pub refinements: u32,
+    /// What has coefficients of its own: a whole model, or each of its blocks, too: the layers and what lies outside of them
+    #[arg(long, value_enum, default_value_t = Granularity::Global)]
+    pub granularity: Granularity,
     /// How often the better half of the candidates is measured again with twice the answers; each time halves those of the first look
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=10))]
     pub halvings: u32,
@@ -521,12 +542,16 @@ pub struct Personalized {
 /// `posttrain eval calibration`
 #[derive(Debug, Args)]
 pub struct Calibration {
-    /// JSON lines with `question` and `answer`: a text, a number, or a list of all that are right
+    /// JSON lines with `question` and `answer`: a text, a number, or a list of all that are right, and of lists of other names
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
     /// The model.
     #[command(flatten)]
     pub model: Model,
+    /// Ask for all answers that are known, each with a confidence of its own; every one counts, and is right if it shares more than half of its words with
+    /// one of the file's
+    #[arg(long)]
+    pub several: bool,
     /// The request for answer and confidence, in place of the usual one
     #[arg(long)]
     pub system: Option<String>,

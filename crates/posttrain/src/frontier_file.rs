@@ -78,13 +78,15 @@ impl FrontierFile {
             return Err(wrong(format!("expected a frontier of format {FORMAT}, got format {}", value["format"])));
         }
         let file: Self = serde_json::from_value(value).map_err(|error| wrong(format!("not a frontier: {error}")))?;
+        // One coefficient a model, or as many for each block of the models.
         let sizes = |policy: &FrontierPolicy| {
-            (policy.coefficients.len(), policy.scores.objectives.len())
-                == (file.models.len(), file.frontier.objectives.len())
+            let coefficients = policy.coefficients.len();
+            let whole = coefficients > 0 && coefficients.is_multiple_of(file.models.len().max(1));
+            whole && policy.scores.objectives.len() == file.frontier.objectives.len()
         };
         if let Some(odd) = file.frontier.policies.iter().position(|policy| !sizes(policy)) {
             return Err(wrong(format!(
-                "policy {}: expected {} coefficients and {} values",
+                "policy {}: expected {} coefficients, or so many for each block, and {} values",
                 odd + 1,
                 file.models.len(),
                 file.frontier.objectives.len()

@@ -58,9 +58,9 @@ static FRONTIER: LazyLock<Value> = LazyLock::new(|| {
 });
 
 /// The frontier with other policies: their coefficients and values.
-fn frontier_of(name: &str, policies: &[([f64; 2], [f64; 2])]) {
+fn frontier_of(name: &str, policies: &[(&[f64], [f64; 2])]) {
     let mut file = FRONTIER.clone();
-    let policy = |(coefficients, objectives): &([f64; 2], [f64; 2])| {
+    let policy = |(coefficients, objectives): &(&[f64], [f64; 2])| {
         json!({
             "coefficients": coefficients,
             "scores": {"objectives": objectives, "divergence": 0.0, "perplexity_ratio": 1.0},
@@ -88,13 +88,39 @@ fn a_frontier_names_its_models_and_its_policies() {
 /// What a policy answers is what the model of its coefficients answers, and the preference picks it.
 #[test]
 fn a_preference_picks_the_policy_that_answers() {
-    frontier_of("ends.json", &[([1.0, 0.0], [9.0, 0.0]), ([0.0, 0.0], [5.0, 5.0]), ([0.0, 1.0], [0.0, 9.0])]);
+    frontier_of("ends.json", &[(&[1.0, 0.0], [9.0, 0.0]), (&[0.0, 0.0], [5.0, 5.0]), (&[0.0, 1.0], [0.0, 9.0])]);
     let with =
         |preference: &str| answers(&["--frontier", "ends.json", "--preference", preference, "--utility", "chebyshev"]);
     let of = |model: &str| answers(&["--model", model]);
     assert_ne!(of("one"), of("other"));
     assert_eq!(with("1,0"), of("one"));
     assert_eq!(with("0,1"), of("other"));
+}
+
+/// Three blocks: what lies outside of the layers, and two layers.
+#[test]
+fn a_policy_may_have_coefficients_for_every_block() {
+    let models =
+        ["frontier", "recipe.toml", "--set", "model.name='base'", "--model", "one", "--model", "other", "--quiet"];
+    let search = ["--prompts", "2", "--samples", "1", "--grid", "2", "--averages", "2", "--refinements", "0"];
+    let table = run(0, &[&models[..], &search, &["--granularity", "block", "--out", "blocks.json"]].concat());
+    let file: Value = serde_json::from_str(&std::fs::read_to_string(folder().join("blocks.json")).unwrap()).unwrap();
+    let lengths = file["policies"].as_array().unwrap().iter().map(|policy| policy["coefficients"].as_array().unwrap());
+    let lengths: Vec<usize> = lengths.map(Vec::len).collect();
+    assert!(lengths.iter().all(|length| [2, 6].contains(length)), "{lengths:?}");
+    assert_eq!(table.matches("by block, mean").count(), lengths.iter().filter(|length| **length == 6).count());
+    // The same in every block is the model.
+    frontier_of("equal.json", &[(&[1.0, 0.0].repeat(3), [9.0, 0.0])]);
+    let with = |name| ["--frontier", name, "--preference", "1,0"];
+    assert_eq!(answers(&with("equal.json")), answers(&["--model", "one"]));
+    for (count, told) in [
+        (3, "policy 1: expected 2 coefficients, or so many for each block, and 2 values"),
+        (14, "expected 2 finite coefficients, or 2 for each of 3 blocks"),
+    ] {
+        frontier_of("odd.json", &[(&vec![0.5; count], [9.0, 0.0])]);
+        let output = run(1, &[&["generate", "--quiet", "--prompt", "1"][..], &with("odd.json")].concat());
+        assert!(output.contains(told), "{output}");
+    }
 }
 
 #[test]
@@ -153,7 +179,7 @@ fn equal_models_have_equal_shares() {
 
 #[test]
 fn misuse_is_told() {
-    frontier_of("two.json", &[([1.0, 0.0], [9.0, 0.0])]);
+    frontier_of("two.json", &[(&[1.0, 0.0], [9.0, 0.0])]);
     let generate =
         |code, flags: &[&str]| run(code, &[&["generate", "--quiet", "--raw", "--prompt", "1"], flags].concat());
     insta::assert_snapshot!("preference_of_one", generate(2, &["--frontier", "two.json", "--preference", "1"]));

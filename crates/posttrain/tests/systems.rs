@@ -93,10 +93,13 @@ fn calibration_counts_what_it_cannot_read() {
     assert!(stdout(&output).contains("answers     4\nmalformed   100.0 %"), "{}", stdout(&output));
     assert!(stdout(&output).contains("no confidence could be read"));
     assert!(folder.path().join("reliability.html").exists());
-    let output = ask(&["questions.jsonl", "--json"]);
-    expect(0, &output);
-    let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
-    assert_eq!((found["asked"].as_u64(), found["malformed"].as_u64()), (Some(2), Some(2)));
+    for several in [None, Some("--several")] {
+        let arguments: Vec<&str> = ["questions.jsonl", "--json"].into_iter().chain(several).collect();
+        let output = ask(&arguments);
+        expect(0, &output);
+        let found: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!((found["asked"].as_u64(), found["malformed"].as_u64()), (Some(2), Some(2)), "{several:?}");
+    }
     // Answers that were written can be compared with, as long as they are to the same questions.
     let output = ask(&["questions.jsonl", "--answers", "answers.jsonl"]);
     expect(0, &output);

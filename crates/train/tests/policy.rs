@@ -8,11 +8,11 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads, prompts};
-use envs::Reward;
 use envs::reward::{Shaped, Shaping};
+use envs::{Answer, Reward, RewardError, Score, SpanScore, Status};
 use kernels::Precision;
 use model::weights::safetensors;
-use objectives::{Baseline, ClipKind, KlEstimator};
+use objectives::{Baseline, ClipKind, Credit, KlEstimator};
 use posttrain_train as train;
 use train::methods::policy::{OldPolicy, PRESETS, Policy, PolicyOptions, ReplayOptions, ValueModel};
 use train::options::{GradientCheckpointing, RunOptions, TrainingOptions};
@@ -106,6 +106,53 @@ fn methods_learn_from_scores() {
             println!("{name}, seed {seed}: {start:.3} to {end:.3}");
             assert!(end > start + 0.2, "{name}, seed {seed}: {start} to {end}");
         }
+    }
+}
+
+/// Pays every completion the same, and every character of it for being in the lower half of ASCII.
+struct LowCharacters;
+
+impl Reward for LowCharacters {
+    fn name(&self) -> &str {
+        "low"
+    }
+
+    fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<Score>>, RewardError> {
+        let score = |answer: &Answer<'_>| {
+            let text = answer.completion;
+            // Of other completions it is not known which token holds which piece of the text.
+            (text.is_ascii() && text.len() == answer.completion_ids.len()).then(|| {
+                let low: Vec<f64> = text.bytes().map(|byte| f64::from(u8::from(byte < 64))).collect();
+                let spans = low.iter().enumerate().map(|(at, &reward)| SpanScore { text: at..at + 1, reward });
+                let parts = vec![("low".to_owned(), mean(&low))];
+                Score { spans: spans.collect(), parts, ..Score::new(1.0, Status::Ok) }
+            })
+        };
+        Ok(answers.iter().map(score).collect())
+    }
+}
+
+/// Where completions are all paid the same, only what their parts are paid can teach anything.
+#[test]
+fn a_part_of_an_answer_learns_from_its_own_reward() {
+    for seed in [7, 8, 9] {
+        let run = |credit| {
+            let mut options = many(preset("grpo"), 30);
+            options.sampling.max_new_tokens = 2;
+            options.objective.credit = credit;
+            lines(&Setup {
+                seed,
+                reward: || Box::new(LowCharacters),
+                options: RunOptions { save_steps: 0, ..Default::default() },
+                ..setup(options)
+            })
+        };
+        let by_completion = run(Credit::Sequence);
+        assert!(by_completion.iter().all(|line| line["grad_norm"].as_f64() == Some(0.0)));
+        let low: Vec<f64> = run(Credit::Span).iter().map(|line| line["rewards/low/mean"].as_f64().unwrap()).collect();
+        let (start, end) = (mean(&low[..3]), mean(&low[27..]));
+        println!("seed {seed}: {start:.3} to {end:.3}");
+        assert!(end > start + 0.15, "seed {seed}: {start} to {end}");
     }
 }
 

@@ -23,13 +23,26 @@
 //!
 //! An answer is read as `Answer: <answer>, Confidence: <number>`, at the first place where it stands so; what follows the digits is ignored. It is
 //! right if it equals one of the expected answers in lower case, without punctuation and the articles a, an, the.
+//!
+//! With `facts = "several"` a reply states any number of facts of this form, each a bet of its own. A fact is right if it shares enough words with an expected
+//! answer: `F1 = 2 · common / (words of one + words of the other)` above 1/2. Its number must be whole: `8.5` cannot be read, where a single answer's
+//! fraction is lost. A reply is paid the mean over its facts; one without any cannot be read.
+//!
+//! Each stated confidence is a span of its own ([`SpanScore`]), paid its bet. With `credit = "span"` a policy gradient trains the confidences alone, each by
+//! its own bet: answers carry no loss, as in the paper, and how many facts a reply states is not paid for. With credit by whole replies all tokens share the
+//! mean, and a reply gains by repeating the fact that it is surest of. A reply without any fact is paid as a whole either way.
+//!
+//! Deviation from the paper, with several facts: there every confidence is sampled anew, at temperature 1, after an answer that was sampled at 0.6. Here
+//! a reply is sampled once.
+
+use std::ops::Range;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Reward, RewardError};
-use crate::score::{Answer, Score, Status};
+use crate::score::{Answer, Score, SpanScore, Status};
 
 /// How a bet is paid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -65,15 +78,28 @@ impl Scoring {
     }
 }
 
+/// What a reply states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Facts {
+    /// One answer: the first.
+    #[default]
+    One,
+    /// Any number of them, each with its confidence.
+    Several,
+}
+
 /// Options of the `confidence` reward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConfidenceOptions {
-    /// The column with the expected answer, or a list of answers each of which is right.
+    /// The column with the expected answer, or a list of answers each of which is right; in it, a list of other names for one of them.
     pub column: String,
+    /// What a reply states: one answer, the first, or several, each with a confidence of its own.
+    pub facts: Facts,
     /// How a bet is paid.
     pub scoring: Scoring,
-    /// Factor of the whole reward.
+    /// Factor of the whole reward; in the paper 10, and 5 with several facts.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub scale: f64,
     /// Added for a right answer, before the factor.
@@ -85,7 +111,14 @@ pub struct ConfidenceOptions {
 
 impl Default for ConfidenceOptions {
     fn default() -> Self {
-        Self { column: "answer".into(), scoring: Scoring::Log, scale: 10.0, bonus: 0.25, malformed_penalty: 3.0 }
+        Self {
+            column: "answer".into(),
+            facts: Facts::One,
+            scoring: Scoring::Log,
+            scale: 10.0,
+            bonus: 0.25,
+            malformed_penalty: 3.0,
+        }
     }
 }
 
@@ -98,35 +131,117 @@ impl ConfidenceOptions {
         };
         self.scale * value
     }
+
+    /// What a reply is paid: the mean over the bets that it states.
+    fn score(&self, reply: &str, gold: &[String]) -> Score {
+        let stated = self.facts.of(reply);
+        let right: Vec<bool> = stated.iter().map(|stated| self.facts.is_right(stated.answer, gold)).collect();
+        let paid: Vec<f64> = stated.iter().zip(&right).map(|(stated, &right)| self.pay(stated.level, right)).collect();
+        let levels: Vec<f64> =
+            stated.iter().filter_map(|stated| Some(f64::from(stated.level?) / f64::from(LEVELS))).collect();
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let status = match (levels.is_empty(), right.iter().all(|right| *right)) {
+            (true, _) => Status::Malformed,
+            (false, true) => Status::Ok,
+            (false, false) => Status::Wrong,
+        };
+        // A reply that states nothing is one bet that cannot be read.
+        let mut score = Score::new(if stated.is_empty() { self.pay(None, false) } else { mean(&paid) }, status);
+        let spans = stated.iter().zip(paid).map(|(stated, reward)| SpanScore { text: stated.number.clone(), reward });
+        score.spans = spans.collect();
+        let right: Vec<f64> = right.into_iter().map(|right| f64::from(u8::from(right))).collect();
+        score.parts.push(("right".into(), mean(&right)));
+        if !levels.is_empty() {
+            score.parts.push(("confidence".into(), mean(&levels)));
+        }
+        if self.facts == Facts::Several {
+            score.parts.push(("facts".into(), stated.len() as f64));
+        }
+        score
+    }
 }
 
 /// An answer and the confidence stated with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stated<'a> {
     /// The answer.
     pub answer: &'a str,
     /// The confidence, if it is one of 0 to 10.
     pub level: Option<u8>,
+    /// Where its number is: bytes of the text.
+    pub number: Range<usize>,
+}
+
+impl Facts {
+    /// What a text states.
+    pub fn of(self, text: &str) -> Vec<Stated<'_>> {
+        match self {
+            Self::One => parse(text).into_iter().collect(),
+            Self::Several => parse_all(text),
+        }
+    }
+
+    /// Whether an answer counts as one of the accepted ones.
+    pub fn is_right(self, answer: &str, accepted: &[String]) -> bool {
+        let mut accepted = accepted.iter().map(String::as_str);
+        match self {
+            Self::One => is_right(answer, accepted),
+            Self::Several => accepted.any(|accepted| token_f1(answer, accepted) > 0.5),
+        }
+    }
 }
 
 /// Reads the first `Answer: <answer>, Confidence: <number>` of a line.
 pub fn parse(text: &str) -> Option<Stated<'_>> {
-    let mut rest = text;
-    while let Some(at) = rest.find("Answer:") {
-        rest = &rest[at + "Answer:".len()..];
-        let line = rest.trim_start();
-        let line = line.lines().next().unwrap_or_default();
+    let (answer, number) = find(text, 0, |c| c.is_ascii_digit())?;
+    let level = text[number.clone()].parse().ok().filter(|level| *level <= LEVELS);
+    Some(Stated { answer, level, number })
+}
+
+/// Reads every `Answer: <answer>, Confidence: <number>`, each within a line.
+pub fn parse_all(text: &str) -> Vec<Stated<'_>> {
+    let mut found: Vec<Stated<'_>> = Vec::new();
+    let end = |found: &[Stated<'_>]| found.last().map_or(0, |last| last.number.end);
+    while let Some((answer, number)) = find(text, end(&found), |c| c.is_ascii_digit() || c == '.') {
+        let value = text[number.clone()].parse::<f64>().ok().filter(|value| value.fract() == 0.0);
+        let level = value.filter(|value| *value <= f64::from(LEVELS)).map(|value| value as u8);
+        found.push(Stated { answer, level, number });
+    }
+    found
+}
+
+/// The first answer from here on with a number of these characters behind it, and where the number is.
+fn find(text: &str, from: usize, belongs: impl Fn(char) -> bool) -> Option<(&str, Range<usize>)> {
+    let answers = text[from..].match_indices("Answer:").map(|(at, name)| from + at + name.len());
+    for start in answers {
+        let start = text.len() - text[start..].trim_start().len();
+        let line = text[start..].lines().next().unwrap_or_default();
         for (comma, _) in line.match_indices(',') {
             let Some(number) = line[comma + 1..].trim_start().strip_prefix("Confidence:") else { continue };
             let number = number.trim_start();
-            let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
-            if digits > 0 {
-                let level = number[..digits].parse().ok().filter(|level| *level <= LEVELS);
-                return Some(Stated { answer: line[..comma].trim_end(), level });
+            let length = number.find(|c: char| !belongs(c)).unwrap_or(number.len());
+            if number[..length].contains(|c: char| c.is_ascii_digit()) {
+                let at = start + line.len() - number.len();
+                return Some((line[..comma].trim_end(), at..at + length));
             }
         }
     }
     None
+}
+
+/// The words that two answers share, as the harmonic mean of their shares of both: 1 for the same words, 0 for none in common.
+pub fn token_f1(answer: &str, accepted: &str) -> f64 {
+    let (answer, accepted) = (normalised(answer), normalised(accepted));
+    let mut left: Vec<&str> = accepted.split_whitespace().collect();
+    let all = answer.split_whitespace().count() + left.len();
+    if all == 0 {
+        return 1.0;
+    }
+    let taken = answer.split_whitespace().filter(|word| {
+        let place = left.iter().position(|other| other == word);
+        place.map(|place| left.swap_remove(place)).is_some()
+    });
+    2.0 * taken.count() as f64 / all as f64
 }
 
 /// Text as answers are compared: lower case, punctuation and underscores as spaces, no articles, single spaces.
@@ -142,16 +257,15 @@ pub fn is_right<'a>(answer: &str, accepted: impl IntoIterator<Item = &'a str>) -
     accepted.into_iter().any(|accepted| normalised(accepted) == answer)
 }
 
-/// The accepted answers in a column: a text, a number, or a list of these.
+/// The accepted answers in a column: a text, a number, or a list of these, and of lists of other names.
 pub fn accepted(value: &Value) -> Option<Vec<String>> {
-    let one = |value: &Value| match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        _ => None,
-    };
     match value {
-        Value::Array(list) if !list.is_empty() => list.iter().map(one).collect(),
-        value => Some(vec![one(value)?]),
+        Value::String(text) => Some(vec![text.clone()]),
+        Value::Number(number) => Some(vec![number.to_string()]),
+        Value::Array(list) if !list.is_empty() => {
+            Some(list.iter().map(accepted).collect::<Option<Vec<_>>>()?.into_iter().flatten().collect())
+        }
+        _ => None,
     }
 }
 
@@ -198,18 +312,7 @@ impl Reward for ConfidenceReward {
                 let (found, expected) = (super::shorten(&value.to_string()), "a text, a number or a list of these");
                 return Err(RewardError::BadColumn { reward, row, column, found, expected });
             };
-            let stated = parse(answer.completion);
-            let right = stated.is_some_and(|stated| is_right(stated.answer, gold.iter().map(String::as_str)));
-            let level = stated.and_then(|stated| stated.level);
-            let status = match (level, right) {
-                (None, _) => Status::Malformed,
-                (Some(_), true) => Status::Ok,
-                (Some(_), false) => Status::Wrong,
-            };
-            let mut score = Score::new(self.options.pay(level, right), status);
-            score.parts.push(("right".into(), f64::from(u8::from(right))));
-            score.parts.extend(level.map(|level| ("confidence".into(), f64::from(level) / f64::from(LEVELS))));
-            Ok(Some(score))
+            Ok(Some(self.options.score(answer.completion, &gold)))
         };
         answers.iter().enumerate().map(score).collect()
     }
@@ -307,10 +410,82 @@ mod tests {
     }
 
     #[test]
+    fn several_facts_are_read_each_with_its_number() {
+        let read = |text| parse_all(text).iter().map(|stated| (stated.answer, stated.level)).collect::<Vec<_>>();
+        assert_eq!(
+            read(
+                "Answer: Emma, Confidence: 9\nAnswer: Persuasion, Confidence: 10.\n\nAnswer: Rome, Italy, Confidence:0"
+            ),
+            [("Emma", Some(9)), ("Persuasion", Some(10)), ("Rome, Italy", Some(0))]
+        );
+        assert_eq!(
+            read("Answer: a, Confidence: 1, Answer: b, Confidence: 2"),
+            [("a", Some(1)), ("b", Some(2))],
+            "on one line"
+        );
+        assert_eq!(read("Answer: a, Confidence: 8.5 Answer: b, Confidence: 8.0"), [("a", None), ("b", Some(8))]);
+        assert_eq!(read("Answer: a, Confidence: 85\nAnswer: b, Confidence: 1.2.3"), [("a", None), ("b", None)]);
+        assert_eq!(read("Answer: a, Confidence: 7/10\nAnswer: é, Confidence: 3"), [("a", Some(7)), ("é", Some(3))]);
+        // An answer without a number lends its place to the next one of its line, and to none of the next line.
+        assert_eq!(read("Answer: a, Confidence: high\nAnswer: b, Confidence: 2"), [("b", Some(2))]);
+        assert_eq!(read("Answer: a, Confidence: ...\nAnswer: b"), []);
+        assert_eq!(read(""), []);
+        // Where there is one, both ways of reading agree.
+        let one = "So. Answer:  Rome, Confidence:10, surely.";
+        assert_eq!(parse_all(one), [parse(one).unwrap()]);
+    }
+
+    #[test]
+    fn facts_are_right_by_more_than_half_of_their_words() {
+        assert_eq!(token_f1("The Beatles", "beatles!"), 1.0);
+        assert_eq!(token_f1("", "a"), 1.0, "nothing is left of either");
+        assert_eq!((token_f1("x", ""), token_f1("x", "y")), (0.0, 0.0));
+        // A word counts as often as it is there.
+        assert!((token_f1("new york new york", "new york") - 2.0 / 3.0).abs() < 1e-15);
+        assert!((token_f1("jane austen", "austen") - 2.0 / 3.0).abs() < 1e-15);
+        let right = |answer: &str| Facts::Several.is_right(answer, &["Jane Austen".into(), "Emma".into()]);
+        assert!(right("austen") && right("emma") && right("Jane Austen, the novelist"));
+        assert!(!right("jane smith"), "one half is not enough");
+        assert!(!Facts::One.is_right("austen", &["Jane Austen".into()]), "a single answer has to be the same");
+    }
+
+    #[test]
+    fn a_reply_is_paid_the_mean_of_its_bets() {
+        let options = ConfidenceOptions { facts: Facts::Several, scale: 5.0, ..Default::default() };
+        let gold = accepted(&serde_json::json!([["Jane Austen", "Austen"], "Emma"])).unwrap();
+        let paid = options
+            .score("Answer: Austen, Confidence: 9\nAnswer: Rome, Confidence: 2\nAnswer: Emma, Confidence: 99", &gold);
+        let expected = (options.pay(Some(9), true) + options.pay(Some(2), false) + options.pay(None, true)) / 3.0;
+        assert!((paid.value - expected).abs() < 1e-12 && paid.status == Status::Wrong);
+        let part = |name: &str| paid.parts.iter().find(|part| part.0 == name).unwrap().1;
+        assert_eq!((part("facts"), part("right")), (3.0, 2.0 / 3.0));
+        assert!((part("confidence") - 0.55).abs() < 1e-12, "of those that can be read");
+        for nothing in ["", "Austen, surely", "Answer: Emma, Confidence: high"] {
+            let paid = options.score(nothing, &gold);
+            assert_eq!((paid.value, paid.status), (-15.0, Status::Malformed), "{nothing}");
+        }
+        // Each number is paid its own bet; where there is none, the reply is paid as a whole.
+        let reply = "Answer: Austen, Confidence: 9\nAnswer: Rome, Confidence: 10.\nAnswer: Emma, Confidence: 99";
+        let spans = options.score(reply, &gold).spans;
+        let read: Vec<&str> = spans.iter().map(|span| &reply[span.text.clone()]).collect();
+        assert_eq!(read, ["9", "10.", "99"]);
+        let bets = [(Some(9), true), (Some(10), false), (None, true)];
+        assert!(spans.iter().zip(bets).all(|(span, (level, right))| span.reward == options.pay(level, right)));
+        assert!(options.score("Austen, surely", &gold).spans.is_empty());
+        // One fact is one answer.
+        let (one, reply) = (ConfidenceOptions { scale: 5.0, ..Default::default() }, "Answer: Emma, Confidence: 7");
+        let (several, one) = (options.score(reply, &gold), one.score(reply, &gold));
+        assert_eq!((several.value, &several.spans), (one.value, &one.spans));
+        assert_eq!((one.spans.len(), &reply[one.spans[0].text.clone()]), (1, "7"));
+    }
+
+    #[test]
     fn right_answers_may_differ_in_form() {
         assert!(is_right("The  Beatles!", ["beatles"]) && is_right("new_york", ["x", "New York"]));
         assert!(!is_right("beat", ["beatles"]));
         assert_eq!(accepted(&serde_json::json!(["a", 3])), Some(vec!["a".into(), "3".into()]));
+        assert_eq!(accepted(&serde_json::json!([["a", "b"], 3])), Some(vec!["a".into(), "b".into(), "3".into()]));
         assert_eq!((accepted(&serde_json::json!([])), accepted(&Value::Null)), (None, None));
+        assert_eq!(accepted(&serde_json::json!(["a", []])), None);
     }
 }

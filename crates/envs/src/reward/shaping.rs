@@ -263,6 +263,9 @@ impl Reward for Shaped {
             let references = self.references(row, answer)?;
             score.parts.push(("raw".into(), score.value));
             score.value = self.shaping.value(score.value, &references, &seen);
+            for span in &mut score.spans {
+                span.reward = self.shaping.value(span.reward, &references, &seen);
+            }
         }
         Ok(scores)
     }
@@ -388,6 +391,20 @@ mod tests {
         assert_eq!(score(&again, &["3"]), [0.0], "as new");
         assert!(again.restore(&json!({ "seen": 3 })).is_err());
         assert!(Given.restore(&saved).is_err(), "a reward without a state takes none");
+        // Parts of an answer are shaped as answers are.
+        struct Parts;
+        impl Reward for Parts {
+            fn name(&self) -> &str {
+                "parts"
+            }
+            fn score(&self, _: &[Answer]) -> Result<Vec<Option<Score>>, RewardError> {
+                let spans = vec![crate::SpanScore { text: 0..1, reward: 4.0 }];
+                Ok(vec![Some(Score { spans, ..Score::new(0.0, crate::Status::Ok) })])
+            }
+        }
+        let answer = Answer { prompt_text: "", completion: "", completion_ids: &[], columns: &columns };
+        let minimax = Shaped::new(Box::new(Parts), Shaping::MinMax).score(&[answer]).unwrap();
+        assert_eq!(minimax[0].as_ref().unwrap().spans[0].reward, value(&Shaping::MinMax, 4.0, &[]));
         let clipped = Shaped::new(Box::new(Given), Shaping::Clip);
         assert_eq!(score(&clipped, &["0", "2", "4"]), [0.0, 2.0, 4.0]);
         assert!(score(&clipped, &["100"])[0] < 100.0);

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{MakeModelReward, Reward, RewardConfig, RewardError};
-use crate::score::{Answer, Score, Status};
+use crate::score::{Answer, Score, SpanScore, Status};
 
 /// The weighted sum of several rewards.
 ///
@@ -14,6 +14,8 @@ use crate::score::{Answer, Score, Status};
 /// The status is that of the first reward that applies, in the order of the list: put the verifier first and the rewards
 /// that shape the value after it. Only a [`Status::Timeout`] or [`Status::Error`] of a later reward comes before it, since
 /// a verifier's failure must not hide behind another's success.
+///
+/// The spans are those of all members. Each is paid what its own member pays for it, and what the others pay for the answer.
 ///
 /// The parts are each applying reward's unweighted value under its name, followed by its own parts as `NAME/PART`.
 pub struct Weighted {
@@ -90,6 +92,12 @@ impl Reward for Weighted {
                 let Some(score) = score else { continue };
                 let total = total.get_or_insert_with(|| Score::new(0.0, score.status));
                 total.value += weight * score.value;
+                // For now by how much more than the answer.
+                let own = score
+                    .spans
+                    .into_iter()
+                    .map(|SpanScore { text, reward }| SpanScore { text, reward: weight * (reward - score.value) });
+                total.spans.extend(own);
                 if matches!(score.status, Status::Timeout | Status::Error) && total.status < score.status {
                     total.status = score.status;
                 }
@@ -98,6 +106,10 @@ impl Reward for Weighted {
                     .parts
                     .extend(score.parts.into_iter().map(|(part, value)| (format!("{}/{part}", member.name()), value)));
             }
+        }
+        for total in totals.iter_mut().flatten() {
+            total.spans.iter_mut().for_each(|span| span.reward += total.value);
+            total.spans.sort_by_key(|span| span.text.start);
         }
         Ok(totals)
     }

@@ -11,7 +11,10 @@
 //!
 //! A sum of task vectors is computed as `(1 - Σ a_i) θ_0 + Σ a_i θ_i`. Where the coefficients sum to one it is therefore the average with
 //! these shares, and where they pick one model it is that model: the same bits. A weight that is used in two places, as a tied embedding
-//! is, exists once and is counted once.
+//! is, exists once and is counted once. Coefficients may differ from block to block: the embedding, the final norm and the heads are one block, each
+//! layer is another.
+
+use std::ops::Range;
 
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
@@ -36,17 +39,27 @@ impl Decoder {
             return Err(Error::Invalid(format!("expected {count} shares from 0 up and not all 0, got {shares:?}")));
         }
         check_summable(self, others)?;
-        self.combine(others, shares, total);
+        self.combine(0..self.layout.len, others, shares, total);
         Ok(())
     }
 
-    /// Replaces each weight by the sum of its values in this decoder and `others`, times `coefficients`, over `divisor`. Models whose
-    /// coefficient is 0 take no part.
-    fn combine(&mut self, others: &[Self], coefficients: &[f64], divisor: f64) {
+    /// For each run of weights that lie together, its block and where it lies.
+    fn blocks(&self) -> Vec<(usize, Range<usize>)> {
+        let block = |name: &str| {
+            let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
+            layer.and_then(|layer| layer.parse::<usize>().ok()).map_or(0, |layer| layer + 1)
+        };
+        self.layout.entries.iter().map(|entry| (block(&entry.name), entry.range.clone())).collect()
+    }
+
+    /// Replaces each weight in this part of them by the sum of its values in this decoder and `others`, times `coefficients`, over `divisor`.
+    /// Models whose coefficient is 0 take no part.
+    fn combine(&mut self, part: Range<usize>, others: &[Self], coefficients: &[f64], divisor: f64) {
         let weighted = |(model, coefficient): (usize, &f64)| (*coefficient != 0.0).then_some((model, *coefficient));
         let terms: Vec<(usize, f64)> = coefficients.iter().enumerate().filter_map(weighted).collect();
-        self.base.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            for (index, value) in (chunk * CHUNK..).zip(values) {
+        let first = part.start;
+        self.base[part].par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+            for (index, value) in (first + chunk * CHUNK..).zip(values) {
                 let of = |model: usize| f64::from(if model == 0 { *value } else { others[model - 1].base[index] });
                 let sum =
                     terms.iter().map(|&(model, coefficient)| coefficient * of(model)).reduce(|sum, term| sum + term);
@@ -109,20 +122,37 @@ impl TaskVectors {
         &self.base
     }
 
-    /// `θ_0 + Σ a_i τ_i`, a decoder that has to be prepared.
+    /// Blocks that may have coefficients of their own: what lies outside of the layers, then layer after layer.
+    pub fn blocks(&self) -> usize {
+        1 + self.base.config.layers.len()
+    }
+
+    /// `θ_0 + Σ a_i τ_i`, a decoder that has to be prepared. There is one coefficient for each task vector, or one for each in the first block,
+    /// then one for each in the second, and so on ([`TaskVectors::blocks`]).
     ///
     /// # Errors
-    /// Coefficients that are not finite, or not one for each task vector.
+    /// Coefficients that are not finite, or of another number.
     pub fn merged(&self, coefficients: &[f64]) -> Result<Decoder> {
-        if coefficients.len() != self.trained.len() || coefficients.iter().any(|a| !a.is_finite()) {
-            let expected = format!("expected {} finite coefficients, got {coefficients:?}", self.trained.len());
-            return Err(Error::Invalid(expected));
+        let (count, blocks) = (self.trained.len(), self.blocks());
+        let by_block = coefficients.len() == count * blocks;
+        if !(by_block || coefficients.len() == count) || coefficients.iter().any(|a| !a.is_finite()) {
+            let expected = format!("expected {count} finite coefficients, or {count} for each of {blocks} blocks");
+            return Err(Error::Invalid(format!("{expected}, got {coefficients:?}")));
         }
-        let rest = 1.0 - coefficients.iter().sum::<f64>();
-        // What rounding leaves of 1 - 0.9 - 0.1 is no share of the base.
-        let rest = if rest.abs() < 1e-12 { 0.0 } else { rest };
         let mut merged = self.base.clone();
-        merged.combine(&self.trained, &[&[rest], coefficients].concat(), 1.0);
+        let mut combine = |part: Range<usize>, coefficients: &[f64]| {
+            let rest = 1.0 - coefficients.iter().sum::<f64>();
+            // What rounding leaves of 1 - 0.9 - 0.1 is no share of the base.
+            let rest = if rest.abs() < 1e-12 { 0.0 } else { rest };
+            merged.combine(part, &self.trained, &[&[rest], coefficients].concat(), 1.0);
+        };
+        match by_block {
+            false => combine(0..self.base.layout.len, coefficients),
+            true => {
+                let parts = self.base.blocks().into_iter();
+                parts.for_each(|(block, part)| combine(part, &coefficients[block * count..][..count]));
+            }
+        }
         Ok(merged)
     }
 }

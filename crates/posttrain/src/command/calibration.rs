@@ -1,13 +1,14 @@
 //! `posttrain eval calibration`: does a model know what it knows?
 //!
 //! Every question is asked with the request to state a confidence from 0 to 10 ([`mod@envs::reward::confidence`]); confidences are then held
-//! against the answers ([`mod@eval::calibration`]), and against those of another model to the same questions. Answers without a readable
+//! against the answers ([`mod@eval::calibration`]), and against those of another model to the same questions. With `--several` a reply states any
+//! number of answers, each with its confidence; every one of every reply counts the same. Answers without a readable
 //! confidence are counted, and left out of everything but that count.
 
 use std::path::Path;
 
 use base::{Purpose, Random, files};
-use envs::reward::confidence::{LEVELS, accepted, is_right, parse};
+use envs::reward::confidence::{Facts, LEVELS, accepted};
 use eval::Interval;
 use eval::calibration::{Calibration, Difference, Measures, Question, calibration, differences, intervals};
 use eval::interval::wilson;
@@ -29,10 +30,19 @@ const INSTRUCTION: &str = "Answer the question in as few words as possible, and 
     0 means that your answer is certainly wrong, 10 that it is certainly right, and 7 that it is right seven times out of ten. \
     Reply with exactly one line of this form and nothing else:\nAnswer: <your answer>, Confidence: <0, 1, 2, 3, 4, 5, 6, 7, 8, 9 or 10>";
 
+/// The same for several answers.
+const SEVERAL: &str = "Give all answers to the question that you know, each in as few words as possible and on a line of its own, and state how sure \
+    you are of each as a whole number from 0 to 10: 0 means that it is certainly wrong, 10 that it is certainly right, and 7 that such answers are right \
+    seven times out of ten. Reply with lines of this form and nothing else:\nAnswer: <your answer>, Confidence: <0, 1, 2, 3, 4, 5, 6, 7, 8, 9 or 10>";
+
+/// A question and the answers that are accepted.
+type Row = (String, Vec<String>);
+
 /// What is printed with `--json`.
 #[derive(Serialize)]
 struct Found {
     model: String,
+    /// Answers, replies that state none included.
     asked: usize,
     malformed: usize,
     /// Of the answers that can be read.
@@ -52,6 +62,8 @@ struct Stated {
     sample: usize,
     question: String,
     completion: String,
+    /// What the confidence is about; absent where none can be read.
+    answer: Option<String>,
     /// From 0 to 10; absent where none can be read.
     confidence: Option<u8>,
     /// Whether the answer is right; absent where none can be read.
@@ -59,6 +71,25 @@ struct Stated {
 }
 
 impl Stated {
+    /// What a reply states, given the accepted answers. A reply that states nothing is an answer that cannot be read.
+    fn of(facts: Facts, (id, sample): (usize, usize), (question, accepted): &Row, reply: &str) -> Vec<Self> {
+        let stated = facts.of(reply).into_iter().map(|stated| Some((stated.answer, stated.level?)));
+        let stated: Vec<Option<(&str, u8)>> = stated.collect();
+        let one = |read: Option<(&str, u8)>| Self {
+            id,
+            sample,
+            question: question.clone(),
+            completion: reply.to_owned(),
+            answer: read.map(|(answer, _)| answer.to_owned()),
+            confidence: read.map(|(_, level)| level),
+            right: read.map(|(answer, _)| facts.is_right(answer, accepted)),
+        };
+        match stated.is_empty() {
+            true => vec![one(None)],
+            false => stated.into_iter().map(one).collect(),
+        }
+    }
+
     /// What calibration is about.
     fn pair(&self) -> Option<(f64, bool)> {
         Some((f64::from(self.confidence?) / f64::from(LEVELS), self.right?))
@@ -71,7 +102,8 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     let rows = read(arguments)?;
     let before = arguments.before.as_ref().map(|path| earlier(path, &rows)).transpose()?;
     let model = open(&arguments.model, opener)?;
-    let system = arguments.system.as_deref().unwrap_or(INSTRUCTION);
+    let (facts, usual) = if arguments.several { (Facts::Several, SEVERAL) } else { (Facts::One, INSTRUCTION) };
+    let system = arguments.system.as_deref().unwrap_or(usual);
     let mut requests = Vec::new();
     for (row, (question, _)) in rows.iter().enumerate() {
         let ids = encode(&model, &[Message::new("system", system), Message::new("user", question)])?;
@@ -85,19 +117,10 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     progress.clear();
 
     let n = arguments.n as usize;
-    let stated = episodes.iter().enumerate().map(|(index, episode)| {
-        let (question, gold) = &rows[index / n];
-        let parsed = parse(&episode.text).and_then(|stated| Some((stated.answer, stated.level?)));
-        Stated {
-            id: index / n,
-            sample: index % n,
-            question: question.clone(),
-            completion: episode.text.clone(),
-            confidence: parsed.map(|(_, level)| level),
-            right: parsed.map(|(answer, _)| is_right(answer, gold.iter().map(String::as_str))),
-        }
-    });
-    let stated: Vec<Stated> = stated.collect();
+    let replies = episodes.iter().enumerate();
+    let stated: Vec<Stated> = replies
+        .flat_map(|(index, episode)| Stated::of(facts, (index / n, index % n), &rows[index / n], &episode.text))
+        .collect();
     if let Some(path) = &arguments.answers {
         let lines: Vec<Value> =
             stated.iter().map(serde_json::to_value).collect::<Result<_, _>>().map_err(unwritable)?;
@@ -107,8 +130,8 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
     let pairs = questions.concat();
     let found = Found {
         model: model.name,
-        asked: episodes.len(),
-        malformed: episodes.len() - pairs.len(),
+        asked: stated.len(),
+        malformed: stated.len() - pairs.len(),
         calibration: calibration(&pairs),
         intervals: intervals(&questions, arguments.sampling.seed),
         differences: before.map(|before| differences(&before, &questions, arguments.sampling.seed)),
@@ -140,7 +163,7 @@ fn by_question(stated: &[Stated], count: usize) -> Vec<Question> {
 }
 
 /// Answers of another model that `--answers` wrote, to these very questions.
-fn earlier(path: &Path, rows: &[(String, Vec<String>)]) -> Result<Vec<Question>, Failure> {
+fn earlier(path: &Path, rows: &[Row]) -> Result<Vec<Question>, Failure> {
     let name = path.display();
     let text = files::read_to_string(path)?;
     let (mut stated, mut answered) = (Vec::<Stated>::new(), vec![false; rows.len()]);
@@ -163,7 +186,7 @@ fn earlier(path: &Path, rows: &[(String, Vec<String>)]) -> Result<Vec<Question>,
 }
 
 /// Questions with their accepted answers.
-fn read(arguments: &Arguments) -> Result<Vec<(String, Vec<String>)>, Failure> {
+fn read(arguments: &Arguments) -> Result<Vec<Row>, Failure> {
     let name = arguments.file.display();
     let text = files::read_to_string(&arguments.file)?;
     let mut rows = Vec::new();
@@ -252,4 +275,44 @@ fn picture(found: &Found) -> String {
             crate::report::chart::escape(&table(found))
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(question: &str, accepted: &[&str]) -> Row {
+        (question.into(), accepted.iter().map(|&text| text.into()).collect())
+    }
+
+    #[test]
+    fn every_fact_of_every_reply_counts_the_same() {
+        let rows = [row("Novels?", &["Emma", "Sense and Sensibility", "Sensibility"]), row("Capital?", &["Rome"])];
+        let replies = [
+            (
+                0,
+                "Answer: Emma, Confidence: 10\nAnswer: Sense Sensibility, Confidence: 8\nAnswer: Ulysses, Confidence: 8",
+            ),
+            (1, "Answer: Rome, Confidence: 99"),
+            (1, "Rome"),
+            (1, "Answer: Paris, Confidence: 2"),
+        ];
+        let of = |facts| -> Vec<Stated> {
+            let replies = replies.iter().enumerate();
+            replies.flat_map(|(sample, (id, reply))| Stated::of(facts, (*id, sample), &rows[*id], reply)).collect()
+        };
+        let stated = of(Facts::Several);
+        let questions = by_question(&stated, rows.len());
+        assert_eq!((stated.len(), questions.concat().len()), (6, 4));
+        assert_eq!(questions, [vec![(1.0, true), (0.8, true), (0.8, false)], vec![(0.2, false)]]);
+        assert_eq!(stated[1].answer.as_deref(), Some("Sense Sensibility"));
+        assert!(stated[3].answer.is_none() && stated[3].right.is_none(), "a confidence that cannot be read");
+        // By the answers, not by the replies: 0 at 1, half of two at 0.8, 0.2 at 0.2.
+        let ece = calibration(&questions.concat()).map(|found| found.ece);
+        assert!(ece.is_some_and(|ece| (ece - (0.0 + 2.0 * 0.3 + 0.2) / 4.0).abs() < 1e-12), "{ece:?}");
+        // Read as single answers, only the first of the first reply is one, and has to be the same text.
+        let stated = of(Facts::One);
+        assert_eq!(by_question(&stated, rows.len()), [vec![(1.0, true)], vec![(0.2, false)]]);
+        assert_eq!(stated.len(), replies.len());
+    }
 }

@@ -1,6 +1,7 @@
 //! `posttrain frontier`: the sums of task vectors that no other beats, measured by a recipe's rewards.
 
 use envs::{Reward, RewardConfig};
+use eval::metrics::mean;
 use model::decoder::TaskVectors;
 use rollout::SamplingOptions;
 use train::frontier::{Frontier, Probe, ProbeOptions, Region, SearchOptions};
@@ -41,6 +42,7 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
         grid: arguments.grid as usize,
         averages: arguments.averages as usize,
         refinements: arguments.refinements,
+        granularity: arguments.granularity.into(),
         halvings: arguments.halvings,
         max_perplexity_ratio: arguments.max_perplexity_ratio,
     };
@@ -76,25 +78,28 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
     let mut progress = opener.terminal.progress("searching", "look", 0);
     let frontier = Frontier::find(&vectors, &probe, &search, |looks| progress.update(looks as u64, ""))?;
     progress.clear();
-    let text = table(&frontier);
+    let text = table(&frontier, vectors.len());
     FrontierFile::new(config.seed, base_part, parts, frontier).write(&arguments.out)?;
     opener.terminal.note(format!("wrote {}", arguments.out.display()));
     print(text)
 }
 
-/// One line a policy, by the first objective.
-fn table(frontier: &Frontier) -> String {
+/// One line a policy, by the first objective, with a coefficient for each model. Where blocks have coefficients of their own, their mean is shown.
+fn table(frontier: &Frontier, models: usize) -> String {
     let mut policies: Vec<_> = frontier.policies.iter().collect();
     policies.sort_by(|a, b| a.scores.objectives[0].total_cmp(&b.scores.objectives[0]));
     let numbers = |values: &[f64]| values.iter().map(|value| format!("{value:>9.3}")).collect::<String>();
     let before: Vec<f64> = frontier.objectives.iter().map(|objective| objective.mean).collect();
     let names: String = frontier.objectives.iter().map(|objective| format!("{:>9}", objective.name)).collect();
-    let width = 9 * policies.first().map_or(0, |policy| policy.coefficients.len()).max(2);
-    let line = |what: &str, values: &str, divergence: f64| format!("{what:>width$}{values}{divergence:>9.3}\n");
+    let width = 9 * models.max(2);
+    let line = |what: &str, values: &str, divergence: f64| format!("{what:>width$}{values}{divergence:>9.3}");
     let mut text = format!("{:>width$}{names}       KL\n", "coefficients");
     for policy in policies {
-        let scores = &policy.scores;
-        text += &line(&numbers(&policy.coefficients), &numbers(&scores.objectives), scores.divergence);
+        let (scores, blocks) = (&policy.scores, policy.coefficients.chunks(models));
+        let of = |model: usize| mean(&blocks.clone().map(|block| block[model]).collect::<Vec<_>>());
+        let means: Vec<f64> = (0..models).map(of).collect();
+        text += &line(&numbers(&means), &numbers(&scores.objectives), scores.divergence);
+        text += if blocks.len() > 1 { "  by block, mean\n" } else { "\n" };
     }
-    text + &line("before training", &numbers(&before), 0.0)
+    text + &line("before training", &numbers(&before), 0.0) + "\n"
 }

@@ -40,7 +40,7 @@ use model::decoder::{Decoder, TaskVectors};
 use model::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use train::frontier::{Frontier, Look, Probe, ProbeOptions, Region, SearchOptions};
+use train::frontier::{Frontier, FrontierPolicy, Granularity, Look, Probe, ProbeOptions, Region, SearchOptions};
 use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::preference::{Preference, PreferenceOptions};
 use train::methods::sft::SftOptions;
@@ -77,6 +77,7 @@ const ARMS: &[Arm] = &[
     Arm::new("mixed-dpo", Role::Baseline, "DPO on labels of both aspects in five ratios"),
     Arm::new("reinforce", Role::Baseline, "REINFORCE paid for both aspects with five weights"),
     Arm::new("peo", Role::Method, "averages and extrapolations, searched"),
+    Arm::new("peo-blocks", Role::Ablation, "the same, and then coefficients of single blocks"),
     Arm::new("no-extrapolation", Role::Ablation, "averages alone, searched"),
     Arm::new("no-interpolation", Role::Ablation, "each model alone, extrapolated and searched"),
 ];
@@ -327,10 +328,15 @@ impl Experiment for Peo {
                 let train = |share, rate| self.reinforced(start, trial, share, rate);
                 (self.each_share(start, trial, train, &mut measured)?, 5)
             }
-            "no-extrapolation" => (self.searched(start, trial, Region::Interpolation, &mut measured)?, 2),
-            "no-interpolation" => (self.searched(start, trial, Region::Single, &mut measured)?, 2),
+            "no-extrapolation" => {
+                (self.searched(start, trial, (Region::Interpolation, Granularity::Global), &mut measured)?, 2)
+            }
+            "no-interpolation" => {
+                (self.searched(start, trial, (Region::Single, Granularity::Global), &mut measured)?, 2)
+            }
             _ => {
-                let points = self.searched(start, trial, Region::Extrapolation, &mut measured)?;
+                let granularity = if arm == "peo-blocks" { Granularity::Block } else { Granularity::Global };
+                let points = self.searched(start, trial, (Region::Extrapolation, granularity), &mut measured)?;
                 compare(start, &points, trial.seed, &mut measured);
                 (points, 2)
             }
@@ -504,10 +510,10 @@ impl Peo {
         &self,
         start: &Start,
         trial: &Trial<'_>,
-        region: Region,
+        (region, granularity): (Region, Granularity),
         into: &mut Measurements,
     ) -> Result<Vec<Point>> {
-        let options = SearchOptions { region, ..self.search.clone() };
+        let options = SearchOptions { region, granularity, ..self.search.clone() };
         let mut looks = 0;
         let frontier = self.on_validation(start, trial, |probe| {
             let watch = |taken| {
@@ -524,9 +530,16 @@ impl Peo {
             merged.map(|merged| measure(probe, &mut merged?)).collect()
         })?;
         serve(&frontier, &points, into);
-        let sums: Vec<f64> = frontier.policies.iter().map(|policy| policy.coefficients.iter().sum()).collect();
+        // The mean over the blocks, where each has coefficients of its own.
+        let blocks = |policy: &FrontierPolicy| policy.coefficients.len() / start.vectors.len();
+        let sum = |policy: &FrontierPolicy| policy.coefficients.iter().sum::<f64>() / blocks(policy) as f64;
+        let sums: Vec<f64> = frontier.policies.iter().map(sum).collect();
         into.set("coefficient_sum", mean(&sums));
         into.set("coefficient_sum_deviation", standard_deviation(&sums));
+        if granularity == Granularity::Block {
+            let by_block = frontier.policies.iter().filter(|policy| blocks(policy) > 1).count();
+            into.set("policies_by_block", by_block as f64);
+        }
         let divergences: Vec<f64> = frontier.policies.iter().map(|policy| policy.scores.divergence).collect();
         into.set("divergence", mean(&divergences));
         Ok(points)

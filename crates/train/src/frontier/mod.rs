@@ -10,7 +10,8 @@
 //! that no others beat: a coarse grid, then steps of half its width around what nothing beats, all measured by few answers, to the same prompts and with the
 //! same draws ([`Probe`]). Those that have forgotten how to write are dropped, and the half that is nearest to the front is measured again with twice the answers,
 //! and again: where many candidates are close, answers are spent on those that may be the best. What no other beats at last is measured afresh, so that luck in
-//! the search is not mistaken for quality. A [`Frontier`] is what remains: a preference between the objectives picks one of its policies.
+//! the search is not mistaken for quality. With `granularity = "block"` a last round of half steps moves the coefficients of single layers (or of what lies
+//! outside of them) around what nothing beats. A [`Frontier`] is what remains: a preference between the objectives picks one of its policies.
 
 mod probe;
 mod search;
@@ -20,7 +21,7 @@ use model::decoder::TaskVectors;
 use serde::{Deserialize, Serialize};
 
 pub use probe::{Measured, Probe, ProbeError, ProbeOptions};
-pub use search::{Look, Region, Scores, SearchOptions, search};
+pub use search::{Granularity, Look, Region, Scores, SearchOptions, search};
 
 /// Policies that no other sum of the same task vectors was found to beat.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ pub struct Objective {
 /// One policy of a frontier.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FrontierPolicy {
-    /// What each task vector is multiplied by.
+    /// What each task vector is multiplied by: in the whole model or, with as many for each block, block by block.
     pub coefficients: Vec<f64>,
     /// What it was measured to reach.
     pub scores: Scores,
@@ -74,7 +75,7 @@ impl Frontier {
         mut progress: impl FnMut(usize),
     ) -> Result<Self, ProbeError> {
         let mut looks = 0;
-        let policies = search(options, vectors.len(), |coefficients, look| {
+        let policies = search(options, (vectors.len(), vectors.blocks()), |coefficients, look| {
             let mut merged = vectors.merged(coefficients)?;
             looks += 1;
             progress(looks);

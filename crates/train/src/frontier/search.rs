@@ -22,12 +22,26 @@ pub enum Region {
     Single,
 }
 
+/// What has coefficients of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    /// A model: all of its weights have the same.
+    #[default]
+    Global,
+    /// A block of it, too: each layer, and what lies outside of the layers. After the search for models, another round of half steps tries single
+    /// blocks.
+    Block,
+}
+
 /// How coefficients are looked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SearchOptions {
     /// Where.
     pub region: Region,
+    /// What has coefficients of its own.
+    pub granularity: Granularity,
     /// The smallest φ.
     pub low: f64,
     /// The largest.
@@ -52,6 +66,7 @@ impl Default for SearchOptions {
     fn default() -> Self {
         Self {
             region: Region::Extrapolation,
+            granularity: Granularity::Global,
             low: -0.5,
             high: 1.5,
             grid: 5,
@@ -168,6 +183,20 @@ impl SearchOptions {
             }
         }
     }
+
+    /// The candidates one step from coefficients of whole models in a single one of `blocks` blocks, within the region: coefficients of every block, block after
+    /// block. In a box a step goes along one axis, since blocks are many already.
+    fn around_in_blocks(&self, center: &[f64], blocks: usize, step: f64) -> Vec<Vec<f64>> {
+        let moved = |to: &[f64]| to.iter().zip(center).filter(|(to, from)| to != from).count();
+        let most = if self.region == Region::Extrapolation { 1 } else { center.len() };
+        let mut steps = self.around(center, step);
+        steps.retain(|to| (1..=most).contains(&moved(to)));
+        let placed = |block: usize| {
+            let steps = steps.iter();
+            steps.map(move |to| (0..blocks).flat_map(|own| if own == block { to } else { center }).copied().collect())
+        };
+        (0..blocks).flat_map(placed).collect()
+    }
 }
 
 /// Coefficients with one of them shifted.
@@ -198,14 +227,15 @@ fn place(coefficients: &[f64]) -> Vec<i64> {
     coefficients.iter().map(|a| (a * 1e6).round() as i64).collect()
 }
 
-/// Looks for the coefficients of `count` task vectors that no others beat (successive halving, Jamieson and Talwalkar, AISTATS 2016, of what is nearest to
-/// the front). `score` measures a candidate.
+/// Looks for the coefficients of `count` task vectors of models with `blocks` blocks that no others beat (successive halving, Jamieson and Talwalkar,
+/// AISTATS 2016, of what is nearest to the front). `score` measures a candidate: a coefficient for each task vector or, in the last round of
+/// [`Granularity::Block`], so many for each block, block after block.
 ///
 /// # Errors
 /// The first error of `score`.
 pub fn search<E>(
     options: &SearchOptions,
-    count: usize,
+    (count, blocks): (usize, usize),
     mut score: impl FnMut(&[f64], Look) -> Result<Scores, E>,
 ) -> Result<Vec<FrontierPolicy>, E> {
     let limit = options.max_perplexity_ratio;
@@ -214,16 +244,21 @@ pub fn search<E>(
     let mut field: Vec<FrontierPolicy> = Vec::new();
     let mut candidates = options.candidates(count);
     let mut step = options.step();
-    for refinement in 0..=options.refinements {
+    let by_block = options.granularity == Granularity::Block;
+    let rounds = options.refinements + u32::from(by_block);
+    for refinement in 0..=rounds {
         candidates.retain(|candidate| seen.insert(place(candidate)));
         for coefficients in std::mem::take(&mut candidates) {
             let scores = score(&coefficients, look)?;
             field.push(FrontierPolicy { coefficients, scores });
         }
-        if refinement < options.refinements {
+        if refinement < rounds {
             step /= 2.0;
-            let best = undominated(field.clone(), limit);
-            candidates = best.iter().flat_map(|policy| options.around(&policy.coefficients, step)).collect();
+            let around = |policy: &FrontierPolicy| match refinement < options.refinements {
+                true => options.around(&policy.coefficients, step),
+                false => options.around_in_blocks(&policy.coefficients, blocks, step),
+            };
+            candidates = undominated(field.clone(), limit).iter().flat_map(around).collect();
         }
     }
     let mut taken = look.share;
@@ -304,7 +339,7 @@ mod tests {
         }
 
         fn search(&self, options: &SearchOptions) -> Vec<FrontierPolicy> {
-            search(options, 2, |coefficients, _| Ok::<_, Infallible>(self.scores(coefficients))).unwrap()
+            search(options, (2, 1), |coefficients, _| Ok::<_, Infallible>(self.scores(coefficients))).unwrap()
         }
     }
 
@@ -354,7 +389,7 @@ mod tests {
     fn every_candidate_is_measured_once_and_survivors_again() {
         let toy = Quadratic::new(0.8);
         let mut calls: Vec<(Vec<i64>, Look)> = Vec::new();
-        let found = search(&SearchOptions::default(), 2, |coefficients, look| {
+        let found = search(&SearchOptions::default(), (2, 1), |coefficients, look| {
             calls.push((place(coefficients), look));
             Ok::<_, Infallible>(toy.scores(coefficients))
         });
@@ -383,7 +418,7 @@ mod tests {
         let regret_and_cost = |halvings: u32, answers: f64, seed: u32| {
             let options = SearchOptions { halvings, refinements: 2, ..SearchOptions::default() };
             let (mut draw, mut cost) = (0, 0.0);
-            let found = search(&options, 2, |coefficients, look| {
+            let found = search(&options, (2, 1), |coefficients, look| {
                 let mut scores = toy.scores(coefficients);
                 for value in &mut scores.objectives {
                     draw += 1;
@@ -413,12 +448,53 @@ mod tests {
     #[test]
     fn broken_candidates_are_dropped_however_good_they_seem() {
         let toy = Quadratic::new(0.5);
-        let found = search(&SearchOptions::default(), 2, |coefficients, _| {
+        let found = search(&SearchOptions::default(), (2, 1), |coefficients, _| {
             let mut scores = toy.scores(coefficients);
             scores.perplexity_ratio = coefficients.iter().sum();
             Ok::<_, Infallible>(scores)
         });
         assert!(found.unwrap().iter().all(|policy| policy.coefficients.iter().sum::<f64>() <= 1.5 + 1e-9));
+    }
+
+    /// Training that went half the way in one half of the dimensions and all the way in the other: no coefficient of whole models is right for
+    /// both halves, those of blocks are.
+    #[test]
+    fn blocks_reach_what_whole_models_do_not() {
+        let halves = [Quadratic::new(0.5), Quadratic::new(1.0)];
+        let find = |granularity, refinements| {
+            let options = SearchOptions { granularity, refinements, halvings: 0, ..SearchOptions::default() };
+            let found = search(&options, (2, 2), |coefficients, _| {
+                let own =
+                    |block: usize| if coefficients.len() == 4 { &coefficients[2 * block..][..2] } else { coefficients };
+                let [first, second] = [0, 1].map(|block| halves[block].scores(own(block)).objectives);
+                let objectives = first.iter().zip(&second).map(|(a, b)| (a + b) / 2.0).collect();
+                Ok::<_, Infallible>(Scores { objectives, divergence: 0.0, perplexity_ratio: 1.0 })
+            });
+            found.unwrap()
+        };
+        let (whole, finer, blocks) =
+            (find(Granularity::Global, 1), find(Granularity::Global, 2), find(Granularity::Block, 1));
+        assert!(whole.iter().all(|policy| policy.coefficients.len() == 2));
+        assert!(volume(&blocks) > volume(&finer) + 0.02, "{} {}", volume(&blocks), volume(&finer));
+        // A block moves alone, by one axis, from what whole models reached.
+        let of_blocks: Vec<_> = blocks.iter().filter(|policy| policy.coefficients.len() == 4).collect();
+        assert!(!of_blocks.is_empty());
+        for policy in of_blocks {
+            let differing = (0..2).filter(|&model| policy.coefficients[model] != policy.coefficients[2 + model]);
+            assert_eq!(differing.count(), 1, "{policy:?}");
+        }
+    }
+
+    #[test]
+    fn steps_in_single_blocks_stay_in_the_region() {
+        let around = |region, center: &[f64]| {
+            SearchOptions { region, ..SearchOptions::default() }.around_in_blocks(center, 3, 0.25)
+        };
+        assert_eq!(around(Region::Extrapolation, &[0.5, 0.5]).len(), 3 * 4);
+        for shares in around(Region::Interpolation, &[0.9, 0.1]) {
+            assert!(shares.chunks(2).all(|own| (own.iter().sum::<f64>() - 1.0).abs() < 1e-12), "{shares:?}");
+        }
+        assert!(around(Region::Single, &[1.0, 0.0]).iter().all(|own| own[1] == 0.0 && own[3] == 0.0 && own[5] == 0.0));
     }
 
     #[test]

@@ -19,12 +19,17 @@
 //! for the first `value.warmup_steps` alone. With `value.model = "shared"` it is a head on the policy's own body instead, and both
 //! losses make one update: `L + vf_coef · L_value`.
 //!
+//! **Parts of answers** (`credit = "span"`). Where a reward judges parts of an answer on their own ([`envs::SpanScore`]: each of several facts, by the
+//! confidence that is stated for it), the tokens of a part answer for that part alone, and those outside for nothing ([`mod@objectives::spans`]). A part is paid its own
+//! reward and what everything else pays for the answer. Its tokens are those that hold a piece of its text, and the one behind them, by which it ends.
+//!
 //! **Reward shaping.** With `kl_in = "reward"` every token pays `β` times its divergence from the reference, and the score is
 //! the last token's; with `kl_target`, `β` follows the divergence. Truncated and overlong completions pay
 //! `missing_eos_penalty` and `overlong_penalty`.
 //!
-//! **Dynamic sampling** (`max_resampling_rounds`, DAPO): groups whose rewards are all equal make room for groups of the prompts
-//! that come next in the data. What varies after the rounds is what the step learns from; if nothing does, it learns nothing.
+//! **Dynamic sampling** (`max_resampling_rounds`, DAPO): groups whose rewards are all equal, those of whole completions
+//! whatever the credit, make room for groups of the prompts that come next in the data. What varies after the rounds is what the
+//! step learns from; if nothing does, it learns nothing.
 //!
 //! **The worst mix of prompts** (`worst_case`, robust policy optimisation, Mandal et al., arXiv 2503.00539). With `V_i` the mean over the
 //! completions of prompt i of what they are paid, `r - β Σ_t (log π - log ρ)` wherever the divergence is paid, the tokens of a prompt count
@@ -318,13 +323,13 @@ impl Policy {
             .map_err(step.objective_error())?;
         let beta = self.state.kl.map_or(objective.beta, |kl| kl.coefficient);
         let token_rewards: Option<Vec<f64>> = divergence.as_ref().map(|all| all.iter().map(|kl| -beta * kl).collect());
-        let turns = (objective.credit == Credit::Turn).then(|| {
-            let masks: Vec<Vec<bool>> = collected.episodes.iter().map(|episode| self.mask(episode)).collect();
-            collected.turns(&scores, &masks)
-        });
+        let masks = || collected.episodes.iter().map(|episode| self.mask(episode)).collect::<Vec<_>>();
+        let turns = (objective.credit == Credit::Turn).then(|| collected.turns(&scores, &masks()));
+        let spans = (objective.credit == Credit::Span).then(|| collected.spans(&scores, &masks(), step.tokenizer));
         let rewards = Rewards {
             scores: &scores,
             turns: turns.as_deref(),
+            spans: spans.as_deref(),
             groups: &vec![collected.size; collected.groups()],
             lengths: episodes.batch.lengths(),
             token_rewards: token_rewards.as_deref(),

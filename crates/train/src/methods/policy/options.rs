@@ -257,7 +257,7 @@ impl PolicyOptions {
             "objective.credit",
             "turn",
             compared || !turn_by_turn,
-            "\"sequence\" or \"token\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
+            "\"sequence\", \"token\" or \"span\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
         )?;
         if let Some(worst_case) = self.worst_case {
             worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
