@@ -260,7 +260,7 @@ fn two_heads_share_a_body() {
         let (mut workspace, mut gradients) = (Workspace::new(), decoder.gradients());
         decoder.forward(&tokens, &mut workspace, true).unwrap();
         let scores = decoder.scores(&workspace, &rows).unwrap();
-        let given = ScoreGradients { rows: &rows, d_scores: &d_scores };
+        let given = ScoreGradients { rows: &rows, blocks: None, d_scores: &d_scores };
         decoder
             .backward_with_scores(&tokens, &mut workspace, &targets, 1.0, &d_log_prob, None, given, &mut gradients)
             .unwrap();

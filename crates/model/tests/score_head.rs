@@ -9,7 +9,7 @@ use candle_core::DType;
 use engine::*;
 use kernels::Precision;
 use posttrain_model::config::{HeadTask, ModelConfig, ScoreHead};
-use posttrain_model::decoder::{Decoder, Gradients, PackedTokens, ScoreGradients, Target, Workspace};
+use posttrain_model::decoder::{Blocks, Decoder, Gradients, PackedTokens, ScoreGradients, Target, Workspace};
 use posttrain_model::lora::{self, LoraConfig};
 use posttrain_model::reference::ReferenceDecoder;
 use posttrain_model::tokenizer::Tokenizer;
@@ -87,7 +87,7 @@ impl Asked {
         let mut workspace = Workspace::new();
         let mut gradients = decoder.gradients();
         decoder.forward(&self.tokens, &mut workspace, true).unwrap();
-        let scores = ScoreGradients { rows: &self.rows, d_scores: &self.d_scores };
+        let scores = ScoreGradients { rows: &self.rows, blocks: None, d_scores: &self.d_scores };
         let (tokens, targets) = (&self.tokens, &self.targets);
         if targets.is_empty() {
             decoder.backward_scores(tokens, &mut workspace, scores, &mut gradients).unwrap();
@@ -176,7 +176,7 @@ fn a_split_and_the_number_of_threads_change_no_bit() {
                 decoder.forward(&tokens, &mut workspace, true).unwrap();
                 scores.extend(decoder.scores(&workspace, &rows).unwrap());
                 let upstream = upstream(11, 2 * sequences.len());
-                let asked = ScoreGradients { rows: &rows, d_scores: &upstream[2 * start..2 * end] };
+                let asked = ScoreGradients { rows: &rows, blocks: None, d_scores: &upstream[2 * start..2 * end] };
                 decoder.backward_scores(&tokens, &mut workspace, asked, &mut gradients).unwrap();
                 start = end;
             }
@@ -188,6 +188,113 @@ fn a_split_and_the_number_of_threads_change_no_bit() {
         let whole = run(precision, &[5], 2);
         assert!(whole == run(precision, &[1, 2, 5], 1), "{precision:?}: three pieces");
         assert!(whole == run(precision, &[3, 4, 5], 3), "{precision:?}: other pieces");
+    }
+}
+
+/// A block for each row is what the whole head gives it, bit for bit, forward and backward, where the other outputs have no gradient.
+#[test]
+fn blocks_have_the_bits_of_the_whole_head() {
+    let (width, count) = (2, 5);
+    let config = ModelConfig::tiny(posttrain_model::Family::Llama, VOCABULARY);
+    let tokens = batch();
+    let rows = rows(&tokens);
+    let of_rows: Vec<usize> = (0..rows.len()).map(|row| (3 * row + 1) % count).collect();
+    let blocks = Blocks { width, of_rows: &of_rows };
+    for (task, adapter) in [(HeadTask::Token, false), (HeadTask::Token, true), (HeadTask::Sequence, false)] {
+        let mut decoder = decoder(&config, 57);
+        decoder.add_score(ScoreHead { outputs: width * count, task }, 0.3, 1).unwrap();
+        if adapter {
+            adapt(&mut decoder, &lora(), 9);
+        }
+        decoder.prepare(Precision::F32);
+        let mut workspace = Workspace::new();
+        let d_scores = upstream(12, rows.len() * width);
+        let mut whole = vec![0.0; rows.len() * width * count];
+        let mut gradients_of = |scores: ScoreGradients<'_>| {
+            decoder.forward(&tokens, &mut workspace, true).unwrap();
+            let mut gradients = decoder.gradients();
+            decoder.backward_scores(&tokens, &mut workspace, scores, &mut gradients).unwrap();
+            gradients.finish();
+            gradients
+        };
+        for (row, &block) in of_rows.iter().enumerate() {
+            whole[(row * count + block) * width..][..width].copy_from_slice(&d_scores[row * width..][..width]);
+        }
+        let own = gradients_of(ScoreGradients { rows: &rows, blocks: Some(blocks), d_scores: &d_scores });
+        let dense = gradients_of(ScoreGradients { rows: &rows, blocks: None, d_scores: &whole });
+        assert!(own.flat().iter().any(|gradient| *gradient != 0.0));
+        // Zeros have signs of their own.
+        assert!(own.flat() == dense.flat(), "{task:?}");
+        let all = decoder.scores(&workspace, &rows).unwrap();
+        let found = decoder.block_scores(&workspace, &rows, blocks).unwrap();
+        for (row, &block) in of_rows.iter().enumerate() {
+            let expected = &all[(row * count + block) * width..][..width];
+            assert_eq!(bits(&found[row * width..][..width]), bits(expected), "{task:?}, row {row}");
+        }
+        let message = |blocks| decoder.block_scores(&workspace, &rows, blocks).unwrap_err().to_string();
+        assert_eq!(message(Blocks { width: 3, of_rows: &of_rows }), "10 outputs are not blocks of 3");
+        assert_eq!(
+            message(Blocks { width, of_rows: &of_rows[1..] }),
+            format!("expected a block for each of {} rows, got {}", rows.len(), rows.len() - 1)
+        );
+        let beyond = vec![5; rows.len()];
+        assert_eq!(message(Blocks { width, of_rows: &beyond }), "block 5 is asked for, but the head has 5");
+    }
+}
+
+/// What is left says what the first output said, with an adapter or without.
+#[test]
+fn one_of_several_outputs_can_be_kept() {
+    let config = ModelConfig::tiny(posttrain_model::Family::Llama, VOCABULARY);
+    let (tokens, mut workspace) = (batch(), Workspace::new());
+    for (task, adapter) in [(HeadTask::Sequence, false), (HeadTask::Token, true)] {
+        let mut decoder = decoder(&config, 58);
+        decoder.add_score(ScoreHead { outputs: 3, task }, 0.3, 1).unwrap();
+        if adapter {
+            adapt(&mut decoder, &lora(), 9);
+        }
+        let mut scores = |decoder: &mut Decoder| {
+            decoder.prepare(Precision::F32);
+            decoder.forward(&tokens, &mut workspace, false).unwrap();
+            decoder.scores(&workspace, &rows(&tokens)).unwrap()
+        };
+        let all = scores(&mut decoder);
+        decoder.keep_first_score().unwrap();
+        assert_eq!(decoder.config().score, Some(ScoreHead { outputs: 1, task }));
+        let first: Vec<f32> = all.chunks(3).map(|outputs| outputs[0]).collect();
+        assert_eq!(bits(&scores(&mut decoder)), bits(&first), "{task:?}");
+        assert_eq!(decoder.adapter_config().is_some(), adapter);
+        let found = if adapter { decoder.adapter_tensors() } else { decoder.tensors() };
+        let head = found.iter().find(|(name, _)| name.ends_with("score.weight")).unwrap();
+        assert_eq!(head.1.shape[0], 1);
+    }
+    let message = decoder(&config, 58).keep_first_score().unwrap_err().to_string();
+    assert_eq!(message, "the model has no score head");
+}
+
+/// A gradient of the head's weights goes to the head that is trained.
+#[test]
+fn weights_of_the_head_have_gradients_of_their_own() {
+    let config = ModelConfig::tiny(posttrain_model::Family::Llama, VOCABULARY);
+    for adapter in [false, true] {
+        let mut decoder = decoder(&config, 59);
+        decoder.add_score(ScoreHead { outputs: 2, task: HeadTask::Token }, 0.3, 1).unwrap();
+        if adapter {
+            adapt(&mut decoder, &lora(), 9);
+        }
+        let mut gradients = decoder.gradients();
+        let given = upstream(13, decoder.score_weight().unwrap().len());
+        decoder.add_score_weight_gradient(&given, &mut gradients).unwrap();
+        decoder.add_score_weight_gradient(&given, &mut gradients).unwrap();
+        for (index, parameter) in decoder.parameters().iter().enumerate() {
+            let expected =
+                |place: usize| if parameter.name.ends_with("score.weight") { 2.0 * given[place] } else { 0.0 };
+            assert!(gradients.grad(index).iter().enumerate().all(|(place, found)| *found == expected(place)));
+        }
+        let index = decoder.parameters().iter().position(|parameter| parameter.name.ends_with("score.weight")).unwrap();
+        assert_eq!(decoder.score_weight().unwrap(), decoder.parameter(index));
+        let short = decoder.add_score_weight_gradient(&given[1..], &mut gradients).unwrap_err().to_string();
+        assert!(short.contains("gradients of a score head's weights"), "{short}");
     }
 }
 
@@ -346,7 +453,7 @@ fn misuse_is_an_error() {
     assert!(message(found).contains("no language-model head"));
     assert!(message(scoring.logits(&[], &mut [])).contains("no language-model head"));
     let mut gradients = scoring.gradients();
-    let wrong = ScoreGradients { rows: &[1, 2], d_scores: &[1.0] };
+    let wrong = ScoreGradients { rows: &[1, 2], blocks: None, d_scores: &[1.0] };
     let result = scoring.backward_scores(&tokens, &mut workspace, wrong, &mut gradients);
     assert!(message(result).contains("expected 2 gradients of scores, got 1"));
 
@@ -356,7 +463,7 @@ fn misuse_is_an_error() {
     adapted.set_adapter(false);
     forward(&mut adapted, &mut workspace);
     let mut gradients = adapted.gradients();
-    let one = ScoreGradients { rows: &[1], d_scores: &[1.0] };
+    let one = ScoreGradients { rows: &[1], blocks: None, d_scores: &[1.0] };
     let result = adapted.backward_scores(&tokens, &mut workspace, one, &mut gradients);
     assert!(message(result).contains("switched off"));
 

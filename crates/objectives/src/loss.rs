@@ -78,6 +78,12 @@ impl Loss {
         Ok(Self { per_token: self.per_token.add(&other.per_token)?, statistics })
     }
 
+    /// Both losses, one after the other, with the statistics of both.
+    pub fn and(self, other: Self) -> Result<Self> {
+        let statistics = self.statistics.into_iter().chain(other.statistics).collect();
+        Ok(Self { per_token: Tensor::cat(&[self.per_token, other.per_token], 0)?, statistics })
+    }
+
     /// The losses of rows whose mean this is: each holds its share `1/n` of it.
     pub fn row_losses(&self) -> Result<Vec<f64>> {
         let shares = self.values()?;

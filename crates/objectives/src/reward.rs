@@ -226,7 +226,7 @@ fn log_sum_exp(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Constants, one for each of the entries of `like`.
-fn row(what: &'static str, numbers: &[f64], like: &Tensor) -> Result<Tensor> {
+pub(crate) fn row(what: &'static str, numbers: &[f64], like: &Tensor) -> Result<Tensor> {
     constant(what, &Tensor::from_slice(numbers, numbers.len(), like.device())?, like.elem_count())
 }
 

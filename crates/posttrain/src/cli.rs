@@ -374,9 +374,21 @@ pub struct Guide {
     /// The loss that the value model was trained with
     #[arg(long, value_enum, value_name = "LOSS", default_value_t = GuideLoss::Bernoulli, requires = "guide")]
     pub guide_loss: GuideLoss,
+    /// Where the value model reads the value of a token: the `head` that it was trained with
+    #[arg(long, value_enum, value_name = "HEAD", default_value_t = GuideHead::State, requires = "guide")]
+    pub guide_head: GuideHead,
     /// The returns of the first and the last bin of a value model trained with `histogram`
     #[arg(long, num_args = 2, value_names = ["LOW", "HIGH"], default_values_t = [0.0, 1.0], allow_negative_numbers = true, requires = "guide")]
     pub guide_returns: Vec<f64>,
+}
+
+/// Where a value model reads the value of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GuideHead {
+    /// At the token: one pass over all candidates
+    State,
+    /// Before the token, from outputs of its own: one pass over the last token
+    Action,
 }
 
 /// What the outputs of a value model say.

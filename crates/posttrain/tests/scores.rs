@@ -6,6 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{SMALL, expect, posttrain, stderr, stdout, write};
+use model::weights::{Tensors, safetensors};
 
 const RECIPE: &str = r#"
 seed = 7
@@ -25,6 +26,10 @@ learning_rate = 3e-3
 save_steps = 0
 eval_steps = 0
 "#;
+
+fn tensors(folder: &Path) -> Tensors {
+    safetensors::read(folder).unwrap()
+}
 
 /// Answers that are right win.
 fn write_rows(folder: &Path) {
@@ -69,6 +74,13 @@ fn reward_models_are_trained_measured_averaged_and_asked() {
 
     run(folder, &["merge", "one", "two", "--average", "--shares", "1,3", "--out", "mean"]);
     run(folder, &["eval", "reward.toml", "--model", "mean"]);
+    // Every tensor is averaged, the score head among them: three of four parts are the second model's.
+    let [one, two, mean] = ["one/final", "two/final", "mean"].map(|name| tensors(&folder.join(name)));
+    assert!(mean.contains_key("score.weight") && one["score.weight"] != two["score.weight"]);
+    for (name, mean) in &mean {
+        let of = one[name].data.iter().zip(&two[name].data).map(|(one, two)| (one + 3.0 * two) / 4.0);
+        assert!(of.zip(&mean.data).all(|(expected, found)| (expected - found).abs() < 1e-6), "{name}");
+    }
     let two = posttrain(folder).args(["merge", "one", "two", "--out", "none"]).output().unwrap();
     expect(2, &two);
 
@@ -102,6 +114,38 @@ fn reward_models_are_trained_measured_averaged_and_asked() {
     run(folder, &[&["train", "small.toml", "paid.toml", "--output", "paid"][..], &steps[..]].concat());
     let metrics = std::fs::read_to_string(folder.join("paid/metrics.jsonl")).unwrap();
     assert!(metrics.contains("rewards/model/mean") && metrics.contains("rewards/model/1/mean"), "{metrics}");
+}
+
+/// Two heads are trained and one is left, which is a reward model like any other.
+#[test]
+fn odin_gives_a_reward_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_rows(folder);
+    let recipe = RECIPE.replace("[reward_model", "[odin").replace("save_steps = 0", "save_steps = 6");
+    write(folder, "odin.toml", &recipe);
+    let told = run(folder, &["train", "odin.toml", "--output", "odin"]);
+    assert!(told.contains("accuracy before") && told.contains("24 problems"), "{told}");
+    let metrics = std::fs::read_to_string(folder.join("odin/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("length_correlation/quality") && metrics.contains("heads_cosine"), "{metrics}");
+    run(folder, &["eval", "reward.toml", "--model", "odin"]);
+    run(folder, &["train", "reward.toml", "--output", "plain"]);
+    run(folder, &["merge", "odin", "plain", "--average", "--out", "mean"]);
+    assert_eq!(tensors(&folder.join("mean"))["score.weight"].shape[0], 1);
+    write(folder, "paid.toml", "[[rewards]]\ntype = 'model'\nmodels = ['odin']\n");
+    let steps = ["--set", "sft.training.max_steps=1", "--set", "grpo.training.max_steps=1"];
+    run(folder, &[&["train", "small.toml", "paid.toml", "--output", "paid"][..], &steps[..]].concat());
+
+    // Half of what it needs: a model with one head.
+    let again = ["train", "odin.toml", "--set", "model.name='odin'", "--output", "again"];
+    let again = posttrain(folder).args(again).output().unwrap();
+    expect(1, &again);
+    let told = stderr(&again);
+    assert!(told.contains("odin: its score head has 1 outputs, expected 2, as [odin] is set"), "{told}");
+    let labels = ["train", "odin.toml", "--set", "odin.loss_type='bce'", "--output", "labels"];
+    let labels = posttrain(folder).args(labels).output().unwrap();
+    expect(1, &labels);
+    assert!(stderr(&labels).contains("unless loss_type is bradley_terry"), "{}", stderr(&labels));
 }
 
 #[test]
@@ -225,6 +269,28 @@ fn value_models_are_trained_and_guide() {
     let wrong_loss = generate(&["--guide", "bins"]);
     expect(1, &wrong_loss);
     assert!(stderr(&wrong_loss).contains("guide bins: the value model: its score head has 3 outputs, expected 1"));
+    // A head over actions, which has outputs for each of the tokens.
+    run(folder, &["train", "value.toml", "--output", "action", "--set", "q_sharp.head='action'"]);
+    let config = std::fs::read_to_string(folder.join("action/final/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["num_labels"], config["vocab_size"]);
+    let by_action = ["--guide", "action", "--guide-head", "action", "--guide-top-k"];
+    assert_eq!(told(&[&by_action[..], &["1000", "--guide-eta", "1e9"]].concat()), alone);
+    assert_ne!(told(&[&by_action[..], &["5", "--guide-eta", "0.01"]].concat()), alone);
+    let wrong_head = generate(&["--guide", "value", "--guide-head", "action"]);
+    expect(1, &wrong_head);
+    assert!(
+        stderr(&wrong_head).contains("its score head has 1 outputs, expected 1 for each of the"),
+        "{}",
+        stderr(&wrong_head)
+    );
+    let go_on = ["train", "value.toml", "--set", "model.name='value'", "--set", "q_sharp.reference='tiny-llama'"];
+    run(folder, &[&go_on[..], &["--output", "longer"]].concat());
+    let other_head = ["--set", "q_sharp.head='action'", "--output", "other"];
+    let other_head = posttrain(folder).args([&go_on[..], &other_head[..]].concat()).output().unwrap();
+    expect(1, &other_head);
+    assert!(stderr(&other_head).contains("value: its score head has 1 outputs, expected"), "{}", stderr(&other_head));
+
     let tokens = folder.join("value/final/tokenizer.json");
     let text = std::fs::read_to_string(&tokens).unwrap();
     assert!(text.contains("<|im_start|>"));

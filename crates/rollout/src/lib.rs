@@ -33,7 +33,7 @@ pub use conversation::{ConversationOptions, Dialogue, Fidelity, Opening, Respond
 pub use episode::{Episode, Finish, Request, Transcript, Turn};
 pub use error::{Error, Result};
 pub use generator::{Generator, LogitsContext, LogitsHook, OnTape, Piece, Progress, PromptTokens, TapeRows};
-pub use guidance::{Guidance, GuidanceOptions, Returns, Worth};
+pub use guidance::{Guidance, GuidanceOptions, Returns, ValueHead, ValueOutputs, Worth};
 pub use mixture::{Mean, Mixture, Resampled};
 pub use options::SamplingOptions;
 pub use prefix_cache::PrefixCache;

@@ -76,5 +76,5 @@ pub fn fit<E: From<Error>>(
         })?;
         after(index + 1, fit.decoder, &report.metrics)?;
     }
-    Ok(())
+    Ok(method.finish(fit.decoder).map_err(|source| Error::Model { step: steps, source })?)
 }

@@ -45,6 +45,15 @@ pub trait Method {
     /// Whatever makes it impossible to go on.
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report>;
 
+    /// Makes the model of the last step what the stage leaves behind: takes off what only training needed. A checkpoint holds the model as
+    /// it is trained.
+    ///
+    /// # Errors
+    /// A model that it cannot be done to.
+    fn finish(&self, _decoder: &mut Decoder) -> model::Result<()> {
+        Ok(())
+    }
+
     /// Writes what the method carries from step to step beside the policy and its optimiser, into the folder of a
     /// checkpoint: a value model, a reference that moves, episodes to be replayed. File names begin with the method's.
     ///

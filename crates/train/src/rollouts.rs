@@ -35,7 +35,7 @@ use model::decoder::{Decoder, PackedTokens, WeightFormat};
 use model::tokenizer::Tokenizer;
 use rollout::{
     Episode, Fidelity, Finish, Generator, Guidance, GuidanceOptions, LogitsHook, OnTape, Progress, PromptTokens,
-    Request, Returns, SamplingOptions, TapeRows,
+    Request, SamplingOptions, TapeRows, ValueOutputs,
 };
 
 use crate::error::{Error, Result};
@@ -161,13 +161,13 @@ impl Rollouts<'_> {
     pub fn sample_guided<'p>(
         &self,
         reference: &Decoder,
-        (returns, guidance): (Returns, &GuidanceOptions),
+        (outputs, guidance): (ValueOutputs, &GuidanceOptions),
         step: &mut Step<'_>,
         random: Random,
         prompts: &[&'p Prompt],
     ) -> Result<Groups<'p>> {
         let started = Instant::now();
-        let hook = Guidance::new(step.decoder, returns, guidance, self.sampling);
+        let hook = Guidance::new(step.decoder, outputs, guidance, self.sampling);
         let found = hook.map_err(PlayError::from).and_then(|hook| {
             let language = (step.tokenizer, step.world);
             self.generate(reference, (Some(&hook), None), language, step.observer, random, (prompts, &[]))

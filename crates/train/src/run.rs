@@ -265,7 +265,10 @@ impl<'a> Session<'a> {
         while let Some(method) = stages.get_mut(self.state.stage) {
             let reference = started_from.take().flatten();
             match self.stage(&mut **method, reference)? {
-                End::Finished => {}
+                End::Finished => {
+                    let step = self.state.global_step;
+                    method.finish(&mut self.run.decoder).map_err(|source| Error::Model { step, source })?;
+                }
                 End::Interrupted => return Ok(Outcome::Interrupted { step: self.state.global_step }),
                 End::Stopped(alarm) => return Ok(Outcome::Stopped { alarm: Box::new(alarm) }),
             }

@@ -422,7 +422,7 @@ pub fn gradients(
                 reading.temperature,
                 &pass.by_target(&d_log_prob),
                 d_entropy.as_deref(),
-                ScoreGradients { rows: &rows, d_scores: &d_scores },
+                ScoreGradients { rows: &rows, blocks: None, d_scores: &d_scores },
                 step.gradients,
             )
             .map_err(step.model_error())?;

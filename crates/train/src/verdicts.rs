@@ -76,7 +76,12 @@ impl Evaluator for Verdicts<'_> {
             .scores(decoder, &mut Workspace::new(), self.micro_batch_tokens)
             .map_err(|error| Box::new(error) as EvaluationError)?;
         progress(self.held.len(), self.held.len());
-        let scores: Vec<f64> = scores.into_iter().map(f64::from).collect();
+        let mut scores: Vec<f64> = scores.into_iter().map(f64::from).collect();
+        if let Held::Whole(..) = self.held {
+            // Of several outputs the first is the reward.
+            let outputs = scores.len() / batch.items().max(1);
+            scores = scores.into_iter().step_by(outputs.max(1)).collect();
+        }
         let bootstrapped = |values: &[f64]| bootstrap_mean(values, RESAMPLES, self.seed);
         let mut found = match &self.held {
             Held::Whole(RewardRows::Pairs(_), _) => {

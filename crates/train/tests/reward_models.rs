@@ -15,7 +15,7 @@ use model::ModelConfig;
 use model::config::{Family, HeadTask, ScoreHead};
 use model::decoder::{Decoder, Workspace};
 use model::lora::LoraConfig;
-use objectives::{Ball, Ensemble, GroupDro, Members, StepAggregation, WorstCase};
+use objectives::{Ball, Ensemble, GroupDro, Members, Odin, StepAggregation, WorstCase};
 use posttrain_train as train;
 use train::judges::{Judge, ModelReward};
 use train::methods::process_reward::{ProcessReward, ProcessRewardOptions, StepLoss};
@@ -23,7 +23,7 @@ use train::methods::reward_model::{RewardLoss, RewardModel, RewardModelOptions, 
 use train::options::{RunOptions, TrainingOptions};
 use train::scoring::{Batch, Scored, Unit};
 use train::verdicts::{Held, Verdicts};
-use train::{Evaluator, Method, Observer, Outcome, Provenance, Run};
+use train::{Evaluator, Fit, Method, Observer, Outcome, Provenance, Run};
 
 /// All problems: prompt `ab>`, the larger digit, and a digit that is not.
 fn problems() -> impl Iterator<Item = (String, u32, u32)> {
@@ -89,6 +89,7 @@ struct Setup {
     loss: Loss,
     worst_case: Option<WorstCase>,
     group_dro: Option<GroupDro>,
+    odin: Option<Odin>,
     training: TrainingOptions,
 }
 
@@ -106,8 +107,8 @@ impl Setup {
         };
         let training =
             TrainingOptions { max_steps: Some(5), learning_rate: 3e-3, micro_batch_tokens: 40, ..Default::default() };
-        let (worst_case, group_dro) = (None, None);
-        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, worst_case, group_dro, training }
+        let (worst_case, group_dro, odin) = (None, None, None);
+        Self { head, lora: false, precision: Precision::F32, seed: 7, loss, worst_case, group_dro, odin, training }
     }
 
     fn all() -> Vec<Self> {
@@ -120,12 +121,21 @@ impl Setup {
         let robust = [Members::Pairs, Members::Prompts].map(worst);
         let grouped =
             Self { group_dro: Some(GroupDro { step_size: 0.5 }), ..Self::new(Loss::Whole(RewardLoss::BradleyTerry)) };
-        wholes.into_iter().chain(steps).map(Self::new).chain(robust).chain([grouped]).collect()
+        let odin = Self { group_dro: Some(GroupDro { step_size: 0.5 }), ..Self::odin() };
+        wholes.into_iter().chain(steps).map(Self::new).chain(robust).chain([grouped, odin]).collect()
+    }
+
+    fn odin() -> Self {
+        Self {
+            head: ScoreHead { outputs: 2, ..ScoreHead::REWARD },
+            odin: Some(Odin::default()),
+            ..Self::new(Loss::Whole(RewardLoss::BradleyTerry))
+        }
     }
 
     fn decoder(&self) -> Decoder {
         let mut decoder = Decoder::random(ModelConfig::tiny(Family::Llama, 259), self.seed).unwrap();
-        decoder.add_score(self.head, 0.0, 0).unwrap();
+        decoder.add_score(self.head, if self.odin.is_some() { 0.02 } else { 0.0 }, 0).unwrap();
         if self.lora {
             decoder.attach_lora(&LoraConfig { r: 4, alpha: 8.0, ..Default::default() }, 2).unwrap();
         }
@@ -143,6 +153,7 @@ impl Setup {
                     center_rewards_coefficient,
                     worst_case: self.worst_case,
                     group_dro: self.group_dro,
+                    odin: self.odin,
                     batch_size: 16,
                     training,
                     ..Default::default()
@@ -297,6 +308,130 @@ fn weights_of_groups_follow_their_losses() {
     assert!((moved[0] - 0.5).abs() < 1e-6 && moved[39] > 0.55, "{moved:?}");
 }
 
+/// A completion of a digit and some marks, which say nothing.
+fn padded(prompt: &str, answer: u32, marks: usize) -> Example {
+    let mut padded = example(prompt, answer);
+    let end = padded.ids.len() - 1;
+    let mark = tokenizer().encode(".").unwrap();
+    padded.ids.splice(end..end, mark.repeat(marks));
+    padded.loss_mask.resize(padded.ids.len(), true);
+    padded
+}
+
+/// Pairs of answers of a digit and up to 7 marks, of which the larger digit is the better. In those to learn from one pair of five is the wrong way round,
+/// and the longer completion is chosen in 9 of 10; in the others all are in order, and length says nothing.
+fn of_lengths(held_out: bool) -> Vec<PreferencePair> {
+    let random = Random::new(6, Purpose::Test).step(u32::from(held_out));
+    let pair = |id: u32| {
+        let random = random.prompt(id);
+        let better = 1 + random.at(0).below(9) as u32;
+        let mut digits = [better, random.at(1).below(u64::from(better)) as u32];
+        let mut marks = [2, 3].map(|place| random.at(place).below(8) as usize);
+        if !held_out && random.at(4).uniform() < 0.2 {
+            digits.reverse();
+        }
+        if !held_out && marks[0] < marks[1] && random.at(5).uniform() < 0.8 {
+            marks.reverse();
+        }
+        PreferencePair::new(padded(">", digits[0], marks[0]), padded(">", digits[1], marks[1]))
+    };
+    (0..400).map(pair).collect()
+}
+
+/// Where the longer completion is preferred for no good reason, the head that ODIN keeps goes less with length than a plain reward model does, on every
+/// seed, and in the mean over three seeds it is more often right where length says nothing.
+#[test]
+fn odin_keeps_a_quality_that_does_not_go_with_length() {
+    let held_out = RewardRows::Pairs(of_lengths(true));
+    let all: Vec<usize> = (0..held_out.len()).collect();
+    let RewardRows::Pairs(pairs) = &held_out else { unreachable!("pairs are pairs") };
+    let completions = pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]);
+    let lengths: Vec<f64> = completions.map(|example| example.ids.len() as f64).collect();
+    // Correlation with length, and accuracy.
+    let measured = |seed, odin: Option<Odin>| {
+        let training = TrainingOptions { max_steps: Some(300), learning_rate: 1e-3, ..Default::default() };
+        let options = RewardModelOptions { odin, batch_size: 32, training, ..Default::default() };
+        let mut decoder = Decoder::random(ModelConfig::tiny(Family::Llama, 259), seed).unwrap();
+        let (head, deviation) = options.score_head();
+        decoder.add_score(head, deviation, seed).unwrap();
+        let mut method = RewardModel::new(options, RewardRows::Pairs(of_lengths(false))).unwrap();
+        let tokenizer = tokenizer();
+        let fit = Fit { decoder: &mut decoder, tokenizer: &tokenizer, seed, stage: 0, precision: Precision::F32 };
+        train::fit::<train::Error>(&mut method, fit, |_, _, _| Ok(())).unwrap();
+        assert_eq!(decoder.config().score, Some(ScoreHead::REWARD), "one head is left");
+        decoder.prepare(Precision::F32);
+        let scores = Batch::new(held_out.units(&all)).scores(&decoder, &mut Workspace::new(), 500).unwrap();
+        let scores: Vec<f64> = scores.into_iter().map(f64::from).collect();
+        let right = scores.chunks(2).filter(|pair| pair[0] > pair[1]).count();
+        (correlation(&scores, &lengths).abs(), right as f64 / all.len() as f64)
+    };
+    let mut lead = 0.0;
+    for seed in [1, 2, 3] {
+        let (plain, odin) = (measured(seed, None), measured(seed, Some(Odin::default())));
+        println!("seed {seed}: correlation and accuracy {plain:?} plain, {odin:?} with ODIN");
+        assert!(odin.0 < plain.0 / 2.0, "seed {seed}: correlations {} plain, {} with ODIN", plain.0, odin.0);
+        lead += (odin.1 - plain.1) / 3.0;
+    }
+    assert!(lead > 0.0, "accuracy with ODIN leads by {lead}");
+}
+
+fn correlation(a: &[f64], b: &[f64]) -> f64 {
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let (mean_a, mean_b) = (mean(a), mean(b));
+    let product =
+        |x: &[f64], of_x: f64, y: &[f64], of_y: f64| x.iter().zip(y).map(|(x, y)| (x - of_x) * (y - of_y)).sum::<f64>();
+    product(a, mean_a, b, mean_b) / (product(a, mean_a, a, mean_a) * product(b, mean_b, b, mean_b)).sqrt()
+}
+
+/// A checkpoint holds both heads, the result the first of them; evaluations between are of this one.
+#[test]
+fn odin_ends_with_the_first_of_its_heads() {
+    for lora in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let setup = Setup { lora, ..Setup::odin() };
+        let stop = AtomicBool::new(false);
+        assert_eq!(setup.run(&path, false, &mut StopAt(4, &stop), &stop), Outcome::Interrupted { step: 4 });
+        let file = if lora { "adapter_model.safetensors" } else { "model.safetensors" };
+        let head = |folder: &str| {
+            let tensors = model::weights::safetensors::read(&path.join(folder).join(file)).unwrap();
+            let (_, head) = tensors.into_iter().find(|(name, _)| name.ends_with("score.weight")).unwrap();
+            head.shape
+        };
+        assert_eq!(head("checkpoint-4")[0], 2);
+        setup.run(&path, true, &mut (), &AtomicBool::new(false));
+        assert_eq!(head("final")[0], 1);
+        for name in ["length_correlation/quality", "length_correlation/length", "heads_cosine", "quality_accuracy"] {
+            assert_eq!(column(&path, name).len(), 5, "{name}");
+        }
+    }
+}
+
+/// All completions are of one length, and the heads are zeros: the first step is that of the comparisons alone, for both heads the same.
+#[test]
+fn odin_begins_where_nothing_varies() {
+    let mut decoder = Decoder::random(ModelConfig::tiny(Family::Llama, 259), 1).unwrap();
+    decoder.add_score(ScoreHead { outputs: 2, ..ScoreHead::REWARD }, 0.0, 0).unwrap();
+    let options = RewardModelOptions {
+        odin: Some(Odin::default()),
+        training: TrainingOptions { max_steps: Some(3), ..Default::default() },
+        ..Default::default()
+    };
+    let mut method = RewardModel::new(options, pairs()).unwrap();
+    let tokenizer = tokenizer();
+    let fit = Fit { decoder: &mut decoder, tokenizer: &tokenizer, seed: 1, stage: 0, precision: Precision::F32 };
+    let mut losses = Vec::new();
+    train::fit::<train::Error>(&mut method, fit, |_, _, metrics| {
+        losses.push(metrics.get("loss").unwrap());
+        Ok(())
+    })
+    .unwrap();
+    assert!(
+        (losses[0] - std::f64::consts::LN_2).abs() < 1e-6 && losses.iter().all(|loss| loss.is_finite()),
+        "{losses:?}"
+    );
+}
+
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bytes() {
     for (setup, lora) in Setup::all().into_iter().zip([true, false].into_iter().cycle()) {
@@ -331,6 +466,11 @@ fn rows_that_do_not_fit_the_loss_are_refused() {
     let centred =
         RewardModelOptions { center_rewards_coefficient: 0.1, loss_type: RewardLoss::Bce, ..Default::default() };
     assert!(centred.validate().unwrap_err().to_string().contains("center_rewards_coefficient"));
+    let odin = RewardModelOptions { odin: Some(Odin::default()), loss_type: RewardLoss::Mse, ..Default::default() };
+    assert!(odin.validate().unwrap_err().to_string().contains("odin is on, expected off, unless loss_type"));
+    let odin = Odin { length_coefficient: -1.0, ..Odin::default() };
+    let odin = RewardModelOptions { odin: Some(odin), ..Default::default() };
+    assert!(odin.validate().unwrap_err().to_string().contains("odin: length_coefficient is -1"));
     let mut soft = solutions();
     soft[3].steps[0].1 = 0.5;
     let refused = ProcessReward::new(ProcessRewardOptions::default(), soft.clone()).err().unwrap().to_string();

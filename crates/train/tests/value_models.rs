@@ -12,20 +12,28 @@ use envs::Reward;
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
-use model::decoder::Decoder;
+use model::decoder::{Decoder, Workspace};
 use model::lora::LoraConfig;
 use posttrain_train as train;
-use rollout::{Generator, Guidance, GuidanceOptions, LogitsHook, Request, SamplingOptions};
+use rollout::guidance::returns::{bernoulli, tilted};
+use rollout::{Episode, Generator, Guidance, GuidanceOptions, LogitsHook, Request, SamplingOptions, ValueHead};
 use train::methods::sft::{Sft, SftOptions};
 use train::methods::value_model::{ReturnLoss, ValueModel, ValueModelOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Fit, Method, Observer, Outcome, Provenance, Run};
 
-const LOSSES: [ReturnLoss; 3] = [ReturnLoss::Bernoulli, ReturnLoss::Histogram, ReturnLoss::Squared];
+const LOSSES: [(ReturnLoss, ValueHead); 5] = [
+    (ReturnLoss::Bernoulli, ValueHead::State),
+    (ReturnLoss::Histogram, ValueHead::State),
+    (ReturnLoss::Squared, ValueHead::State),
+    (ReturnLoss::Bernoulli, ValueHead::Action),
+    (ReturnLoss::Histogram, ValueHead::Action),
+];
 
-fn options(loss_type: ReturnLoss) -> ValueModelOptions {
+fn options((loss_type, head): (ReturnLoss, ValueHead)) -> ValueModelOptions {
     ValueModelOptions {
         loss_type,
+        head,
         bins: 5,
         num_generations: 1,
         batch_size: 16,
@@ -54,7 +62,7 @@ fn run(
 ) -> Outcome {
     let tokenizer = tokenizer();
     let mut decoder = Decoder::random(ModelConfig::tiny(Family::Llama, 259), 5).unwrap();
-    decoder.add_score(options.head(), 0.0, 0).unwrap();
+    decoder.add_score(options.score_head(259), 0.0, 0).unwrap();
     if lora {
         decoder.attach_lora(&LoraConfig { r: 4, alpha: 8.0, ..Default::default() }, 2).unwrap();
     }
@@ -103,7 +111,7 @@ fn cuts_and_threads_do_not_matter() {
 /// Answers of the rounds so far are part of a checkpoint: no step samples them again.
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bytes() {
-    for (loss, lora) in LOSSES.into_iter().zip([true, false, false]) {
+    for (loss, lora) in LOSSES.into_iter().zip([true, false, false, true, false]) {
         let folder = tempfile::tempdir().unwrap();
         let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
         run(&options(loss), lora, &whole, false, &mut (), &AtomicBool::new(false));
@@ -121,12 +129,100 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
 #[test]
 fn every_round_samples_in_its_first_step() {
     let folder = tempfile::tempdir().unwrap();
-    finish(&options(ReturnLoss::Bernoulli), folder.path());
+    finish(&options(LOSSES[0]), folder.path());
     let episodes: Vec<Option<f64>> =
         metrics(folder.path()).iter().map(|line| line.get("value/episodes").and_then(|value| value.as_f64())).collect();
     let found: Vec<(usize, f64)> =
         episodes.into_iter().enumerate().filter_map(|(step, count)| Some((step, count?))).collect();
     assert_eq!(found, [(0, 30.0), (2, 60.0)]);
+}
+
+/// Two tokens out of three each time: nine answers, of which every law can be told. Both heads learn it, and guide as it says.
+#[test]
+fn both_heads_learn_the_law_that_can_be_enumerated() {
+    /// Pays for the answers whose tokens have an odd sum.
+    struct Odd;
+    impl Reward for Odd {
+        fn name(&self) -> &str {
+            "odd"
+        }
+
+        fn score(&self, answers: &[envs::Answer<'_>]) -> Result<Vec<Option<envs::Score>>, envs::RewardError> {
+            let paid = |answer: &envs::Answer<'_>| odd(answer.completion_ids);
+            Ok(answers.iter().map(|answer| Some(envs::Score::new(paid(answer), envs::Status::Ok))).collect())
+        }
+    }
+    fn odd(ids: &[u32]) -> f64 {
+        f64::from(ids.iter().sum::<u32>() % 2)
+    }
+
+    let (tokenizer, eta) = (tokenizer(), 0.4);
+    let sampling = SamplingOptions { max_new_tokens: 2, top_k: 3, ..Default::default() };
+    let mut reference = reference();
+    reference.prepare(Precision::F32);
+    let prompts: Vec<_> = prompts().into_iter().take(1).collect();
+    // The three tokens after some others, by id, with the logarithms of their probabilities among themselves.
+    let next = |ids: &[u32]| {
+        let mut workspace = Workspace::new();
+        let hidden = reference.prefill(&[ids], &mut workspace).unwrap().remove(0).hidden;
+        let mut logits = vec![0.0; 259];
+        reference.logits(&hidden, &mut logits).unwrap();
+        let mut best: Vec<u32> = (0..259).collect();
+        best.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        let kept: Vec<f64> = best[..3].iter().map(|&id| f64::from(logits[id as usize])).collect();
+        (best[..3].to_vec(), tilted(&kept, &[0.0; 3], 1.0).0)
+    };
+    for head in [ValueHead::State, ValueHead::Action] {
+        let options = ValueModelOptions {
+            head,
+            rounds: 1,
+            num_generations: 400,
+            batch_size: 100,
+            sampling: sampling.clone(),
+            training: TrainingOptions { max_steps: Some(400), learning_rate: 5e-3, ..Default::default() },
+            ..Default::default()
+        };
+        let mut value = Decoder::random(ModelConfig::tiny(Family::Llama, 259), 5).unwrap();
+        value.add_score(options.score_head(259), 0.0, 0).unwrap();
+        let mut method = ValueModel::new(options.clone(), reference.clone(), prompts.clone(), Box::new(Odd)).unwrap();
+        let fit = Fit { decoder: &mut value, tokenizer: &tokenizer, seed: 1, stage: 0, precision: Precision::F32 };
+        train::fit::<train::Error>(&mut method, fit, |_, _, _| Ok(())).unwrap();
+        value.prepare(Precision::F32);
+        let guidance = GuidanceOptions { eta, top_k: 3, ..GuidanceOptions::default() };
+        let hook = Guidance::new(&value, options.outputs(), &guidance, &sampling).unwrap();
+        let generator = Generator::new(&sampling, 32, Random::new(9, Purpose::Sampling));
+        let generator = Generator { hook: Some(&hook), ..generator };
+        let requests: Vec<Request> =
+            prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, 20)).collect();
+        let episodes: Vec<Episode> = generator.generate(&reference, &tokenizer, &requests, |_| {}).unwrap();
+        let mut furthest = 0f64;
+        for episode in &episodes {
+            for place in 0..episode.completion.len() {
+                let before = [&episode.prompt[..], &episode.completion[..place]].concat();
+                let (tokens, log_probs) = next(&before);
+                let worths: Vec<f64> = (tokens.iter())
+                    .map(|&token| {
+                        let answer = [&episode.completion[..place], &[token]].concat();
+                        let paid = match answer.len() {
+                            1 => {
+                                let (second, log_probs) = next(&[&before[..], &[token]].concat());
+                                let of = |(&id, log_prob): (&u32, &f64)| log_prob.exp() * odd(&[token, id]);
+                                second.iter().zip(&log_probs).map(of).sum()
+                            }
+                            _ => odd(&answer),
+                        };
+                        bernoulli((paid / (1.0 - paid)).ln(), eta, guidance.floor)
+                    })
+                    .collect();
+                let (policy, _) = tilted(&log_probs, &worths, eta);
+                let drawn = tokens.iter().position(|&id| id == episode.completion[place]).unwrap();
+                let (found, expected) = (f64::from(episode.filtered_log_probs[place]).exp(), policy[drawn].exp());
+                furthest = furthest.max((found - expected).abs());
+            }
+        }
+        println!("{head:?}: probabilities are off by {furthest}");
+        assert!(furthest < 0.06, "{head:?}: probabilities are off by {furthest}");
+    }
 }
 
 /// A model that has half learned its task is guided to what it does not do alone.
@@ -144,7 +240,7 @@ fn guidance_finds_what_is_paid() {
         training: training(120),
         ..Default::default()
     };
-    value.add_score(options.head(), 0.0, 0).unwrap();
+    value.add_score(options.score_head(259), 0.0, 0).unwrap();
     let fit = |method: &mut dyn Method, decoder: &mut Decoder| {
         let fit = Fit { decoder, tokenizer: &tokenizer, seed: 1, stage: 0, precision: Precision::F32 };
         train::fit::<train::Error>(method, fit, |_, _, _| Ok(())).unwrap();
@@ -159,7 +255,7 @@ fn guidance_finds_what_is_paid() {
     let prompts = prompts();
     let requests: Vec<Request> =
         prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, 4).collect::<Vec<_>>()).collect();
-    let hook = Guidance::new(&value, options.returns(), &GuidanceOptions::default(), &options.sampling).unwrap();
+    let hook = Guidance::new(&value, options.outputs(), &GuidanceOptions::default(), &options.sampling).unwrap();
     let accuracy = |hook: Option<&dyn LogitsHook>| {
         let generator = Generator::new(&options.sampling, 32, Random::new(9, Purpose::Sampling));
         let generator = Generator { hook, ..generator };
@@ -185,9 +281,9 @@ fn returns_that_the_loss_cannot_speak_of_are_refused() {
     }
     let message = |loss| {
         let tokenizer = tokenizer();
-        let options = options(loss);
+        let options = options((loss, ValueHead::State));
         let mut decoder = Decoder::random(ModelConfig::tiny(Family::Llama, 259), 5).unwrap();
-        decoder.add_score(options.head(), 0.0, 0).unwrap();
+        decoder.add_score(options.score_head(259), 0.0, 0).unwrap();
         let mut method = ValueModel::new(options, reference(), prompts(), Box::new(Two)).unwrap();
         let fit = Fit { decoder: &mut decoder, tokenizer: &tokenizer, seed: 1, stage: 0, precision: Precision::F32 };
         train::fit::<train::Error>(&mut method, fit, |_, _, _| Ok(())).err().map(|error| error.to_string())

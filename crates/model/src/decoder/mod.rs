@@ -54,7 +54,7 @@ pub use identity::WeightsId;
 pub use linear::WeightFormat;
 pub use non_finite::NonFinite;
 pub use parameters::{Gradients, ParameterInfo};
-pub use score::ScoreGradients;
+pub use score::{Blocks, ScoreGradients};
 pub use tape::Tape;
 pub use tokens::PackedTokens;
 pub use workspace::Workspace;
@@ -439,12 +439,60 @@ impl Decoder {
         Ok(())
     }
 
+    /// Leaves the first of the score head's outputs and drops the others; the adapter's copy of the head, if there is one, likewise.
+    ///
+    /// # Errors
+    /// A decoder without a score head.
+    pub fn keep_first_score(&mut self) -> Result<()> {
+        let head = self.config.score.ok_or_else(no_score_head)?;
+        self.check_whole();
+        let adapter = self.adapter_config().cloned().zip(Some(self.adapter_tensors()));
+        let mut decoder =
+            Self::zeros(ModelConfig { score: Some(ScoreHead { outputs: 1, ..head }), ..self.config.clone() })?;
+        for entry in &decoder.layout.entries {
+            let Some(own) = self.layout.get(&entry.name) else { continue };
+            // The rows of the head's tensors are its outputs.
+            let own = &self.base[own.range.clone()];
+            decoder.base[entry.range.clone()].copy_from_slice(&own[..entry.range.len()]);
+        }
+        decoder.device = self.device.take();
+        if let Some((config, mut tensors)) = adapter {
+            for (name, tensor) in &mut tensors {
+                if name.contains("score.") {
+                    tensor.data.truncate(tensor.data.len() / head.outputs);
+                    tensor.shape[0] = 1;
+                }
+            }
+            decoder.load_adapter(&config, tensors)?;
+        }
+        *self = decoder;
+        Ok(())
+    }
+
+    /// The weights of the score head that counts, outputs × width of the hidden states.
+    ///
+    /// # Errors
+    /// A decoder without a score head.
+    pub fn score_weight(&self) -> Result<&[f32]> {
+        let (score, values) = self.score()?;
+        Ok(score.weight(values))
+    }
+
+    /// Adds a gradient of [`Decoder::score_weight`], of a loss of the weights themselves, to `gradients`.
+    ///
+    /// # Errors
+    /// A decoder without a score head; a gradient of another length; an adapter that is switched off.
+    pub fn add_score_weight_gradient(&self, gradient: &[f32], gradients: &mut Gradients) -> Result<()> {
+        self.check_adapter_is_on()?;
+        self.score()?.0.add_weight_gradient(gradient, gradients)
+    }
+
     /// The score head that counts, with the storage it lies in: the adapter's while the adapter is on.
     fn score(&self) -> Result<(&Score, &[f32])> {
         let adapted = self.adapter.as_ref().filter(|adapter| adapter.on);
         let adapted = adapted.and_then(|adapter| Some((adapter.score.as_ref()?, &adapter.values[..])));
         let own = || self.score.as_ref().map(|score| (score, &self.base[..]));
-        adapted.or_else(own).ok_or_else(|| Error::Invalid("the model has no score head".into()))
+        adapted.or_else(own).ok_or_else(no_score_head)
     }
 
     fn language_head(&self) -> Result<&Head> {
@@ -458,13 +506,33 @@ impl Decoder {
     /// A model without such a head, weights that are not prepared, rows outside the batch or out of order, and the first
     /// score that is not finite.
     pub fn scores(&self, workspace: &Workspace, rows: &[usize]) -> Result<Vec<f32>> {
+        self.scores_of(workspace, rows, |score, values| Ok(score.forward(values, &workspace.hidden, rows)))
+    }
+
+    /// One block of the outputs of the score head at each of the given rows, with the bits that [`Decoder::scores`] gives it: rows × width.
+    ///
+    /// # Errors
+    /// As [`Decoder::scores`], and blocks that the head does not have.
+    pub fn block_scores(&self, workspace: &Workspace, rows: &[usize], blocks: Blocks<'_>) -> Result<Vec<f32>> {
+        self.scores_of(workspace, rows, |score, values| {
+            score.check_blocks(rows, blocks)?;
+            Ok(score.forward_blocks(values, &workspace.hidden, rows, blocks))
+        })
+    }
+
+    fn scores_of(
+        &self,
+        workspace: &Workspace,
+        rows: &[usize],
+        forward: impl FnOnce(&Score, &[f32]) -> Result<Vec<f32>>,
+    ) -> Result<Vec<f32>> {
         match &self.device {
             Some(device) => device.check_ready(self)?,
             None => drop(self.ready()?),
         }
         let (score, values) = self.score()?;
         score::check_rows(rows, workspace.rows)?;
-        let scores = score.forward(values, &workspace.hidden, rows);
+        let scores = forward(score, values)?;
         match NonFinite::find(None, "score", &scores, scores.len() / rows.len().max(1)) {
             Some(found) => Err(NonFinite { row: rows[found.row], ..found }.into()),
             None => Ok(scores),
@@ -762,7 +830,7 @@ impl Decoder {
         d_entropy: Option<&[f32]>,
         gradients: &mut Gradients,
     ) -> Result<LogProbs> {
-        let none = ScoreGradients { rows: &[], d_scores: &[] };
+        let none = ScoreGradients { rows: &[], blocks: None, d_scores: &[] };
         self.backward_with_scores(tokens, workspace, targets, temperature, d_log_prob, d_entropy, none, gradients)
     }
 
@@ -977,6 +1045,10 @@ impl Source for OwnWeights<'_> {
         to.copy_from_slice(&self.base[entry.range.clone()]);
         Ok(())
     }
+}
+
+fn no_score_head() -> Error {
+    Error::Invalid("the model has no score head".into())
 }
 
 fn not_prepared() -> Error {

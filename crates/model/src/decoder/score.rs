@@ -25,8 +25,20 @@ pub(super) struct Score {
 pub struct ScoreGradients<'a> {
     /// Rows of the batch, ascending.
     pub rows: &'a [usize],
-    /// The gradient of every output of every row: rows × outputs.
+    /// Which outputs the gradients are of; of all of them, where this is `None`.
+    pub blocks: Option<Blocks<'a>>,
+    /// The gradient of every output of every row, rows × outputs; with blocks, of those of its block: rows × width.
     pub d_scores: &'a [f32],
+}
+
+/// Some outputs of each row, of a head whose outputs are blocks of equal width: one for every token that may come next, say, of
+/// which one came. What the others are is not computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a> {
+    /// Outputs of a block.
+    pub width: usize,
+    /// The block of each row.
+    pub of_rows: &'a [usize],
 }
 
 impl Score {
@@ -42,14 +54,53 @@ impl Score {
         self.weight.start..self.bias.as_ref().unwrap_or(&self.weight).end
     }
 
+    /// The weights, outputs × width of the hidden states, in the storage that they lie in.
+    pub fn weight<'v>(&self, values: &'v [f32]) -> &'v [f32] {
+        &values[self.weight.clone()]
+    }
+
+    /// Adds a gradient of the weights to those of all parameters.
+    pub fn add_weight_gradient(&self, gradient: &[f32], parameters: &mut Gradients) -> Result<()> {
+        let (found, expected) = (gradient.len(), self.weight.len());
+        if found != expected {
+            return Err(Error::Invalid(format!(
+                "expected {expected} gradients of a score head's weights, got {found}"
+            )));
+        }
+        kernels::add(parameters.range_mut(&self.weight), gradient);
+        Ok(())
+    }
+
     /// Checks rows against a batch, and gradients against both.
     pub fn check(&self, gradients: ScoreGradients<'_>, rows: usize) -> Result<()> {
         check_rows(gradients.rows, rows)?;
-        let (found, expected) = (gradients.d_scores.len(), gradients.rows.len() * self.outputs);
+        gradients.blocks.map_or(Ok(()), |blocks| self.check_blocks(gradients.rows, blocks))?;
+        let width = gradients.blocks.map_or(self.outputs, |blocks| blocks.width);
+        let (found, expected) = (gradients.d_scores.len(), gradients.rows.len() * width);
         if found != expected {
             return Err(Error::Invalid(format!("expected {expected} gradients of scores, got {found}")));
         }
         Ok(())
+    }
+
+    /// Checks that the outputs are blocks of this width, and that every row has one of them.
+    pub fn check_blocks(&self, rows: &[usize], blocks: Blocks<'_>) -> Result<()> {
+        let Blocks { width, of_rows } = blocks;
+        if width == 0 || !self.outputs.is_multiple_of(width) {
+            return Err(Error::Invalid(format!("{} outputs are not blocks of {width}", self.outputs)));
+        }
+        if of_rows.len() != rows.len() {
+            return Err(Error::Invalid(format!(
+                "expected a block for each of {} rows, got {}",
+                rows.len(),
+                of_rows.len()
+            )));
+        }
+        let count = self.outputs / width;
+        match of_rows.iter().find(|&&block| block >= count) {
+            Some(block) => Err(Error::Invalid(format!("block {block} is asked for, but the head has {count}"))),
+            None => Ok(()),
+        }
     }
 
     /// The scores of the chosen rows of `hidden`: rows × outputs.
@@ -65,6 +116,27 @@ impl Score {
         scores
     }
 
+    /// The scores of a block of each of the chosen rows of `hidden`, rows × width, with the bits that [`Score::forward`] gives them.
+    pub fn forward_blocks(&self, values: &[f32], hidden: &[f32], rows: &[usize], blocks: Blocks<'_>) -> Vec<f32> {
+        let (width, d) = (blocks.width, self.hidden);
+        let mut scores = vec![0.0; rows.len() * width];
+        for ((&row, &block), scores) in rows.iter().zip(blocks.of_rows).zip(scores.chunks_exact_mut(width)) {
+            let weight = Matrix::new(&values[self.weight_of(block, width)], width, d).transposed();
+            let chosen = Matrix::new(&hidden[row * d..][..d], 1, d);
+            matmul(Precision::F32, chosen, weight, MatrixMut::new(scores, 1, width), false);
+            if let Some(bias) = &self.bias {
+                kernels::add_bias(scores, &values[bias.start + block * width..][..width]);
+            }
+        }
+        scores
+    }
+
+    /// Where the weights of a block lie.
+    fn weight_of(&self, block: usize, width: usize) -> Range<usize> {
+        let size = width * self.hidden;
+        self.weight.start + block * size..self.weight.start + (block + 1) * size
+    }
+
     /// Adds the gradient of the chosen rows to `d_hidden`, and that of the head's tensors, which lie in `values`, to `parameters`.
     pub fn backward(
         &self,
@@ -74,6 +146,9 @@ impl Score {
         d_hidden: &mut [f32],
         parameters: &mut Gradients,
     ) {
+        if let Some(blocks) = gradients.blocks {
+            return self.backward_blocks(values, hidden, (gradients, blocks), d_hidden, parameters);
+        }
         let (rows, d) = (gradients.rows.len(), self.hidden);
         let d_scores = Matrix::new(gradients.d_scores, rows, self.outputs);
         let mut d_chosen = vec![0.0; rows * d];
@@ -87,6 +162,34 @@ impl Score {
         matmul(Precision::F32, d_scores.transposed(), Matrix::new(&chosen, rows, d), d_weight, true);
         if let Some(bias) = &self.bias {
             kernels::bias_backward(gradients.d_scores, parameters.range_mut(bias));
+        }
+    }
+
+    /// [`Score::backward`] of blocks: the weights of the others have no gradient.
+    fn backward_blocks(
+        &self,
+        values: &[f32],
+        hidden: &[f32],
+        (gradients, blocks): (ScoreGradients<'_>, Blocks<'_>),
+        d_hidden: &mut [f32],
+        parameters: &mut Gradients,
+    ) {
+        let (width, d) = (blocks.width, self.hidden);
+        let mut d_chosen = vec![0.0; d];
+        let of_rows = gradients.rows.iter().zip(blocks.of_rows).zip(gradients.d_scores.chunks_exact(width));
+        for ((&row, &block), own) in of_rows {
+            let weight = self.weight_of(block, width);
+            let d_scores = Matrix::new(own, 1, width);
+            let of_block = Matrix::new(&values[weight.clone()], width, d);
+            matmul(Precision::F32, d_scores, of_block, MatrixMut::new(&mut d_chosen, 1, d), false);
+            kernels::add(&mut d_hidden[row * d..][..d], &d_chosen);
+            let chosen = Matrix::new(&hidden[row * d..][..d], 1, d);
+            let d_weight = MatrixMut::new(parameters.range_mut(&weight), width, d);
+            matmul(Precision::F32, d_scores.transposed(), chosen, d_weight, true);
+            if let Some(bias) = &self.bias {
+                let start = bias.start + block * width;
+                kernels::add(parameters.range_mut(&(start..start + width)), own);
+            }
         }
     }
 

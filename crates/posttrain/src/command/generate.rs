@@ -7,7 +7,7 @@ use base::{Hint, Purpose, Random};
 use model::chat::Message;
 use rollout::{
     Finish, Generator, Guidance, GuidanceOptions, LogitsHook, PrefixCache, PromptTokens, Request, Returns,
-    SamplingOptions,
+    SamplingOptions, ValueHead, ValueOutputs,
 };
 use serde_json::{Value, json};
 
@@ -42,7 +42,7 @@ pub(super) fn open(flags: &cli::Model, opener: Opener) -> Result<Opened, Failure
 /// A value model that guides, and how.
 pub(super) struct Guide {
     opened: Opened,
-    returns: Returns,
+    outputs: ValueOutputs,
     options: GuidanceOptions,
 }
 
@@ -65,12 +65,16 @@ impl Guide {
                 return Err(Failure::usage(format!("the guide's returns are {range:?}, expected two rising numbers")));
             }
         };
+        let head = match flags.guide_head {
+            cli::GuideHead::State => ValueHead::State,
+            cli::GuideHead::Action => ValueHead::Action,
+        };
         let mut opened = opener.open_on(computing.device, name, 0)?;
         model.same_vocabulary("model", "guide", &opened).map_err(|failure| {
             failure.hint("a guide reads the tokens of the model: choose a value model that was trained for it")
         })?;
         opened.decoder.prepare(computing.precision.into());
-        let guide = Self { opened, returns, options };
+        let guide = Self { opened, outputs: ValueOutputs { head, returns }, options };
         // Its head is looked at before anything is generated.
         guide.hook(&SamplingOptions::default())?;
         Ok(Some(guide))
@@ -78,7 +82,7 @@ impl Guide {
 
     /// The guidance of one generation.
     pub(super) fn hook(&self, sampling: &SamplingOptions) -> Result<Guidance<'_>, Failure> {
-        Guidance::new(&self.opened.decoder, self.returns, &self.options, sampling).map_err(|error| {
+        Guidance::new(&self.opened.decoder, self.outputs, &self.options, sampling).map_err(|error| {
             let failure = Failure::new(format!("guide {}: {error}", self.opened.name));
             match error.hint() {
                 Some(hint) => failure.hint(hint),

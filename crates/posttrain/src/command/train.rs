@@ -106,6 +106,29 @@ fn dry_run(config: &Config, opener: Opener) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Gives the model the score head that a stage trains, unless it has one like it.
+fn add_score_head(config: &Config, model: &mut Opened) -> Result<(), Failure> {
+    let found = model.decoder.config();
+    let (own, vocabulary) = (found.score, found.vocab_size);
+    let stages = config.stages().into_iter();
+    let mut heads = stages.filter_map(|stage| Some((stage, stage.score_head(vocabulary)?)));
+    let Some((stage, (head, deviation))) = heads.next() else { return Ok(()) };
+    match own {
+        None => Ok(model.decoder.add_score(head, deviation, config.seed)?),
+        Some(own) if own.outputs == head.outputs => Ok(()),
+        Some(own) => {
+            let (name, section, expected) = (&model.name, stage.method(), head.outputs);
+            let failure = Failure::new(format!(
+                "{name}: its score head has {} outputs, expected {expected}, as [{section}] is set",
+                own.outputs
+            ));
+            Err(failure.hint(
+                "start from a model without a score head, which gets one, or set the section as that model was trained",
+            ))
+        }
+    }
+}
+
 /// Whether the adapter fits a model of so many layers.
 fn check_adapter(config: &Config, layers: usize) -> Result<(), Failure> {
     let Some(lora) = &config.lora else { return Ok(()) };
@@ -138,10 +161,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         Some(options) => Some(open_reference(options, &model, opener, &config)?),
         None => None,
     };
-    let head = config.stages().into_iter().find_map(Stage::score_head);
-    if let (Some(head), None) = (head, model.decoder.config().score) {
-        model.decoder.add_score(head, 0.0, config.seed)?;
-    }
+    add_score_head(&config, &mut model)?;
     check_adapter(&config, model.decoder.config().layer_count())?;
     if let Some(lora) = &config.lora {
         model.decoder.attach_lora(lora, config.seed)?;

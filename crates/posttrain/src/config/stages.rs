@@ -200,15 +200,16 @@ impl<'a> Stage<'a> {
         matches!(self, Self::RewardModel(_) | Self::ProcessReward(_) | Self::ValueModel(_))
     }
 
-    /// The score head of the model that it trains: of one that scores, or of a policy that carries its value model.
-    pub fn score_head(self) -> Option<ScoreHead> {
+    /// The score head of the model that it trains, over a vocabulary of this size: of one that scores, or of a policy that carries its value model; and
+    /// the deviation of the weights that a new one starts with.
+    pub fn score_head(self, vocabulary: usize) -> Option<(ScoreHead, f64)> {
         match self {
-            Self::RewardModel(_) => Some(ScoreHead::REWARD),
+            Self::RewardModel(options) => Some(options.score_head()),
             Self::ProcessReward(options) => {
-                Some(ScoreHead { outputs: options.loss_type.outputs(), task: HeadTask::Token })
+                Some((ScoreHead { outputs: options.loss_type.outputs(), task: HeadTask::Token }, 0.0))
             }
-            Self::ValueModel(options) => Some(options.head()),
-            Self::Policy(options) => options.shares_value_model().then_some(ScoreHead::VALUE),
+            Self::ValueModel(options) => Some((options.score_head(vocabulary), 0.0)),
+            Self::Policy(options) => options.shares_value_model().then_some((ScoreHead::VALUE, 0.0)),
             _ => None,
         }
     }

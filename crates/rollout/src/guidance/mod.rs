@@ -1,7 +1,7 @@
 //! Value guidance: tokens are drawn from what a model says times what a value model hopes for, without training the model.
 //!
-//! At every position the `top_k` most probable tokens of the model are candidates, the end of the text among them. The value model reads
-//! what there is so far with each candidate behind it, says what it thinks of the return ([`returns`]), and
+//! At every position the `top_k` most probable tokens of the model are candidates, the end of the text among them. The value model says what
+//! it thinks of the return after each of them ([`returns`]), and
 //!
 //! ```text
 //! π(y | x) ∝ π_ref(y | x) exp(Q(x, y) / η)       over the candidates; all other tokens are dropped
@@ -10,9 +10,10 @@
 //! at the temperature of the sampling, before its top-k, top-p and min-p. A token that is not a candidate is dropped rather than left as it
 //! is, since without a value it would be held against candidates that have one.
 //!
-//! The value model keeps the keys and values of every completion that is being served. The candidates of all of them go through it in one
-//! pass, each a token behind what is known; the one that is drawn is known then, so that a token costs one pass of each model. Its bits
-//! depend on a completion alone, as those of any decoder do.
+//! The value model keeps the keys and values of every completion that is being served. With [`ValueHead::State`] the candidates of all of them
+//! go through it in one pass, each a token behind what is known; the one that is drawn is known then, so that a token costs one pass of each
+//! model. With [`ValueHead::Action`] the one that was drawn goes through it, and what the head says there is said of all candidates. Its bits depend on a
+//! completion alone, as those of any decoder do.
 
 pub mod returns;
 
@@ -26,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::generator::{LogitsContext, LogitsHook};
 use crate::{Error, Request, Result, SamplingOptions};
-pub use returns::{Returns, Worth};
+pub use returns::{Returns, ValueHead, ValueOutputs, Worth};
 
 /// How a value model guides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -74,7 +75,7 @@ impl GuidanceOptions {
 /// Guides a generation with a value model. Of use for one call of the generator: it names completions by their requests.
 pub struct Guidance<'a> {
     value: &'a Decoder,
-    returns: Returns,
+    outputs: ValueOutputs,
     options: GuidanceOptions,
     eta: Option<&'a (dyn Fn(&Request) -> f64 + Sync)>,
     temperature: f64,
@@ -117,20 +118,20 @@ struct Known {
 /// A token that may come next.
 struct Candidate {
     token: u32,
-    /// Keys and values of everything up to and with it.
-    cache: Arc<KvCache>,
+    /// Keys and values of everything up to and with it, where it was read itself.
+    cache: Option<Arc<KvCache>>,
     outputs: Vec<f32>,
 }
 
 impl<'a> Guidance<'a> {
-    /// Guidance by `value`, which must be prepared and of the same vocabulary, and whose score head speaks of `returns`. `sampling` is that
-    /// of the generator.
+    /// Guidance by `value`, which must be prepared and of the same vocabulary, and whose score head has these outputs. `sampling` is that of the
+    /// generator.
     ///
     /// # Errors
     /// Options outside their range; a value model without a score head, or with one of another size.
     pub fn new(
         value: &'a Decoder,
-        returns: Returns,
+        outputs: ValueOutputs,
         options: &GuidanceOptions,
         sampling: &SamplingOptions,
     ) -> Result<Self> {
@@ -139,12 +140,12 @@ impl<'a> Guidance<'a> {
         let Some(head) = value.config().score else {
             return refuse("it has no score head".into(), "train one with a section such as `[q_sharp]` of a recipe");
         };
-        if let Some(expected) = returns.refused(head.outputs) {
+        if let Some(expected) = outputs.refused(head.outputs, value.config().vocab_size) {
             let reason = format!("its score head has {} outputs, expected {expected}", head.outputs);
-            return refuse(reason, "say how it was trained: its outputs are read as those of that loss");
+            return refuse(reason, "say how it was trained: its outputs are read as those of that loss and that head");
         }
         let temperature = f64::from(sampling.log_prob_temperature());
-        Ok(Self { value, returns, options: options.clone(), eta: None, temperature, reader: Mutex::default() })
+        Ok(Self { value, outputs, options: options.clone(), eta: None, temperature, reader: Mutex::default() })
     }
 
     /// With another η for each request.
@@ -167,7 +168,7 @@ impl<'a> Guidance<'a> {
         ids
     }
 
-    /// Reads what is new in the completions of `rows`, and then every candidate behind it.
+    /// Reads what is new in the completions of `rows`, and what is said of every candidate.
     fn read(&self, reader: &mut Reader, rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
         reader.round += 1;
         let round = reader.round;
@@ -176,9 +177,28 @@ impl<'a> Guidance<'a> {
         let mut all: Vec<(Vec<u32>, Known)> = Vec::with_capacity(rows.len());
         for (context, _) in rows {
             let known = reader.known.remove(&name(context)).unwrap_or_default();
-            all.push((text(context), Known { round, ..known.after(context.completion) }));
+            all.push((text(context), Known { round, ..known }));
         }
+        match self.outputs.head {
+            ValueHead::State => self.read_states(&mut reader.workspace, rows, &mut all)?,
+            ValueHead::Action => self.read_actions(&mut reader.workspace, rows, &mut all)?,
+        }
+        for ((context, _), (_, known)) in rows.iter().zip(all) {
+            reader.known.insert(name(context), known);
+        }
+        Ok(())
+    }
 
+    /// Reads every candidate behind its completion.
+    fn read_states(
+        &self,
+        workspace: &mut Workspace,
+        rows: &[(LogitsContext<'_>, &[f32])],
+        all: &mut [(Vec<u32>, Known)],
+    ) -> Result<()> {
+        for ((_, known), (context, _)) in all.iter_mut().zip(rows) {
+            *known = std::mem::take(known).after(context.completion);
+        }
         // What was not a candidate before, and what has come to lie in many pieces.
         let behind: Vec<usize> = (0..all.len())
             .filter(|&row| {
@@ -188,15 +208,12 @@ impl<'a> Guidance<'a> {
             .collect();
         let prompts = behind.iter().map(|&row| Prompt { tokens: &all[row].0, known: all[row].1.solid.clone() });
         let mut caches = Vec::with_capacity(behind.len());
-        self.pass(&mut reader.workspace, prompts.collect(), |prefill, _| {
+        self.pass(workspace, prompts.collect(), |prefill, _| {
             caches.push(prefill.cache);
             Ok(())
         })?;
         for (row, cache) in behind.into_iter().zip(caches) {
-            let known = &mut all[row].1;
-            known.solid = cache.beginning(usize::MAX);
-            known.cache = cache.beginning(usize::MAX);
-            (known.read, known.pieces) = (rows[row].0.completion.len(), 0);
+            all[row].1.solidify(&cache, rows[row].0.completion.len());
         }
 
         let tokens: Vec<(usize, u32, Vec<u32>)> = rows
@@ -207,15 +224,49 @@ impl<'a> Guidance<'a> {
             .collect();
         let prompts = tokens.iter().map(|(row, _, tokens)| Prompt { tokens, known: all[*row].1.cache.clone() });
         let mut read = Vec::with_capacity(tokens.len());
-        self.pass(&mut reader.workspace, prompts.collect(), |prefill, outputs| {
+        self.pass(workspace, prompts.collect(), |prefill, outputs| {
             read.push((prefill.cache, outputs()?));
             Ok(())
         })?;
         for ((row, token, _), (cache, outputs)) in tokens.into_iter().zip(read) {
-            all[row].1.candidates.push(Candidate { token, cache, outputs });
+            all[row].1.candidates.push(Candidate { token, cache: Some(cache), outputs });
         }
-        for ((context, _), (_, known)) in rows.iter().zip(all) {
-            reader.known.insert(name(context), known);
+        Ok(())
+    }
+
+    /// Reads every completion, at whose end the head speaks of all tokens that may come next.
+    fn read_actions(
+        &self,
+        workspace: &mut Workspace,
+        rows: &[(LogitsContext<'_>, &[f32])],
+        all: &mut [(Vec<u32>, Known)],
+    ) -> Result<()> {
+        for ((_, known), (context, _)) in all.iter_mut().zip(rows) {
+            // What the head said is known of the end alone.
+            if context.completion.len() <= known.read {
+                *known = Known { round: known.round, ..Known::default() };
+            }
+        }
+        let prompts = all.iter().map(|(tokens, known)| {
+            let cache = if known.pieces < PIECES { &known.cache } else { &known.solid };
+            Prompt { tokens, known: cache.clone() }
+        });
+        let mut read = Vec::with_capacity(all.len());
+        self.pass(workspace, prompts.collect(), |prefill, outputs| {
+            read.push((prefill.cache, outputs()?));
+            Ok(())
+        })?;
+        let vocabulary = self.value.config().vocab_size;
+        for (((_, known), (cache, outputs)), (context, logits)) in all.iter_mut().zip(read).zip(rows) {
+            let length = context.completion.len();
+            if known.cache.is_empty() || known.pieces >= PIECES {
+                known.solidify(&cache, length);
+            } else {
+                known.extend(&cache, length);
+            }
+            let said = |token| self.outputs.of(&outputs, token, vocabulary).to_vec();
+            let candidates = self.candidates(logits, context).into_iter();
+            known.candidates = candidates.map(|token| Candidate { token, cache: None, outputs: said(token) }).collect();
         }
         Ok(())
     }
@@ -253,17 +304,30 @@ impl Known {
     fn after(mut self, completion: &[u32]) -> Self {
         let candidates = std::mem::take(&mut self.candidates);
         if completion.len() < self.read {
-            return Self::default();
+            return Self { round: self.round, ..Self::default() };
         }
         if let [.., last] = completion
             && completion.len() == self.read + 1
             && let Some(drawn) = candidates.into_iter().find(|candidate| candidate.token == *last)
+            && let Some(cache) = drawn.cache
         {
-            self.cache = drawn.cache.beginning(usize::MAX);
-            self.read += 1;
-            self.pieces += 1;
+            self.extend(&cache, completion.len());
         }
         self
+    }
+
+    /// One piece more is known: the first `read` tokens of the completion now.
+    fn extend(&mut self, cache: &Arc<KvCache>, read: usize) {
+        self.cache = cache.beginning(usize::MAX);
+        self.read = read;
+        self.pieces += 1;
+    }
+
+    /// All that is known of the first `read` tokens lies in few pieces.
+    fn solidify(&mut self, cache: &Arc<KvCache>, read: usize) {
+        self.solid = cache.beginning(usize::MAX);
+        self.cache = cache.beginning(usize::MAX);
+        (self.read, self.pieces) = (read, 0);
     }
 }
 
@@ -287,7 +351,7 @@ impl LogitsHook for Guidance<'_> {
             let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
             let candidates = reader.known.get(&name(context)).map_or(&[][..], |known| &known.candidates);
             let guided = candidates.iter().map(|candidate| {
-                let worth = self.returns.worth(&candidate.outputs, worth, eta, floor);
+                let worth = self.outputs.returns.worth(&candidate.outputs, worth, eta, floor);
                 let logit = f64::from(logits[candidate.token as usize]) + self.temperature * worth / eta;
                 (candidate.token as usize, logit as f32)
             });

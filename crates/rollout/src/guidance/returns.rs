@@ -34,6 +34,28 @@ pub enum Returns {
     Mean,
 }
 
+/// Where a value model reads what a token is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ValueHead {
+    /// At the token itself, behind all that comes before it: the head speaks of the state that the token leads to. Q♯'s V-type. Every candidate is
+    /// read by the whole model.
+    #[default]
+    State,
+    /// Before the token: the head has outputs of its own for every token of the vocabulary, which speak of taking it as the next. Q♯'s Q-type. One
+    /// pass gives the values of all candidates.
+    Action,
+}
+
+/// What the outputs of a value model are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ValueOutputs {
+    /// Where they are read.
+    pub head: ValueHead,
+    /// What they say of the return.
+    pub returns: Returns,
+}
+
 /// What a return is worth.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -44,6 +66,31 @@ pub enum Worth {
     /// `E z`: what it is worth if the reference writes on. Controlled decoding (Mudgal et al. 2023, arXiv 2310.17022) and value
     /// augmented sampling (Han et al. 2024, arXiv 2405.06639).
     Expected,
+}
+
+impl ValueOutputs {
+    /// The number of outputs that a head can have over a vocabulary of this size, in words, where `outputs` is not among them.
+    pub fn refused(self, outputs: usize, vocabulary: usize) -> Option<String> {
+        match self.head {
+            ValueHead::State => self.returns.refused(outputs).map(str::to_owned),
+            ValueHead::Action => {
+                let whole = outputs.is_multiple_of(vocabulary);
+                let refused = self.returns.refused(if whole { outputs / vocabulary } else { 0 });
+                refused.map(|each| format!("{each} for each of the {vocabulary} tokens of its vocabulary"))
+            }
+        }
+    }
+
+    /// What is said of a token, in all that a head says in the place where it is read.
+    pub fn of(self, outputs: &[f32], token: u32, vocabulary: usize) -> &[f32] {
+        match self.head {
+            ValueHead::State => outputs,
+            ValueHead::Action => {
+                let width = outputs.len() / vocabulary;
+                &outputs[width * token as usize..][..width]
+            }
+        }
+    }
 }
 
 impl Returns {
@@ -180,6 +227,20 @@ mod tests {
         assert!((two.worth(&[0.0, p], Worth::Soft, 0.1, 0.0) - bernoulli(f64::from(p), 0.1, 0.0)).abs() < 1e-9);
         assert_eq!((returns.refused(3), returns.refused(1)), (None, Some("2 or more")));
         assert_eq!((Returns::Bernoulli.refused(1), Returns::Mean.refused(2)), (None, Some("1")));
+    }
+
+    #[test]
+    fn heads_over_actions_have_outputs_for_every_token() {
+        let of = |returns| ValueOutputs { head: ValueHead::Action, returns };
+        let histogram = of(Returns::Histogram { low: 0.0, high: 1.0 });
+        assert_eq!((of(Returns::Mean).refused(7, 7), histogram.refused(21, 7)), (None, None));
+        for (outputs, refused) in [(of(Returns::Mean), 1), (of(Returns::Bernoulli), 14), (of(Returns::Bernoulli), 8)] {
+            let expected = "1 for each of the 7 tokens of its vocabulary";
+            assert_eq!(outputs.refused(refused, 7).as_deref(), Some(expected));
+        }
+        assert_eq!(histogram.refused(7, 7).as_deref(), Some("2 or more for each of the 7 tokens of its vocabulary"));
+        assert_eq!(histogram.of(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 1, 3), [2.0, 3.0]);
+        assert_eq!(ValueOutputs { head: ValueHead::State, ..histogram }.of(&[0.0, 1.0], 9, 3), [0.0, 1.0]);
     }
 
     #[test]

@@ -36,7 +36,7 @@ use kernels::Precision;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use rollout::guidance::returns::{expected, soft};
-use rollout::{GuidanceOptions, Worth};
+use rollout::{GuidanceOptions, ValueHead, Worth};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::methods::policy::{Policy, PolicyOptions};
@@ -85,6 +85,7 @@ const ARMS: &[Arm] = &[
     Arm::new("chain-mean", Role::Ablation, "chain: the mean in place of the law"),
     Arm::new("chain-one-round", Role::Ablation, "chain: one round with as many answers"),
     Arm::new("chain-first-token", Role::Ablation, "chain: one label for each answer"),
+    Arm::new("chain-action", Role::Ablation, "chain: the value of every next token from one head before it (Q-type)"),
 ];
 
 /// A number of an arm of the chain's less that of another.
@@ -194,6 +195,12 @@ const CLAIMS: &[Claim] = &[
         measure: |seed| lead(seed, "chain", "chain-first-token", "accuracy"),
     },
     Claim {
+        id: "4d",
+        statement: "so does a head over actions in place of states (the Q-type in place of the V-type)",
+        bound: Bound::AtLeast(0.0),
+        measure: |seed| lead(seed, "chain", "chain-action", "accuracy"),
+    },
+    Claim {
         id: "5",
         statement: "chain: a value model with a quarter of the weights guides too: by how much accuracy rises at η = 0.1",
         bound: Bound::AtLeast(0.1),
@@ -218,7 +225,7 @@ fn height(curve: &[(f64, f64)], x: f64) -> Option<f64> {
 }
 
 const GUIDED: &[&str] = &["chain", "chain-cd", "chain-small"];
-const ABLATIONS: &[&str] = &["chain", "chain-mean", "chain-one-round", "chain-first-token"];
+const ABLATIONS: &[&str] = &["chain", "chain-mean", "chain-one-round", "chain-first-token", "chain-action"];
 
 const FIGURES: &[Figure] = &[
     Figure {
@@ -388,7 +395,7 @@ impl World {
         trial: &Trial<'_>,
         measured: &mut Measurements,
     ) -> Result<Trained> {
-        value.add_score(options.head(), 0.0, 0)?;
+        value.add_score(options.score_head(self.tokenizer.vocab_size()), 0.0, 0)?;
         let mut method = ValueModel::new(options.clone(), self.reference.clone(), self.train.clone(), Box::new(Right))?;
         let mut sampled = 0.0;
         trial.fit(1, &mut method, &mut value, &self.tokenizer, |step, _, metrics| {
@@ -419,7 +426,7 @@ struct Trained {
 
 impl Trained {
     fn guide<'a>(&'a self, options: &'a GuidanceOptions) -> Guide<'a> {
-        Guide { value: &self.value, returns: self.options.returns(), options }
+        Guide { value: &self.value, outputs: self.options.outputs(), options }
     }
 }
 
@@ -572,6 +579,9 @@ impl QSharp {
             once(&mut options);
         }
         options.prefixes &= rest != "first-token";
+        if rest == "action" {
+            options.head = ValueHead::Action;
+        }
         let value = match (rest, settings.from_reference) {
             ("small", _) => world.fresh(settings.small_width, settings.layers, trial)?,
             (_, true) => reference.clone(),
@@ -601,7 +611,7 @@ impl QSharp {
                 measured.set("majority", majority);
             }
         }
-        measured.set("verified", own.verified(&trained.value, 8)?);
+        measured.set("verified", own.verified(&trained.value, trained.options.head, 8)?);
         Ok(measured)
     }
 }

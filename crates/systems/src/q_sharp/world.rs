@@ -21,7 +21,7 @@ use model::config::LayerAttention;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use model::{Family, ModelConfig};
-use rollout::{Episode, Generator, Guidance, GuidanceOptions, Request, Returns, SamplingOptions};
+use rollout::{Episode, Generator, Guidance, GuidanceOptions, Request, SamplingOptions, ValueHead, ValueOutputs};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use train::scoring::{Batch, Scored, Unit};
@@ -275,8 +275,8 @@ pub struct Answers<'a> {
 pub struct Guide<'a> {
     /// The value model, prepared.
     pub value: &'a Decoder,
-    /// What its outputs say.
-    pub returns: Returns,
+    /// What its outputs are.
+    pub outputs: ValueOutputs,
     /// How it guides.
     pub options: &'a GuidanceOptions,
 }
@@ -298,8 +298,8 @@ pub fn answers<'a>(
     let etas = guide.map_or(&[f64::INFINITY][..], |(_, etas)| etas);
     let eta = |request: &Request| etas[request.sample as usize / size];
     let hook = match guide {
-        Some((Guide { value, returns, options: how }, _)) => {
-            Some(Guidance::new(value, returns, how, &options)?.with_eta(&eta))
+        Some((Guide { value, outputs, options: how }, _)) => {
+            Some(Guidance::new(value, outputs, how, &options)?.with_eta(&eta))
         }
         None => None,
     };
@@ -358,10 +358,16 @@ impl Answers<'_> {
     ///
     /// # Errors
     /// A model that refuses the answers.
-    pub fn verified(&self, value: &Decoder, k: usize) -> Result<f64> {
+    pub fn verified(&self, value: &Decoder, head: ValueHead, k: usize) -> Result<f64> {
         let whole: Vec<Vec<u32>> =
             self.episodes.iter().map(|episode| [&episode.prompt[..], &episode.completion].concat()).collect();
-        let batch = Batch::new(whole.iter().map(|ids| Unit::new(vec![Scored::whole(ids)])).collect());
+        // A head over actions says at the token before it what the last token is worth.
+        let place = |ids: &[u32]| ids.len() - if head == ValueHead::Action { 2 } else { 1 };
+        let units = whole.iter().map(|ids| Unit::new(vec![Scored { ids, at: vec![place(ids)] }]));
+        let mut batch = Batch::new(units.collect());
+        if head == ValueHead::Action {
+            batch = batch.of_next_tokens(1);
+        }
         let scores = batch.scores(value, &mut model::decoder::Workspace::new(), 4096)?;
         let scores: Vec<f64> = scores.into_iter().map(f64::from).collect();
         let right: Vec<f64> = self.right().into_iter().map(|right| f64::from(u8::from(right))).collect();

@@ -73,6 +73,7 @@ pub const FAMILIES: &[Family] = &[
             include_str!("../../../objectives/src/reward.rs"),
             include_str!("../../../objectives/src/worst_case.rs"),
             include_str!("../../../objectives/src/group_dro.rs"),
+            include_str!("../../../objectives/src/odin.rs"),
         ],
     },
     Family {

@@ -18,25 +18,37 @@
 //! With `group_dro` it is the one over known groups, of which those that are learnt worse count more ([`mod@objectives::group_dro`]). Every pair
 //! then has a column `group`.
 //!
+//! With `odin` the model has two heads, for quality and for length, whose outputs add up to the score that pairs are compared by: the second takes on what goes with the
+//! length of the completions, and the first is kept from it ([`mod@objectives::odin`]). The first alone is the reward: checkpoints hold both, the model that the run
+//! ends with has no other, so that it is a reward model like any other, and evaluations are of it. A length is the number of tokens of a completion. Heads that are new start at random,
+//! normal with deviation 0.02: heads of zeros would have no directions of their own. The correlations are of one step, so that `batch_size` should not be small.
+//!
+//! Several reward models can be made one, the average of their weights (WARM: Ramé et al., arXiv 2401.12187): `posttrain merge RUN RUN ... --average --out MODEL`, heads
+//! included. Train them from one model with different seeds, orders or learning rates.
+//!
 //! Rows: `prompt`, `chosen`, `rejected`, and where there are some `margin` and `group`, for `bradley_terry`; `prompt`, `completion` and `label` (true or
 //! false) or `score` (a number) for `bce` and `mse`. With `bce` and labels of final answers this is an outcome reward model (ORM).
 //!
 //! Deviations from TRL's `RewardTrainer`:
-//! 1. The head starts at zero, not at random.
+//! 1. The head starts at zero, not at random; but for `odin`.
 //! 2. Metrics are over the pairs of a step, not means of the means of micro-batches.
 //! 3. The score is always that of the last token; transformers looks for the last token that is no padding, which is another where
 //!    sequences end with a token that also pads.
 //!
 //! Metrics: `loss`; `grad_norm`, the norm of its gradient before clipping; those of [`mod@objectives::reward`]. With `worst_case` or `group_dro`
 //! also `row_weights/mean|max`, over rows how much they count relative to the mean; with `group_dro` `group_weights/max`, the weight of the group
-//! that counts most.
+//! that counts most. With `odin` also those of [`mod@objectives::odin`], and `quality_accuracy`, the share of pairs that the kept head alone has in order; `accuracy`, `margin` and
+//! the others are of the sum.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use data::{PreferencePair, ScoredExample};
+use candle_core::Tensor;
+use data::{Example, PreferencePair, ScoredExample};
+use model::config::ScoreHead;
+use model::decoder::Decoder;
 use objectives::reward::{self, LabelLoss, ScoredPairs};
-use objectives::{GroupDro, GroupWeights, Reduce, Statistic, WorstCase};
+use objectives::{GroupDro, GroupWeights, Odin, Reduce, Statistic, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +83,13 @@ pub const PRESETS: &[Preset] = &[
         paper: "Sagawa et al. 2020, arXiv 1911.08731",
         formula: "L = Σ_g q_g L_g, L_g: mean of -log σ(r(x, y_c) - r(x, y_r)) over group g; q_g <- q_g e^{η L_g} / Σ_h q_h e^{η L_h}",
         settings: "group_dro = { step_size = 0.01 }",
+    },
+    Preset {
+        name: "odin",
+        title: "ODIN: a head for quality, and one for length that is thrown away",
+        paper: "Chen et al. 2024, arXiv 2402.07319",
+        formula: "L = - E log σ((q + l)(x, y_c) - (q + l)(x, y_r)) + λ_L (|ρ(q, len)| - ρ(l, len)) + λ_O |⟨w_q, w_l⟩| / (|w_q| |w_l|);  r = q",
+        settings: "batch_size = 32\nodin = { length_coefficient = 1.0, orthogonality_coefficient = 1.0 }",
     },
     Preset {
         name: "orm",
@@ -121,6 +140,9 @@ pub struct RewardModelOptions {
     /// Train for the worst of known groups: those of the column `group`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group_dro: Option<GroupDro>,
+    /// Two heads, for quality and for length, of which the first is kept; with `bradley_terry`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub odin: Option<Odin>,
     /// Rows of one step: TRL's `per_device_train_batch_size` times its `gradient_accumulation_steps`.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
@@ -137,6 +159,7 @@ impl Default for RewardModelOptions {
             label_smoothing: 0.0,
             worst_case: None,
             group_dro: None,
+            odin: None,
             batch_size: 16,
             training: TrainingOptions::default(),
         }
@@ -163,11 +186,24 @@ impl RewardModelOptions {
             let compared = self.loss_type == RewardLoss::BradleyTerry;
             check("group_dro", "on", compared, "off, unless loss_type is bradley_terry")?;
         }
+        if let Some(odin) = self.odin {
+            odin.validate().map_err(|error| OptionError::new("odin", error.to_string()))?;
+            let compared = self.loss_type == RewardLoss::BradleyTerry;
+            check("odin", "on", compared, "off, unless loss_type is bradley_terry")?;
+        }
         if let Some(worst_case) = self.worst_case {
             worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
         }
         check("batch_size", self.batch_size, (1..=1 << 20).contains(&self.batch_size), "1 to 1048576")?;
         self.training.validate().map_err(|error| error.within("training"))
+    }
+
+    /// The score head that is trained, and the deviation of the weights that a new one starts with.
+    pub fn score_head(&self) -> (ScoreHead, f64) {
+        match self.odin {
+            Some(_) => (ScoreHead { outputs: 2, ..ScoreHead::REWARD }, 0.02),
+            None => (ScoreHead::REWARD, 0.0),
+        }
     }
 }
 
@@ -290,8 +326,29 @@ impl RewardModel {
         Ok(Self { options, rows, groups })
     }
 
-    /// The loss of a piece of a step's rows, of all of them where rows are weighed; and the weights of groups that this gives.
+    /// The loss of a piece of a step's rows, of all of them where they are weighed or have to be seen together; and the weights of groups that this
+    /// gives.
     fn loss(
+        &self,
+        piece: &scoring::Piece,
+        rows: &[usize],
+    ) -> objectives::Result<(objectives::Loss, Option<GroupWeights>)> {
+        let (mut loss, weights) = self.weighed(piece, rows)?;
+        if let (Some(odin), RewardRows::Pairs(pairs)) = (self.options.odin, &self.rows) {
+            let completions =
+                rows[piece.units.clone()].iter().flat_map(|&row| [&pairs[row].chosen, &pairs[row].rejected]);
+            let length = |example: &Example| (example.ids.len() - example.given()) as f64;
+            let lengths: Vec<f64> = completions.map(length).collect();
+            loss = loss.and(odin.decorrelation(&piece.every(2, 0)?, &piece.every(2, 1)?, &lengths)?)?;
+            let leads = piece.every(4, 0)?.sub(&piece.every(4, 2)?)?.to_vec1::<f32>()?;
+            let values = leads.into_iter().map(|lead| f64::from(u8::from(lead > 0.0))).collect();
+            loss.statistics.push(Statistic { name: "quality_accuracy", values, reduce: Reduce::Mean });
+        }
+        Ok((loss, weights))
+    }
+
+    /// The loss of rows by what is to be learned from each of them.
+    fn weighed(
         &self,
         piece: &scoring::Piece,
         rows: &[usize],
@@ -301,7 +358,13 @@ impl RewardModel {
         let mean = match &self.rows {
             RewardRows::Pairs(pairs) => {
                 let margins = own.iter().map(|&row| pairs[row].margin).collect();
-                let (chosen, rejected) = (piece.of_pairs(0)?, piece.of_pairs(1)?);
+                let (chosen, rejected) = match self.options.odin {
+                    None => (piece.of_pairs(0)?, piece.of_pairs(1)?),
+                    // Quality and length of the chosen completion, and of the rejected one.
+                    Some(_) => {
+                        (piece.every(4, 0)?.add(&piece.every(4, 1)?)?, piece.every(4, 2)?.add(&piece.every(4, 3)?)?)
+                    }
+                };
                 let label_smoothing = self.options.label_smoothing;
                 let pairs = ScoredPairs { chosen, rejected, margins, label_smoothing, weights };
                 reward::bradley_terry(&pairs, self.options.center_rewards_coefficient)?
@@ -347,18 +410,31 @@ impl Method for RewardModel {
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
         let rows = Order::new(self.rows.len(), step.seed, step.stage).batch(step.index, self.options.batch_size);
         let batch = Batch::new(self.rows.units(&rows));
-        let weighed = self.options.worst_case.is_some() || self.groups.is_some();
-        let scope = if weighed { Scope::Batch } else { Scope::Piece };
+        let together = self.options.worst_case.is_some() || self.groups.is_some() || self.options.odin.is_some();
+        let scope = if together { Scope::Batch } else { Scope::Piece };
         let mut weights = None;
-        let report = scoring::step(step, &batch, self.options.training.micro_batch_tokens, scope, |piece| {
+        let objective = |piece: &scoring::Piece| {
             let (loss, after) = self.loss(piece, &rows)?;
             weights = after;
             Ok(loss)
-        })?;
+        };
+        let orthogonality = self.options.odin.map(|odin| {
+            move |weights: &Tensor| {
+                let width = weights.elem_count() / 2;
+                odin.orthogonality(&weights.narrow(0, 0, width)?, &weights.narrow(0, width, width)?)
+            }
+        });
+        let of_weights = orthogonality.as_ref().map(|loss| loss as scoring::OfWeights<'_>);
+        let budget = self.options.training.micro_batch_tokens;
+        let report = scoring::step_with_weights(step, &batch, budget, scope, objective, of_weights)?;
         if let (Some(groups), Some(after)) = (&mut self.groups, weights) {
             groups.weights = after;
         }
         Ok(report)
+    }
+
+    fn finish(&self, decoder: &mut Decoder) -> model::Result<()> {
+        if self.options.odin.is_some() { decoder.keep_first_score() } else { Ok(()) }
     }
 
     fn save(&self, folder: &Path) -> Result<()> {

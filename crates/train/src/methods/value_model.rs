@@ -9,8 +9,12 @@
 //!
 //! The reference is never trained. It is guided when it answers: `posttrain generate --guide` draws tokens from
 //! `π(y | x) ∝ π_ref(y | x) exp(Q(x, y) / η)` with `Q` computed from the law of the return, for any `η`, which the value model does not
-//! depend on ([`mod@rollout::guidance`]). The head is read at the candidate itself, at the end of `x y`; it has a bias and takes the place of the language model's head.
-//! What is trained is saved as `...ForTokenClassification`. A value model may be smaller than its reference; the vocabulary must be the same.
+//! depend on ([`mod@rollout::guidance`]). A value model may be smaller than its reference; the vocabulary must be the same.
+//!
+//! **Heads.** With `head = "state"`, Q♯'s V-type, the head is read at the candidate itself, at the end of `x y`, and has the outputs above. With `head = "action"`, its
+//! Q-type, it is read at the end of `x` and has these outputs for each token `y` of the vocabulary: one pass of the model then gives the values of all candidates, from as many
+//! times the weights in the head. Learning is the same: of all outputs at `x` those of the token that came have a loss, and only they are computed. Either head has a bias and takes the place of
+//! the language model's; what is trained is saved as `...ForTokenClassification`. The head of a guide is not to be seen in its file: `--guide-head` says it, as `--guide-loss` says the loss.
 //!
 //! **Rounds.** In each of `rounds` the reference answers all prompts `num_generations` times, and the model then learns all tokens of all
 //! rounds so far. In the first the answers are the reference's from the start. Later, the reference guided by the model as it is answers first; a number
@@ -45,7 +49,7 @@ use model::config::{HeadTask, ScoreHead};
 use model::decoder::{Decoder, WeightFormat};
 use objectives::Loss;
 use objectives::reward::{self, LabelLoss};
-use rollout::{Episode, GuidanceOptions, Returns, SamplingOptions};
+use rollout::{Episode, GuidanceOptions, Returns, SamplingOptions, ValueHead, ValueOutputs};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -110,7 +114,10 @@ pub struct ValueModelOptions {
     pub reference: Option<String>,
     /// What is learned of the return: `bernoulli`, `histogram` or `squared`.
     pub loss_type: ReturnLoss,
-    /// With `histogram`: outputs of the head.
+    /// Where the value of a token is read: `state`, at the token, behind all that comes before it, or `action`, before the token, from outputs of its own, so
+    /// that one pass gives the values of all tokens that may come next.
+    pub head: ValueHead,
+    /// With `histogram`: outputs of the head, or of the head for each token.
     #[schemars(range(min = 2, max = 65_536))]
     pub bins: usize,
     /// With `histogram`: the return of the first bin.
@@ -145,6 +152,7 @@ impl Default for ValueModelOptions {
             method: "q_sharp".into(),
             reference: None,
             loss_type: ReturnLoss::default(),
+            head: ValueHead::default(),
             bins: 11,
             return_low: 0.0,
             return_high: 1.0,
@@ -180,19 +188,38 @@ impl ValueModelOptions {
         self.training.validate().map_err(|error| error.within("training"))
     }
 
-    /// What the outputs of the model say.
-    pub fn returns(&self) -> Returns {
-        match self.loss_type {
+    /// What the outputs of the model are.
+    pub fn outputs(&self) -> ValueOutputs {
+        let returns = match self.loss_type {
             ReturnLoss::Bernoulli => Returns::Bernoulli,
             ReturnLoss::Histogram => Returns::Histogram { low: self.return_low, high: self.return_high },
             ReturnLoss::Squared => Returns::Mean,
-        }
+        };
+        ValueOutputs { head: self.head, returns }
     }
 
-    /// The head of the model.
-    pub fn head(&self) -> ScoreHead {
-        let outputs = if self.loss_type == ReturnLoss::Histogram { self.bins } else { 1 };
-        ScoreHead { outputs, task: HeadTask::Token }
+    /// Outputs that speak of one token.
+    fn width(&self) -> usize {
+        if self.loss_type == ReturnLoss::Histogram { self.bins } else { 1 }
+    }
+
+    /// The score head of a model over a vocabulary of this size.
+    pub fn score_head(&self, vocabulary: usize) -> ScoreHead {
+        let tokens = if self.head == ValueHead::Action { vocabulary } else { 1 };
+        ScoreHead { outputs: tokens * self.width(), task: HeadTask::Token }
+    }
+
+    /// Answers with the tokens that are labelled, as they are scored.
+    fn batch<'a>(&self, rows: &[&'a Labelled]) -> Batch<'a> {
+        let read = |token: usize| if self.head == ValueHead::Action { token - 1 } else { token };
+        let unit = |row: &&'a Labelled| {
+            Unit::new(vec![Scored { ids: &row.ids, at: row.labelled.clone().map(read).collect() }])
+        };
+        let batch = Batch::new(rows.iter().map(unit).collect());
+        match self.head {
+            ValueHead::State => batch,
+            ValueHead::Action => batch.of_next_tokens(self.width()),
+        }
     }
 
     /// The returns that the loss can speak of.
@@ -293,7 +320,7 @@ impl ValueModel {
         let (mut beginnings, mut sampled) = (Vec::new(), 0);
         if round > 0 {
             let random = step.random(Purpose::RollIn);
-            let guide = (options.returns(), &options.guidance);
+            let guide = (options.outputs(), &options.guidance);
             let guided = rollouts.sample_guided(&self.reference, guide, step, random, &prompts)?;
             sampled += tokens(&guided);
             beginnings.extend(guided.episodes.into_iter().map(|episode| beginning(episode, random)));
@@ -362,9 +389,7 @@ impl Method for ValueModel {
         let mut order = Order::new(self.answers.len(), step.seed, step.stage | round << 16);
         let rows: Vec<&Labelled> =
             order.batch(index, self.options.batch_size).into_iter().map(|row| &self.answers[row]).collect();
-        let unit = |row: &&'_ Labelled| (row.ids.clone(), row.labelled.clone().collect::<Vec<usize>>());
-        let owned: Vec<(Vec<u32>, Vec<usize>)> = rows.iter().map(unit).collect();
-        let batch = Batch::new(owned.iter().map(|(ids, at)| Unit::new(vec![Scored { ids, at: at.clone() }])).collect());
+        let batch = self.options.batch(&rows);
         let returns: Vec<f64> = rows.iter().flat_map(|row| row.labelled.clone().map(|_| row.value)).collect();
         let mut outputs = Vec::new();
         let mut report =
@@ -464,7 +489,16 @@ mod tests {
         let guidance = GuidanceOptions { eta: 0.0, ..GuidanceOptions::default() };
         let error = ValueModelOptions { guidance, ..options() }.validate().map_err(|error| error.to_string());
         assert_eq!(error, Err("guidance: eta is 0, expected a number above 0".into()));
-        assert_eq!(options().head().outputs, 1);
-        assert_eq!(ValueModelOptions { loss_type: ReturnLoss::Histogram, ..options() }.head().outputs, 11);
+    }
+
+    #[test]
+    fn heads_have_outputs_for_a_law_or_for_the_laws_of_all_tokens() {
+        for (head, tokens) in [(ValueHead::State, 1), (ValueHead::Action, 300)] {
+            for (loss_type, width) in [(ReturnLoss::Bernoulli, 1), (ReturnLoss::Histogram, 11)] {
+                let options = ValueModelOptions { loss_type, head, ..ValueModelOptions::default() };
+                assert_eq!(options.score_head(300).outputs, tokens * width);
+                assert_eq!(options.outputs().refused(tokens * width, 300), None);
+            }
+        }
     }
 }

@@ -152,7 +152,7 @@ impl Critic {
             losses.extend(loss.values().map_err(step.objective_error())?);
             statistics.extend(&loss.statistics);
             let (rows, d_scores) = pass.by_row(&gradient);
-            let scores = ScoreGradients { rows: &rows, d_scores: &d_scores };
+            let scores = ScoreGradients { rows: &rows, blocks: None, d_scores: &d_scores };
             self.decoder
                 .backward_scores(&pass.tokens, step.workspace, scores, &mut self.gradients)
                 .map_err(step.model_error())?;
