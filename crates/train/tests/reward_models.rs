@@ -467,7 +467,12 @@ fn rows_that_do_not_fit_the_loss_are_refused() {
         RewardModelOptions { center_rewards_coefficient: 0.1, loss_type: RewardLoss::Bce, ..Default::default() };
     assert!(centred.validate().unwrap_err().to_string().contains("center_rewards_coefficient"));
     let odin = RewardModelOptions { odin: Some(Odin::default()), loss_type: RewardLoss::Mse, ..Default::default() };
-    assert!(odin.validate().unwrap_err().to_string().contains("odin is on, expected off, unless loss_type"));
+    assert!(
+        odin.validate()
+            .unwrap_err()
+            .to_string()
+            .contains("odin: expected off, unless loss_type is bradley_terry, got on")
+    );
     let odin = Odin { length_coefficient: -1.0, ..Odin::default() };
     let odin = RewardModelOptions { odin: Some(odin), ..Default::default() };
     assert!(odin.validate().unwrap_err().to_string().contains("odin: length_coefficient is -1"));
