@@ -92,12 +92,9 @@ impl Reward for Weighted {
                 let Some(score) = score else { continue };
                 let total = total.get_or_insert_with(|| Score::new(0.0, score.status));
                 total.value += weight * score.value;
-                // For now by how much more than the answer.
-                let own = score
-                    .spans
-                    .into_iter()
-                    .map(|SpanScore { text, reward }| SpanScore { text, reward: weight * (reward - score.value) });
-                total.spans.extend(own);
+                // By how much more than the answer, whose total is known when every member has been asked.
+                let lead = |SpanScore { text, reward }| SpanScore { text, reward: weight * (reward - score.value) };
+                total.spans.extend(score.spans.into_iter().map(lead));
                 if matches!(score.status, Status::Timeout | Status::Error) && total.status < score.status {
                     total.status = score.status;
                 }

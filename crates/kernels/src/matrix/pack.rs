@@ -42,6 +42,14 @@ fn ask_for(data: &[f32], start: usize, count: usize) {
     }
 }
 
+/// Asks for what stands [`STEPS_AHEAD`] steps behind the `count` elements at `start`; a step is `per_step` rows, `stride` apart.
+#[inline(always)]
+fn ask_ahead(data: &[f32], start: usize, count: usize, per_step: usize, stride: usize) {
+    for row in STEPS_AHEAD * per_step..(STEPS_AHEAD + 1) * per_step {
+        ask_for(data, start + row * stride, count);
+    }
+}
+
 /// `count` vectors of length `k`: element `step` of vector `i` is `data[i * stride + step * step_stride]`.
 #[derive(Clone, Copy)]
 struct Vectors<'a> {
@@ -64,9 +72,7 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
     }
     if stride == 1 {
         for (step, out) in out.chunks_exact_mut(width).enumerate().take(whole) {
-            for element in 0..per_step {
-                ask_for(data, ((step + STEPS_AHEAD) * per_step + element) * step_stride, count);
-            }
+            ask_ahead(data, step * per_step * step_stride, count, per_step, step_stride);
             let first = &data[step * per_step * step_stride..][..count];
             if PAIRS {
                 let second = &data[(step * 2 + 1) * step_stride..][..count];
@@ -177,9 +183,7 @@ fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]
         let run = &mut run[..len];
         for step in 0..steps {
             let element = step * per_step;
-            for element in element..element + per_step {
-                ask_for(data, (element + STEPS_AHEAD * per_step) * step_stride + start, len);
-            }
+            ask_ahead(data, element * step_stride + start, len, per_step, step_stride);
             let first = &data[element * step_stride + start..][..len];
             if PAIRS {
                 let second = match element + 1 < k {

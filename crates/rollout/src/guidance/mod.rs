@@ -223,11 +223,7 @@ impl<'a> Guidance<'a> {
             .map(|(row, id)| (row, id, [&all[row].0[..], &[id]].concat()))
             .collect();
         let prompts = tokens.iter().map(|(row, _, tokens)| Prompt { tokens, known: all[*row].1.cache.clone() });
-        let mut read = Vec::with_capacity(tokens.len());
-        self.pass(workspace, prompts.collect(), |prefill, outputs| {
-            read.push((prefill.cache, outputs()?));
-            Ok(())
-        })?;
+        let read = self.outputs_of(workspace, prompts.collect())?;
         for ((row, token, _), (cache, outputs)) in tokens.into_iter().zip(read) {
             all[row].1.candidates.push(Candidate { token, cache: Some(cache), outputs });
         }
@@ -251,11 +247,7 @@ impl<'a> Guidance<'a> {
             let cache = if known.pieces < PIECES { &known.cache } else { &known.solid };
             Prompt { tokens, known: cache.clone() }
         });
-        let mut read = Vec::with_capacity(all.len());
-        self.pass(workspace, prompts.collect(), |prefill, outputs| {
-            read.push((prefill.cache, outputs()?));
-            Ok(())
-        })?;
+        let read = self.outputs_of(workspace, prompts.collect())?;
         let vocabulary = self.value.config().vocab_size;
         for (((_, known), (cache, outputs)), (context, logits)) in all.iter_mut().zip(read).zip(rows) {
             let length = context.completion.len();
@@ -269,6 +261,16 @@ impl<'a> Guidance<'a> {
             known.candidates = candidates.map(|token| Candidate { token, cache: None, outputs: said(token) }).collect();
         }
         Ok(())
+    }
+
+    /// The caches of prompts, and the scores of their last tokens.
+    fn outputs_of(&self, workspace: &mut Workspace, prompts: Vec<Prompt<'_>>) -> Result<Vec<(Arc<KvCache>, Vec<f32>)>> {
+        let mut read = Vec::with_capacity(prompts.len());
+        self.pass(workspace, prompts, |prefill, outputs| {
+            read.push((prefill.cache, outputs()?));
+            Ok(())
+        })?;
+        Ok(read)
     }
 
     /// Sends prompts through the value model, as many at once as are best computed together. `done` gets each, and the scores of its

@@ -329,14 +329,12 @@ impl Experiment for Peo {
                 (self.each_share(start, trial, train, &mut measured)?, 5)
             }
             "no-extrapolation" => {
-                (self.searched(start, trial, (Region::Interpolation, Granularity::Global), &mut measured)?, 2)
+                (self.searched(start, trial, Region::Interpolation, Granularity::Global, &mut measured)?, 2)
             }
-            "no-interpolation" => {
-                (self.searched(start, trial, (Region::Single, Granularity::Global), &mut measured)?, 2)
-            }
+            "no-interpolation" => (self.searched(start, trial, Region::Single, Granularity::Global, &mut measured)?, 2),
             _ => {
                 let granularity = if arm == "peo-blocks" { Granularity::Block } else { Granularity::Global };
-                let points = self.searched(start, trial, (Region::Extrapolation, granularity), &mut measured)?;
+                let points = self.searched(start, trial, Region::Extrapolation, granularity, &mut measured)?;
                 compare(start, &points, trial.seed, &mut measured);
                 (points, 2)
             }
@@ -510,7 +508,8 @@ impl Peo {
         &self,
         start: &Start,
         trial: &Trial<'_>,
-        (region, granularity): (Region, Granularity),
+        region: Region,
+        granularity: Granularity,
         into: &mut Measurements,
     ) -> Result<Vec<Point>> {
         let options = SearchOptions { region, granularity, ..self.search.clone() };

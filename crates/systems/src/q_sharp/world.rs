@@ -24,7 +24,7 @@ use model::{Family, ModelConfig};
 use rollout::{Episode, Generator, Guidance, GuidanceOptions, Request, SamplingOptions, ValueHead, ValueOutputs};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use train::scoring::{Batch, Scored, Unit};
+use train::methods::value_model::valued;
 
 use crate::error::Result;
 use crate::words;
@@ -361,13 +361,8 @@ impl Answers<'_> {
     pub fn verified(&self, value: &Decoder, head: ValueHead, k: usize) -> Result<f64> {
         let whole: Vec<Vec<u32>> =
             self.episodes.iter().map(|episode| [&episode.prompt[..], &episode.completion].concat()).collect();
-        // A head over actions says at the token before it what the last token is worth.
-        let place = |ids: &[u32]| ids.len() - if head == ValueHead::Action { 2 } else { 1 };
-        let units = whole.iter().map(|ids| Unit::new(vec![Scored { ids, at: vec![place(ids)] }]));
-        let mut batch = Batch::new(units.collect());
-        if head == ValueHead::Action {
-            batch = batch.of_next_tokens(1);
-        }
+        let last = whole.iter().map(|ids| (&ids[..], ids.len() - 1..ids.len()));
+        let batch = valued(last, head, 1);
         let scores = batch.scores(value, &mut model::decoder::Workspace::new(), 4096)?;
         let scores: Vec<f64> = scores.into_iter().map(f64::from).collect();
         let right: Vec<f64> = self.right().into_iter().map(|right| f64::from(u8::from(right))).collect();

@@ -39,6 +39,7 @@
 //! - `value/episodes`, `value/tokens`: answers and labelled tokens learned from so far in all rounds. `value/sampled_tokens`: tokens sampled for the round, those
 //!   of guided answers that were cut away included.
 
+use std::ops::Range;
 use std::path::Path;
 
 use base::{Purpose, Random, files};
@@ -168,6 +169,22 @@ impl Default for ValueModelOptions {
     }
 }
 
+/// Sequences and their tokens that are valued, as such a head is read, which has `width` outputs that speak of one token.
+pub fn valued<'a>(
+    sequences: impl Iterator<Item = (&'a [u32], Range<usize>)>,
+    head: ValueHead,
+    width: usize,
+) -> Batch<'a> {
+    let read = |token: usize| if head == ValueHead::Action { token - 1 } else { token };
+    let unit =
+        |(ids, tokens): (&'a [u32], Range<usize>)| Unit::new(vec![Scored { ids, at: tokens.map(read).collect() }]);
+    let batch = Batch::new(sequences.map(unit).collect());
+    match head {
+        ValueHead::State => batch,
+        ValueHead::Action => batch.of_next_tokens(width),
+    }
+}
+
 impl ValueModelOptions {
     /// Refuses values that mean nothing.
     ///
@@ -211,15 +228,8 @@ impl ValueModelOptions {
 
     /// Answers with the tokens that are labelled, as they are scored.
     fn batch<'a>(&self, rows: &[&'a Labelled]) -> Batch<'a> {
-        let read = |token: usize| if self.head == ValueHead::Action { token - 1 } else { token };
-        let unit = |row: &&'a Labelled| {
-            Unit::new(vec![Scored { ids: &row.ids, at: row.labelled.clone().map(read).collect() }])
-        };
-        let batch = Batch::new(rows.iter().map(unit).collect());
-        match self.head {
-            ValueHead::State => batch,
-            ValueHead::Action => batch.of_next_tokens(self.width()),
-        }
+        let labelled = rows.iter().map(|row| (&row.ids[..], row.labelled.clone()));
+        valued(labelled, self.head, self.width())
     }
 
     /// The returns that the loss can speak of.
@@ -252,7 +262,7 @@ struct Labelled {
     /// Prompt and completion.
     ids: Vec<u32>,
     /// The tokens that are labelled.
-    labelled: std::ops::Range<usize>,
+    labelled: Range<usize>,
     /// With this.
     value: f64,
 }
