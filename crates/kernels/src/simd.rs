@@ -20,6 +20,11 @@ pub(crate) trait Simd {
     unsafe fn widen(from: *const u16) -> Self::Vector;
     /// Writes the elements to `to`.
     unsafe fn store(to: *mut f32, vector: Self::Vector);
+    /// Writes the elements to `to`, a multiple of the vector's size, past the caches where that can be had.
+    unsafe fn stream(to: *mut f32, vector: Self::Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { Self::store(to, vector) }
+    }
     /// The one element at `from` in all lanes.
     unsafe fn splat(from: *const f32) -> Self::Vector;
     /// `a * b + c`, rounded once.
@@ -48,7 +53,7 @@ pub(crate) fn stream(from: &[f32], to: &mut [f32]) {
     assert_eq!(from.len(), to.len(), "stream: lengths differ");
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_sfence, _mm_stream_ps};
+        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_stream_ps};
         // SAFETY: any four floats are a vector.
         let (head, middle, tail) = unsafe { to.align_to_mut::<__m128>() };
         let (from_head, from) = from.split_at(head.len());
@@ -59,11 +64,20 @@ pub(crate) fn stream(from: &[f32], to: &mut [f32]) {
             // SAFETY: `from` has four elements and `to` is aligned; every x86-64 processor has these instructions.
             unsafe { _mm_stream_ps(std::ptr::from_mut(to).cast(), _mm_loadu_ps(from.as_ptr())) };
         }
-        // SAFETY: as above. What was written is there before anything that this thread says afterwards.
-        unsafe { _mm_sfence() };
+        fence();
     }
     #[cfg(not(target_arch = "x86_64"))]
     to.copy_from_slice(from);
+}
+
+/// After this, what was written past the caches is there before anything that this thread says.
+#[inline(always)]
+pub(crate) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// Cache lines that will be wanted soon, to be asked for.
@@ -149,6 +163,11 @@ mod x86 {
                 unsafe { _mm512_storeu_ps(to, vector) }
             }
             #[inline(always)]
+            unsafe fn stream(to: *mut f32, vector: __m512) {
+                // SAFETY: as above.
+                unsafe { _mm512_stream_ps(to, vector) }
+            }
+            #[inline(always)]
             unsafe fn splat(from: *const f32) -> __m512 {
                 // SAFETY: as above.
                 unsafe { _mm512_set1_ps(*from) }
@@ -215,6 +234,11 @@ mod x86 {
         unsafe fn store(to: *mut f32, vector: __m256) {
             // SAFETY: as above.
             unsafe { _mm256_storeu_ps(to, vector) }
+        }
+        #[inline(always)]
+        unsafe fn stream(to: *mut f32, vector: __m256) {
+            // SAFETY: as above.
+            unsafe { _mm256_stream_ps(to, vector) }
         }
         #[inline(always)]
         unsafe fn splat(from: *const f32) -> __m256 {

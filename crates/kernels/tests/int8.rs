@@ -52,7 +52,10 @@ fn naive(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b: &
 fn product(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b: Matrix<'_>, c: &mut [f32]) {
     let mut weights = Int8Matrix::new(precision, k, n);
     weights.pack(b);
+    let mut apart = vec![f32::NAN; m * n];
+    weights.matmul_onto(Matrix::new(c, m, n), Matrix::new(a, m, k), MatrixMut::new(&mut apart, m, n));
     weights.matmul(Matrix::new(a, m, k), MatrixMut::new(c, m, n), true);
+    assert_eq!(bits(&apart), bits(c), "onto rows elsewhere");
 }
 
 const SHAPES: [(usize, usize, usize); 10] = [

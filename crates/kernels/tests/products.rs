@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bits, noise};
-use kernels::{Isa, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use kernels::{Floats, Isa, Matrix, MatrixMut, PackedMatrix, Precision, matmul, matmul_onto};
 use posttrain_kernels as kernels;
 use proptest::prelude::*;
 
@@ -86,6 +86,49 @@ fn every_product_is_the_naive_fold() {
                         weights.matmul(left, MatrixMut::new(&mut packed, m, n), accumulate);
                     });
                     assert_eq!(bits(&packed), bits(&expected), "packed {shape:?} {precision:?} on {isa}");
+                }
+                // The same onto other rows than the destination's, which may hold anything.
+                let mut expected = c.clone();
+                naive(precision, shape, &a, &b, &mut expected, true);
+                let spread: Vec<f32> = c.chunks(n).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
+                let start = Matrix::new(&spread[..spread.len() - 3], m, n).with_row_stride(n + 3);
+                let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
+                let (mut plain, mut packed) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                isa.with(|| {
+                    matmul_onto(precision, start, left, right, MatrixMut::new(&mut plain, m, n));
+                    let mut weights = PackedMatrix::new(precision, k, n);
+                    weights.pack(0, right);
+                    weights.matmul_onto(start, left, MatrixMut::new(&mut packed, m, n));
+                });
+                assert_eq!(bits(&plain), bits(&expected), "matmul_onto {shape:?} {precision:?} on {isa}");
+                assert_eq!(bits(&packed), bits(&expected), "packed onto {shape:?} {precision:?} on {isa}");
+            }
+        }
+    }
+}
+
+/// Results this large are written past the caches where their rows start at cache lines, as they do in a mapping of pages.
+#[test]
+fn a_large_result_is_the_same_wherever_it_lies() {
+    let (m, n, k) = (1100, 960, 6);
+    let (a, b, held) = (noise(1, m * k), noise(2, k * n), noise(3, m * n));
+    let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
+    let mut memory = Floats::zeros(9 << 20);
+    for isa in available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            for (accumulate, first, extra) in
+                [(false, 0, 0), (false, 0, 16), (false, 1, 0), (false, 0, 1), (true, 0, 0)]
+            {
+                let mut expected = held.clone();
+                naive(precision, (m, n, k), &a, &b, &mut expected, accumulate);
+                let width = n + extra;
+                let c = &mut memory[first..first + m * width];
+                c.chunks_mut(width).zip(held.chunks(n)).for_each(|(to, from)| to[..n].copy_from_slice(from));
+                let target = MatrixMut::new(c, m, n).with_row_stride(width);
+                isa.with(|| matmul(precision, left, right, target, accumulate));
+                let rows = memory[first..].chunks(width).zip(expected.chunks(n)).take(m);
+                for (row, (found, expected)) in rows.enumerate() {
+                    assert_eq!(bits(&found[..n]), bits(expected), "row {row}, {precision:?} on {isa}, {first} {extra}");
                 }
             }
         }
@@ -180,6 +223,9 @@ fn an_empty_sum_is_zero_or_what_was_there() {
     assert_eq!(c, [3.0, 4.0]);
     matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), false);
     assert_eq!(c, [0.0, 0.0]);
+    let start = Matrix::new(&[5.0, 6.0], 1, 2);
+    matmul_onto(Precision::F32, start, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2));
+    assert_eq!(c, [5.0, 6.0]);
 }
 
 #[test]

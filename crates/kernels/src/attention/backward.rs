@@ -10,7 +10,7 @@ use super::softmax::{inner, softmax_backward};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
@@ -191,7 +191,8 @@ impl Task<'_> {
                 step_stride: PANEL,
                 c: c[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
-                accumulate: false,
+                start: Start::Zero,
+                past_caches: false,
                 ahead: Lines::NONE,
             };
             // SAFETY: the rows lie inside `a`, the panels were packed whole, and `c` is this task's own.
@@ -215,7 +216,7 @@ impl Task<'_> {
                 row[visible.end..].fill(0.0);
             }
         }
-        let mut accumulate = false;
+        let mut onto = Start::Zero;
         for Packed { run, key_rows, .. } in packed {
             let (skipped, count) = run.needed(first, end);
             if count == 0 {
@@ -232,10 +233,11 @@ impl Task<'_> {
                 step_stride: padded,
                 c: self.gradient(start, head),
                 c_stride: width,
-                accumulate,
+                start: onto,
+                past_caches: false,
                 ahead: Lines::NONE,
             };
-            accumulate = true;
+            onto = Start::Held;
             let by_rows = |left: &[f32], right: &[f32], head: usize| Product {
                 rows: count,
                 columns: head_dim,
@@ -247,7 +249,8 @@ impl Task<'_> {
                 step_stride: padded,
                 c: self.gradient(run.start + skipped, head),
                 c_stride: width,
-                accumulate: true,
+                start: Start::Held,
+                past_caches: false,
                 ahead: Lines::NONE,
             };
             for product in

@@ -9,7 +9,7 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
 use crate::matrix::Precision;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
@@ -323,7 +323,8 @@ impl Lanes<'_, '_> {
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
                     c_stride: end,
-                    accumulate: false,
+                    start: Start::Zero,
+                    past_caches: false,
                     ahead: ahead.next().unwrap_or(Lines::NONE),
                 };
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
@@ -345,7 +346,7 @@ impl Lanes<'_, '_> {
                 scores[visible..].fill(0.0);
             }
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_values(kv_head));
-            let mut accumulate = false;
+            let mut onto = Start::Zero;
             for (block, skipped, needed, place) in parts.filter(|(.., needed, _)| *needed > 0) {
                 let padded = block.padded_head();
                 let product = Product {
@@ -360,13 +361,14 @@ impl Lanes<'_, '_> {
                     // SAFETY: the row lies inside the result.
                     c: unsafe { self.out.get().add(out_start) },
                     c_stride: out_stride,
-                    accumulate,
+                    start: onto,
+                    past_caches: false,
                     ahead: ahead.next().unwrap_or(Lines::NONE),
                 };
                 // SAFETY: the scores cover the lanes, the block holds `needed` tokens from `skipped` on, and these heads of
                 // these rows of the result belong to this task alone.
                 unsafe { multiply(isa, product) };
-                accumulate = true;
+                onto = Start::Held;
             }
             ahead.for_each(Lines::ask_for_all);
             for (lane, &inverse_total) in inverse_totals.iter().enumerate() {

@@ -5,7 +5,7 @@ use super::softmax::{normalise, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
@@ -126,7 +126,8 @@ impl Task<'_> {
                 step_stride: PANEL,
                 c: scores[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
-                accumulate: false,
+                start: Start::Zero,
+                past_caches: false,
                 ahead: Lines::NONE,
             };
             // SAFETY: the rows are rows of `qkv`, the panels were packed whole, and the scores are this task's own.
@@ -147,7 +148,7 @@ impl Task<'_> {
         }
         let out_width = shape.heads * head_dim;
         let out_start = (start + row) * out_width + head * head_dim;
-        let mut accumulate = false;
+        let mut onto = Start::Zero;
         for (run, _, values) in operands {
             let (skipped, count) = run.needed(first, end);
             if count == 0 {
@@ -166,13 +167,14 @@ impl Task<'_> {
                 // SAFETY: the row lies inside `out`.
                 c: unsafe { self.out.get().add(out_start) },
                 c_stride: out_width,
-                accumulate,
+                start: onto,
+                past_caches: false,
                 ahead: Lines::NONE,
             };
             // SAFETY: the scores cover `rows` rows, the values were packed for the run, and this head of these rows of
             // `out` belongs to this task alone.
             unsafe { multiply(self.isa, product) };
-            accumulate = true;
+            onto = Start::Held;
         }
         for (i, &inverse_total) in inverse_totals.iter().enumerate().take(rows) {
             // SAFETY: as above.

@@ -8,9 +8,9 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
 use crate::matrix::pack::{pack_tiles, steps};
-use crate::matrix::{Matrix, MatrixMut, Precision};
+use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each};
 use crate::simd::Lines;
 
@@ -69,7 +69,19 @@ impl Int8Matrix {
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn matmul(&self, a: Matrix<'_>, mut c: MatrixMut<'_>, accumulate: bool) {
+    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
+        self.multiply(a, Onto::held(accumulate), c);
+    }
+
+    /// `c = start + a self`, with the bits of [`Int8Matrix::matmul`] where `c` holds `start` before.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn matmul_onto(&self, start: Matrix<'_>, a: Matrix<'_>, c: MatrixMut<'_>) {
+        self.multiply(a, Onto::rows(start, &c), c);
+    }
+
+    fn multiply(&self, a: Matrix<'_>, onto: Onto<'_>, mut c: MatrixMut<'_>) {
         assert!(
             a.cols == self.k && c.rows == a.rows && c.cols == self.n,
             "matmul: {}x{} times {}x{} into {}x{}",
@@ -80,9 +92,7 @@ impl Int8Matrix {
             c.rows,
             c.cols
         );
-        if !accumulate {
-            c.fill_zero();
-        }
+        onto.fill(&mut c);
         if c.rows == 0 || c.cols == 0 || self.k == 0 {
             return;
         }
@@ -136,7 +146,8 @@ impl Int8Matrix {
                         step_stride: PANEL,
                         c: sums.as_mut_ptr(),
                         c_stride: PANEL,
-                        accumulate: false,
+                        start: Start::Zero,
+                        past_caches: false,
                         ahead: Lines::NONE,
                     };
                     // SAFETY: the rows were packed in full, the block is a whole panel high, the sums are ours.

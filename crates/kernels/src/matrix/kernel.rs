@@ -45,7 +45,18 @@ impl Right {
     }
 }
 
-/// One product `c (+)= a b` of `rows x steps` and `steps x columns`.
+/// What the sums of a product start from.
+#[derive(Clone, Copy)]
+pub(crate) enum Start {
+    /// Zero.
+    Zero,
+    /// What the destination holds.
+    Held,
+    /// Other rows, `stride` apart.
+    Rows { from: *const f32, stride: usize },
+}
+
+/// One product `c = start + a b` of `rows x steps` and `steps x columns`.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
     pub rows: usize,
@@ -61,8 +72,10 @@ pub(crate) struct Product {
     pub step_stride: usize,
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Whether to continue from what `c` holds.
-    pub accumulate: bool,
+    pub start: Start,
+    /// Whether to write past the caches, where `c` lies at cache lines: for results too large to be found in a cache again. What is
+    /// written is there for other threads after [`crate::simd::fence`].
+    pub past_caches: bool,
     /// What will be wanted after this product, to be asked for while few rows are multiplied.
     pub ahead: Lines,
 }
@@ -241,6 +254,9 @@ unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *c
             p.rows.div_ceil(p.rows.div_ceil(most_rows::<S>(BY_ROWS)).max(1)).max(1)
         }
     };
+    // Then every row of every tile lies at cache lines, as panels are two of them wide at least.
+    let at_lines = p.c.addr().is_multiple_of(Lines::BYTES) && p.c_stride.is_multiple_of(Lines::FLOATS);
+    let past_caches = p.past_caches && at_lines;
     for (panel, column) in (0..p.columns).step_by(PANEL).enumerate() {
         for row in (0..p.rows).step_by(height) {
             let rows = height.min(p.rows - row);
@@ -253,45 +269,27 @@ unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *c
                     Left::Steps { stride } => (p.a.add(row), stride),
                 };
                 let b = b.add(panel * p.panel_stride);
-                let c = p.c.add(row * p.c_stride + column);
+                let to = p.c.add(row * p.c_stride + column);
+                let (start, start_stride) = match p.start {
+                    Start::Zero => (std::ptr::null(), 0),
+                    Start::Held => (to.cast_const(), p.c_stride),
+                    Start::Rows { from, stride } => (from.add(row * stride + column), stride),
+                };
                 let columns = PANEL.min(p.columns - column);
+                let target = Target { start, start_stride, to, stride: p.c_stride, past_caches };
                 if columns == PANEL {
-                    slabs::<S, N, BY_ROWS>(
-                        rows,
-                        p.steps,
-                        a,
-                        a_stride,
-                        b,
-                        p.step_stride,
-                        ahead,
-                        c,
-                        p.c_stride,
-                        p.accumulate,
-                    );
+                    slabs::<S, N, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, ahead, target);
                 } else {
                     let mut whole = [0.0f32; MAX_ROWS * PANEL];
-                    for i in 0..if p.accumulate { rows } else { 0 } {
-                        std::ptr::copy_nonoverlapping(
-                            c.add(i * p.c_stride),
-                            whole.as_mut_ptr().add(i * PANEL),
-                            columns,
-                        );
+                    let held = whole.as_mut_ptr();
+                    for i in 0..if start.is_null() { 0 } else { rows } {
+                        std::ptr::copy_nonoverlapping(start.add(i * start_stride), held.add(i * PANEL), columns);
                     }
-                    let target = whole.as_mut_ptr();
-                    slabs::<S, N, BY_ROWS>(
-                        rows,
-                        p.steps,
-                        a,
-                        a_stride,
-                        b,
-                        p.step_stride,
-                        ahead,
-                        target,
-                        PANEL,
-                        p.accumulate,
-                    );
+                    let aside =
+                        Target { start: held, start_stride: PANEL, to: held, stride: PANEL, past_caches: false };
+                    slabs::<S, N, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, ahead, aside);
                     for i in 0..rows {
-                        std::ptr::copy_nonoverlapping(target.add(i * PANEL), c.add(i * p.c_stride), columns);
+                        std::ptr::copy_nonoverlapping(held.add(i * PANEL), to.add(i * p.c_stride), columns);
                     }
                 }
             }
@@ -299,9 +297,29 @@ unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *c
     }
 }
 
+/// Where a tile's sums start and where they go.
+#[derive(Clone, Copy)]
+struct Target {
+    /// Null for sums that start from zero.
+    start: *const f32,
+    start_stride: usize,
+    to: *mut f32,
+    stride: usize,
+    /// Every row of `to` then lies at a vector's address.
+    past_caches: bool,
+}
+
+impl Target {
+    /// The same from `column` on.
+    fn from_column(self, column: usize) -> Self {
+        let start = if self.start.is_null() { self.start } else { self.start.wrapping_add(column) };
+        Self { start, to: self.to.wrapping_add(column), ..self }
+    }
+}
+
 /// A tile as wide as a panel: two vectors at a time.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two operands and a destination, each an address and strides")]
+#[allow(clippy::too_many_arguments, reason = "two operands, each an address and strides, and where to go ahead")]
 unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
     rows: usize,
     steps: usize,
@@ -310,9 +328,7 @@ unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
     b: *const N,
     b_stride: usize,
     ahead: Ahead,
-    c: *mut f32,
-    c_stride: usize,
-    accumulate: bool,
+    target: Target,
 ) {
     macro_rules! with_rows {
         ($($count:literal)*) => {
@@ -320,19 +336,13 @@ unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
                 $($count if $count <= most_rows::<S>(BY_ROWS) => {
                     let mut column = 0;
                     while column < PANEL {
-                        let (b, c) = (b.wrapping_add(column), c.wrapping_add(column));
+                        let (b, target) = (b.wrapping_add(column), target.from_column(column));
                         // SAFETY: see `multiply`.
                         unsafe {
                             match ahead.lines {
-                                0 => tile::<S, N, $count, BY_ROWS, 0>(
-                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
-                                ),
-                                1 => tile::<S, N, $count, BY_ROWS, 1>(
-                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
-                                ),
-                                _ => tile::<S, N, $count, BY_ROWS, 2>(
-                                    steps, a, a_stride, b, b_stride, ahead, c, c_stride, accumulate,
-                                ),
+                                0 => tile::<S, N, $count, BY_ROWS, 0>(steps, a, a_stride, b, b_stride, ahead, target),
+                                1 => tile::<S, N, $count, BY_ROWS, 1>(steps, a, a_stride, b, b_stride, ahead, target),
+                                _ => tile::<S, N, $count, BY_ROWS, 2>(steps, a, a_stride, b, b_stride, ahead, target),
                             }
                         }
                         column += 2 * S::LANES;
@@ -346,7 +356,6 @@ unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two operands and a destination, each an address and strides")]
 unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const LINES: usize>(
     steps: usize,
     a: *const f32,
@@ -354,16 +363,16 @@ unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const
     b: *const N,
     b_stride: usize,
     ahead: Ahead,
-    c: *mut f32,
-    c_stride: usize,
-    accumulate: bool,
+    target: Target,
 ) {
     // SAFETY: see `multiply`.
     unsafe {
+        let Target { start, start_stride, to, stride, past_caches } = target;
         let mut sums = [[S::zero(); 2]; ROWS];
-        if accumulate {
+        if !start.is_null() {
             for (i, sums) in sums.iter_mut().enumerate() {
-                *sums = [S::load(c.add(i * c_stride)), S::load(c.add(i * c_stride + S::LANES))];
+                let start = start.add(i * start_stride);
+                *sums = [S::load(start), S::load(start.add(S::LANES))];
             }
         }
         for step in 0..steps {
@@ -379,8 +388,14 @@ unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const
             }
         }
         for (i, sums) in sums.iter().enumerate() {
-            S::store(c.add(i * c_stride), sums[0]);
-            S::store(c.add(i * c_stride + S::LANES), sums[1]);
+            let to = to.add(i * stride);
+            if past_caches {
+                S::stream(to, sums[0]);
+                S::stream(to.add(S::LANES), sums[1]);
+            } else {
+                S::store(to, sums[0]);
+                S::store(to.add(S::LANES), sums[1]);
+            }
         }
     }
 }

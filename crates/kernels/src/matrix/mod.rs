@@ -14,6 +14,7 @@ pub use packed::PackedMatrix;
 
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
+use crate::matrix::kernel::Start;
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
@@ -125,15 +126,70 @@ impl<'a> MatrixMut<'a> {
         self
     }
 
-    fn fill_zero(&mut self) {
-        for row in 0..self.rows {
-            self.data[row * self.row_stride..][..self.cols].fill(0.0);
-        }
-    }
-
     /// The columns `first..first + count`.
     fn columns(&mut self, first: usize, count: usize) -> MatrixMut<'_> {
         MatrixMut { data: &mut self.data[first..], rows: self.rows, cols: count, row_stride: self.row_stride }
+    }
+}
+
+/// What the sums of a product start from.
+#[derive(Clone, Copy)]
+enum Onto<'a> {
+    Zero,
+    /// What the destination holds.
+    Held,
+    /// A matrix of the destination's shape, with contiguous rows.
+    Rows(Matrix<'a>),
+}
+
+impl<'a> Onto<'a> {
+    /// What the destination holds, or zero.
+    fn held(held: bool) -> Self {
+        if held { Self::Held } else { Self::Zero }
+    }
+
+    fn rows(start: Matrix<'a>, c: &MatrixMut<'_>) -> Self {
+        assert!(
+            start.rows == c.rows && start.cols == c.cols && start.col_stride == 1,
+            "matmul: {}x{} as the start of {}x{}",
+            start.rows,
+            start.cols,
+            c.rows,
+            c.cols
+        );
+        Self::Rows(start)
+    }
+
+    /// The same for the columns `first..first + count` of the destination.
+    fn columns(self, first: usize, count: usize) -> Self {
+        match self {
+            Self::Rows(start) => Self::Rows(start.block(0, first, start.rows, count)),
+            other => other,
+        }
+    }
+
+    /// The same from an element of the destination on, for the inner loops.
+    fn start(self, row: usize, column: usize) -> Start {
+        match self {
+            Self::Zero => Start::Zero,
+            Self::Held => Start::Held,
+            Self::Rows(start) => {
+                let rest = start.block(row, column, start.rows - row, start.cols - column);
+                Start::Rows { from: rest.data.as_ptr(), stride: start.row_stride }
+            }
+        }
+    }
+
+    /// The product over nothing.
+    fn fill(self, c: &mut MatrixMut<'_>) {
+        for row in 0..c.rows {
+            let to = &mut c.data[row * c.row_stride..][..c.cols];
+            match self {
+                Self::Zero => to.fill(0.0),
+                Self::Held => {}
+                Self::Rows(start) => to.copy_from_slice(&start.data[row * start.row_stride..][..to.len()]),
+            }
+        }
     }
 }
 
@@ -146,7 +202,19 @@ const PACKED_COLUMNS: usize = 3072;
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixMut<'_>, accumulate: bool) {
+pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
+    multiply(precision, a, b, Onto::held(accumulate), c);
+}
+
+/// `c = start + a b`, with the bits of [`matmul`] where `c` holds `start` before.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn matmul_onto(precision: Precision, start: Matrix<'_>, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>) {
+    multiply(precision, a, b, Onto::rows(start, &c), c);
+}
+
+fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, mut c: MatrixMut<'_>) {
     assert!(
         a.cols == b.rows && c.rows == a.rows && c.cols == b.cols,
         "matmul: {}x{} times {}x{} into {}x{}",
@@ -159,10 +227,7 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixM
     );
     let _call = Call::start(Kind::Product, 2 * a.rows * a.cols * b.cols);
     if a.cols == 0 {
-        if !accumulate {
-            c.fill_zero();
-        }
-        return;
+        return onto.fill(&mut c);
     }
     let isa = Isa::current();
     for column in (0..b.cols).step_by(PACKED_COLUMNS) {
@@ -183,7 +248,8 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixM
                     pack::pack_panel(isa, precision, b.block(k, column + first, depth, count), out);
                 });
                 let a = a.block(0, k, a.rows, depth);
-                packed::multiply_packed(isa, precision, a, panels, c.columns(column, columns), accumulate || k > 0);
+                let onto = if k > 0 { Onto::Held } else { onto.columns(column, columns) };
+                packed::multiply_packed(isa, precision, a, panels, onto, c.columns(column, columns));
             });
         }
     }

@@ -2,18 +2,20 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, multiply, tile_height};
+use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply, tile_height};
 use crate::matrix::pack::{pack_panel, pack_tiles, steps};
-use crate::matrix::{Matrix, MatrixMut, Precision};
+use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
-use crate::simd::Lines;
+use crate::simd::{Lines, fence};
 
 /// Steps of the reduced index in one block. Each block reads and writes the destination once more; the left operand's has to stay in
 /// the second-level cache.
 pub(super) const BLOCK_STEPS: usize = 576;
 /// Rows of the left operand that one task packs at a time (324 KiB with the steps of a block).
 const BLOCK_ROWS: usize = 144;
+/// Elements of a result from which on it is written past the caches.
+const LARGE_RESULT: usize = 1 << 20;
 /// Rows up to which all of the left operand is packed first and tasks share out columns.
 const FEW_ROWS: usize = 48;
 
@@ -81,6 +83,18 @@ impl PackedMatrix {
     /// # Panics
     /// If the shapes do not fit.
     pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
+        self.multiply(a, Onto::held(accumulate), c);
+    }
+
+    /// `c = start + a self`, with the bits of [`PackedMatrix::matmul`] where `c` holds `start` before.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn matmul_onto(&self, start: Matrix<'_>, a: Matrix<'_>, c: MatrixMut<'_>) {
+        self.multiply(a, Onto::rows(start, &c), c);
+    }
+
+    fn multiply(&self, a: Matrix<'_>, onto: Onto<'_>, c: MatrixMut<'_>) {
         assert!(
             a.cols == self.k && c.rows == a.rows && c.cols == self.n,
             "matmul: {}x{} times {}x{} into {}x{}",
@@ -92,7 +106,7 @@ impl PackedMatrix {
             c.cols
         );
         let _call = Call::start(Kind::Product, 2 * a.rows * self.k * self.n);
-        multiply_packed(Isa::current(), self.precision, a, self.panels.as_slice(), c, accumulate);
+        multiply_packed(Isa::current(), self.precision, a, self.panels.as_slice(), onto, c);
     }
 
     /// The precision it was packed for.
@@ -106,38 +120,39 @@ impl PackedMatrix {
     }
 }
 
-/// `c (+)= a b` with `b` as whole panels over the whole of `a`'s columns.
+/// `c = start + a b` with `b` as whole panels over the whole of `a`'s columns.
 pub(super) fn multiply_packed(
     isa: Isa,
     precision: Precision,
     a: Matrix<'_>,
     panels: &[f32],
+    onto: Onto<'_>,
     mut c: MatrixMut<'_>,
-    accumulate: bool,
 ) {
     if c.rows == 0 || c.cols == 0 {
         return;
     }
     let steps = steps(precision, a.cols);
     if steps == 0 {
-        if !accumulate {
-            c.fill_zero();
-        }
-        return;
+        return onto.fill(&mut c);
     }
     assert!(panels.len() >= c.cols.div_ceil(PANEL) * PANEL * steps, "the panels cover the product");
-    let task = Task { isa, precision, a, panels, steps, c: SharedMut::new(c.data), c_stride: c.row_stride, accumulate };
-    let work = c.rows * c.cols * a.cols;
+    // Of a large result nothing is left in a cache when it is read next, and what is read once only pushes out the operands.
+    let past_caches = c.rows * c.cols >= LARGE_RESULT && steps <= BLOCK_STEPS && !matches!(onto, Onto::Held);
+    let (c_stride, c_rows, c_cols) = (c.row_stride, c.rows, c.cols);
+    let c = SharedMut::new(c.data);
+    let task = Task { isa, precision, a, panels, steps, onto, c, c_stride, past_caches };
+    let work = c_rows * c_cols * a.cols;
     let threads = rayon::current_num_threads();
-    if c.rows <= FEW_ROWS {
-        task.few_rows(c.cols, work, threads);
+    if c_rows <= FEW_ROWS {
+        task.few_rows(c_cols, work, threads);
     } else {
-        let blocks = c.rows.div_ceil(BLOCK_ROWS * threads) * threads;
-        let block_rows = c.rows.div_ceil(blocks);
-        let row_blocks = c.rows.div_ceil(block_rows);
+        let blocks = c_rows.div_ceil(BLOCK_ROWS * threads) * threads;
+        let block_rows = c_rows.div_ceil(blocks);
+        let row_blocks = c_rows.div_ceil(block_rows);
         each(row_blocks, work, |block| {
             let row = block * block_rows;
-            task.block(row, block_rows.min(c.rows - row), c.cols);
+            task.block(row, block_rows.min(c_rows - row), c_cols);
         });
     }
 }
@@ -149,9 +164,10 @@ struct Task<'a> {
     a: Matrix<'a>,
     panels: &'a [f32],
     steps: usize,
+    onto: Onto<'a>,
     c: SharedMut<f32>,
     c_stride: usize,
-    accumulate: bool,
+    past_caches: bool,
 }
 
 impl Task<'_> {
@@ -194,7 +210,8 @@ impl Task<'_> {
                         // SAFETY: the columns from `column` on lie inside the rows of `c`.
                         c: unsafe { self.c.get().add(column) },
                         c_stride: self.c_stride,
-                        accumulate: self.accumulate,
+                        start: self.onto.start(0, column),
+                        past_caches: false,
                         ahead: Lines::NONE,
                     };
                     // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of
@@ -227,12 +244,14 @@ impl Task<'_> {
                     // SAFETY: row `row` is a row of `c`.
                     c: unsafe { self.c.get().add(row * self.c_stride) },
                     c_stride: self.c_stride,
-                    accumulate: self.accumulate || step > 0,
+                    start: if step > 0 { Start::Held } else { self.onto.start(row, 0) },
+                    past_caches: self.past_caches,
                     ahead: Lines::NONE,
                 };
                 // SAFETY: the tiles were just packed, the panels are whole, and these rows of `c` belong to this task alone.
                 unsafe { multiply(self.isa, product) };
             }
+            fence();
         });
     }
 }

@@ -109,7 +109,7 @@ impl Head {
         let rows = hidden.len() / self.hidden;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.vocabulary, self.hidden).transposed();
         let (hidden, logits) = (Matrix::new(hidden, rows, self.hidden), MatrixMut::new(logits, rows, self.vocabulary));
-        multiply(products, &self.packed, &self.int8, hidden, weight, logits, false);
+        multiply(products, &self.packed, &self.int8, hidden, weight, None, logits);
     }
 
     /// Checks targets against the batch and the vocabulary.

@@ -159,7 +159,7 @@ impl Layer {
     /// Turns the layer's input into attention's operand, `kept.qkv`.
     pub fn forward_qkv(&self, pass: Pass<'_>, input: &[f32], kept: &mut Activations, scratch: &mut Scratch) {
         self.norm(pass, &self.attention_norm, input, &mut scratch.normed, &mut scratch.inverse_rms);
-        self.qkv.forward(pass.products, &scratch.normed, &mut kept.qkv, &mut kept.low_rank[0], false);
+        self.qkv.forward(pass.products, &scratch.normed, None, &mut kept.qkv, &mut kept.low_rank[0]);
         if let Some(norms) = &self.head_norms {
             let (q, k) = self.head_ranges();
             let (q_weight, k_weight) = (&pass.products.base[norms.q.clone()], &pass.products.base[norms.k.clone()]);
@@ -191,14 +191,13 @@ impl Layer {
     ) {
         self.forward_middle(pass, input, kept, scratch);
         kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
-        output.copy_from_slice(&kept.middle);
         let low_rank = &mut kept.low_rank[3];
         match &self.post_mlp_norm {
-            None => self.down.forward(pass.products, &scratch.gated, output, low_rank, true),
+            None => self.down.forward(pass.products, &scratch.gated, Some(&kept.middle), output, low_rank),
             Some(weight) => {
-                self.down.forward(pass.products, &scratch.gated, &mut kept.mlp_output, low_rank, false);
-                self.norm(pass, weight, &kept.mlp_output, &mut scratch.branch, &mut scratch.inverse_rms);
-                kernels::add(output, &scratch.branch);
+                self.down.forward(pass.products, &scratch.gated, None, &mut kept.mlp_output, low_rank);
+                self.norm(pass, weight, &kept.mlp_output, output, &mut scratch.inverse_rms);
+                kernels::add(output, &kept.middle);
             }
         }
     }
@@ -206,17 +205,16 @@ impl Layer {
     /// From `kept.attention` to the input of the activation, `kept.gate_up`.
     fn forward_middle(&self, pass: Pass<'_>, input: &[f32], kept: &mut Activations, scratch: &mut Scratch) {
         let Activations { attention, attention_output, middle, gate_up, low_rank, .. } = kept;
-        middle.copy_from_slice(input);
         match &self.post_attention_norm {
-            None => self.output.forward(pass.products, attention, middle, &mut low_rank[1], true),
+            None => self.output.forward(pass.products, attention, Some(input), middle, &mut low_rank[1]),
             Some(weight) => {
-                self.output.forward(pass.products, attention, attention_output, &mut low_rank[1], false);
-                self.norm(pass, weight, attention_output, &mut scratch.branch, &mut scratch.inverse_rms);
-                kernels::add(middle, &scratch.branch);
+                self.output.forward(pass.products, attention, None, attention_output, &mut low_rank[1]);
+                self.norm(pass, weight, attention_output, middle, &mut scratch.inverse_rms);
+                kernels::add(middle, input);
             }
         }
         self.norm(pass, &self.mlp_norm, middle, &mut scratch.normed, &mut scratch.inverse_rms);
-        self.gate_up.forward(pass.products, &scratch.normed, gate_up, &mut low_rank[2], false);
+        self.gate_up.forward(pass.products, &scratch.normed, None, gate_up, &mut low_rank[2]);
     }
 
     /// Computes the activations again from the layer's input, with the bits of the first time. The layer's output is at
@@ -235,7 +233,7 @@ impl Layer {
         let low_rank = &mut kept.low_rank[3];
         if self.post_mlp_norm.is_some() {
             kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
-            self.down.forward(pass.products, &scratch.gated, &mut kept.mlp_output, low_rank, false);
+            self.down.forward(pass.products, &scratch.gated, None, &mut kept.mlp_output, low_rank);
         } else if !low_rank.is_empty() {
             kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), &mut scratch.gated);
             self.down.forward_low_rank(pass.products, &scratch.gated, low_rank);

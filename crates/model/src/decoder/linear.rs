@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul, matmul_onto};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -180,12 +180,20 @@ impl Linear {
         self.packed.as_ref().map_or(0, PackedMatrix::bytes) + self.int8.as_ref().map_or(0, Int8Matrix::bytes)
     }
 
-    /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, or `y +=` without a bias. `low_rank` receives `scale · x Aᵀ`.
-    pub fn forward(&self, products: Products<'_>, x: &[f32], y: &mut [f32], low_rank: &mut [f32], accumulate: bool) {
+    /// `y = onto + x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, where without `onto` the sums start from zero. `low_rank` receives `scale · x Aᵀ`.
+    pub fn forward(
+        &self,
+        products: Products<'_>,
+        x: &[f32],
+        onto: Option<&[f32]>,
+        y: &mut [f32],
+        low_rank: &mut [f32],
+    ) {
         let rows = x.len() / self.inputs;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs).transposed();
         let (x_rows, y_rows) = (Matrix::new(x, rows, self.inputs), MatrixMut::new(y, rows, self.outputs));
-        multiply(products, &self.packed, &self.int8, x_rows, weight, y_rows, accumulate);
+        let onto = onto.map(|onto| Matrix::new(onto, rows, self.outputs));
+        multiply(products, &self.packed, &self.int8, x_rows, weight, onto, y_rows);
         if let Some(bias) = &self.bias {
             kernels::add_bias(y, &products.base[bias.clone()]);
         }
@@ -304,21 +312,23 @@ pub(super) fn pack_int8(slot: &mut Option<Int8Matrix>, precision: Precision, rig
     }
 }
 
-/// `c = a b`, or `c += a b`, with the copy of `b` that `products` asks for; with the full one packed if it is, which does
-/// not change a bit.
+/// `c = onto + a b` with the copy of `b` that `products` asks for; with the full one packed if it is, which does not change a bit.
 pub(super) fn multiply(
     products: Products<'_>,
     packed: &Option<PackedMatrix>,
     int8: &Option<Int8Matrix>,
     a: Matrix<'_>,
     b: Matrix<'_>,
+    onto: Option<Matrix<'_>>,
     c: MatrixMut<'_>,
-    accumulate: bool,
 ) {
-    match (products.format, packed) {
-        (WeightFormat::Int8, _) => prepared(int8).matmul(a, c, accumulate),
-        (WeightFormat::Full, Some(packed)) => packed.matmul(a, c, accumulate),
-        (WeightFormat::Full, None) => matmul(products.precision, a, b, c, accumulate),
+    match (products.format, packed, onto) {
+        (WeightFormat::Int8, _, None) => prepared(int8).matmul(a, c, false),
+        (WeightFormat::Int8, _, Some(onto)) => prepared(int8).matmul_onto(onto, a, c),
+        (WeightFormat::Full, Some(packed), None) => packed.matmul(a, c, false),
+        (WeightFormat::Full, Some(packed), Some(onto)) => packed.matmul_onto(onto, a, c),
+        (WeightFormat::Full, None, None) => matmul(products.precision, a, b, c, false),
+        (WeightFormat::Full, None, Some(onto)) => matmul_onto(products.precision, onto, a, b, c),
     }
 }
 

@@ -139,9 +139,6 @@ impl Workspace {
         resize(&mut scratch.normed, rows * d);
         resize(&mut scratch.inverse_rms, rows);
         resize(&mut scratch.gated, rows * config.intermediate_size);
-        if config.sandwich_norms {
-            resize(&mut scratch.branch, rows * d);
-        }
     }
 
     /// Sizes what a forward leaves.
@@ -190,6 +187,9 @@ impl Workspace {
         let rows = self.rows;
         resize(&mut self.d_residual, rows * config.hidden_size);
         let scratch = &mut self.scratch;
+        if config.sandwich_norms {
+            resize(&mut scratch.branch, rows * config.hidden_size);
+        }
         resize(&mut scratch.d_gated, rows * config.intermediate_size);
         resize(&mut scratch.d_normed, rows * config.hidden_size);
         resize(&mut scratch.d_attention, rows * config.q_size());
