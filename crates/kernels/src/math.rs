@@ -68,24 +68,21 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 /// Lanes of a row reduction: element `i` goes to lane `i % LANES`, the lanes are then added pairwise.
 pub(crate) const LANES: usize = 32;
 
-/// The sum of `term(i)` for `i` in `0..n`, in an order that depends on `n` alone. Slices that `term` reads should be cut to `n`
-/// elements: then the compiler sees that no index leaves them.
+/// The sum of `term` over the elements of rows of one length, in an order that depends on the length alone.
 #[inline(always)]
-pub(crate) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum<const ROWS: usize>(rows: [&[f32]; ROWS], term: impl Fn([f32; ROWS]) -> f32) -> f32 {
+    let rows = rows.map(|row| row.as_chunks::<LANES>());
+    let (chunks, rest) = (rows[0].0.len(), rows[0].1.len());
+    assert!(rows.iter().all(|row| (row.0.len(), row.1.len()) == (chunks, rest)), "sum: lengths differ");
     let mut lanes = [0.0f32; LANES];
-    let whole = n - n % LANES;
-    let mut start = 0;
-    while start < whole {
-        // SAFETY: `start` and `whole` are multiples of the lanes, and `whole` is at most `n`. The compiler does not find this by
-        // itself, and would check every index.
-        unsafe { std::hint::assert_unchecked(start + LANES <= n) };
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+    for chunk in 0..chunks {
+        let terms: [f32; LANES] = std::array::from_fn(|lane| term(rows.map(|row| row.0[chunk][lane])));
+        for (sum, term) in lanes.iter_mut().zip(terms) {
+            *sum += term;
         }
-        start += LANES;
     }
-    for (lane, sum) in lanes.iter_mut().enumerate().take(n - whole) {
-        *sum += term(whole + lane);
+    for (lane, sum) in lanes.iter_mut().enumerate().take(rest) {
+        *sum += term(rows.map(|row| row.1[lane]));
     }
     fold(lanes)
 }

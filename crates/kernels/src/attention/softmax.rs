@@ -11,7 +11,7 @@ multiversion! {
         for score in scores.iter_mut() {
             *score = exp((*score - largest) * scale);
         }
-        let total = sum(scores.len(), |i| scores[i]);
+        let total = sum([scores], |[score]| score);
         (1.0 / total, largest * scale + ln(total))
     }
 }
@@ -40,6 +40,6 @@ multiversion! {
 multiversion! {
     /// The inner product of two rows.
     pub(super) fn inner(a: &[f32], b: &[f32]) -> f32 {
-        sum(a.len(), |i| a[i] * b[i])
+        sum([a, b], |[a, b]| a * b)
     }
 }
