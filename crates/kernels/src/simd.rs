@@ -118,7 +118,13 @@ impl Lines {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, Avx512Bf16};
+pub(crate) use x86::{Avx2, Avx512, Avx512Bf16, write_columns};
+
+/// What only AVX-512 does, where there is none.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn write_columns(_: &[[f32; 16]; 16], _: usize, _: &mut [f32], _: usize) {
+    unreachable!("there is no AVX-512 here")
+}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -203,6 +209,48 @@ mod x86 {
             unsafe {
                 let pairs = |x: __m512| std::mem::transmute::<__m512, __m512bh>(x);
                 _mm512_dpbf16_ps(c, pairs(a), pairs(b))
+            }
+        }
+    }
+
+    /// Writes the columns of a block one after the other, `stride` apart: of each column what comes from the first `rows` rows, at most 16.
+    ///
+    /// # Safety
+    /// There must be AVX-512.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(crate) unsafe fn write_columns(block: &[[f32; 16]; 16], rows: usize, out: &mut [f32], stride: usize) {
+        assert!((1..=16).contains(&rows) && out.len() >= 15 * stride + rows, "write_columns: the columns fit");
+        // SAFETY: the rows of the block are 16 elements.
+        let row = |i: usize| unsafe { _mm512_loadu_ps(block[i].as_ptr()) };
+        // Of four rows each, in each quarter of a vector: one column of the four that the quarter began with.
+        let mut fours = [_mm512_setzero_ps(); 16];
+        for (four, columns) in fours.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let [a, b, c, d] = std::array::from_fn(|i| row(4 * four + i));
+            let pairs = [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)].map(|pair| _mm512_castps_pd(pair));
+            let others = [_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)].map(|pair| _mm512_castps_pd(pair));
+            for half in 0..2 {
+                columns[2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[half], others[half]));
+                columns[2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[half], others[half]));
+            }
+        }
+        // The quarters of a column, one of each four rows, come together in two rounds.
+        const EVEN: i32 = 0b10_00_10_00;
+        const ODD: i32 = 0b11_01_11_01;
+        let mask = (u16::MAX) >> (16 - rows);
+        for i in 0..4 {
+            let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
+            let even = [_mm512_shuffle_f32x4::<EVEN>(a, b), _mm512_shuffle_f32x4::<EVEN>(c, d)];
+            let odd = [_mm512_shuffle_f32x4::<ODD>(a, b), _mm512_shuffle_f32x4::<ODD>(c, d)];
+            let columns = [
+                _mm512_shuffle_f32x4::<EVEN>(even[0], even[1]),
+                _mm512_shuffle_f32x4::<EVEN>(odd[0], odd[1]),
+                _mm512_shuffle_f32x4::<ODD>(even[0], even[1]),
+                _mm512_shuffle_f32x4::<ODD>(odd[0], odd[1]),
+            ];
+            for (quarter, column) in columns.into_iter().enumerate() {
+                // SAFETY: the columns fit, as was checked.
+                unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add((4 * quarter + i) * stride), mask, column) };
             }
         }
     }

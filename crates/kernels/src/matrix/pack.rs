@@ -4,7 +4,7 @@ use crate::half::bfloat16;
 use crate::isa::multiversion;
 use crate::matrix::kernel::PANEL;
 use crate::matrix::{Matrix, Precision};
-use crate::simd::{Lines, prefetch};
+use crate::simd::{Lines, prefetch, write_columns};
 
 /// Steps of the reduced index `k` are elements, or pairs of bfloat16.
 pub(crate) fn steps(precision: Precision, k: usize) -> usize {
@@ -20,7 +20,7 @@ fn pair(first: f32, second: f32) -> f32 {
 }
 
 /// Steps that are handled at a time where a vector's elements are neighbours: those of a cache line.
-const BLOCK: usize = 16;
+const BLOCK: usize = Lines::FLOATS;
 
 /// All elements are rounded before they are paired: that way the loop runs in vectors.
 #[inline(always)]
@@ -60,9 +60,9 @@ struct Vectors<'a> {
     step_stride: usize,
 }
 
-/// Writes `vectors` step by step, `width` elements a step.
+/// Writes `vectors` step by step, `width` elements a step. `TURN` is for processors with AVX-512, which turn blocks in their registers.
 #[inline(always)]
-fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+fn interleave<const PAIRS: bool, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
     let Vectors { data, count, k, stride, step_stride } = vectors;
     let per_step = if PAIRS { 2 } else { 1 };
     let (whole, steps) = (k / per_step, k.div_ceil(per_step));
@@ -86,18 +86,33 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
     } else if step_stride == 1 {
         // Some steps of one vector at a time: they share a cache line of the source, and the stores stay near.
         let blocks = whole - whole % BLOCK;
+        let block = |start: usize, i: usize| -> [f32; BLOCK] {
+            let source = &data[i * stride + start * per_step..];
+            ask_for(source, BLOCKS_AHEAD * BLOCK * per_step, BLOCK * per_step);
+            if PAIRS {
+                pair_block(source.first_chunk().expect("a block of pairs"))
+            } else {
+                *source.first_chunk().expect("a block of elements")
+            }
+        };
         for start in (0..blocks).step_by(BLOCK) {
-            for i in 0..count {
-                let source = &data[i * stride + start * per_step..];
-                ask_for(source, BLOCKS_AHEAD * BLOCK * per_step, BLOCK * per_step);
-                let values: [f32; BLOCK] = if PAIRS {
-                    pair_block(source.first_chunk().expect("a block of pairs"))
-                } else {
-                    *source.first_chunk().expect("a block of elements")
-                };
-                let out = &mut out[start * width + i..][..(BLOCK - 1) * width + 1];
-                for (step, &value) in values.iter().enumerate() {
-                    out[step * width] = value;
+            if TURN {
+                for first in (0..count).step_by(BLOCK) {
+                    let here = BLOCK.min(count - first);
+                    let mut rows = [[0.0; BLOCK]; BLOCK];
+                    for (i, row) in rows.iter_mut().enumerate().take(here) {
+                        *row = block(start, first + i);
+                    }
+                    let out = &mut out[start * width + first..][..(BLOCK - 1) * width + here];
+                    // SAFETY: `TURN` says that the processor can.
+                    unsafe { write_columns(&rows, here, out, width) };
+                }
+            } else {
+                for i in 0..count {
+                    let out = &mut out[start * width + i..][..(BLOCK - 1) * width + 1];
+                    for (step, value) in block(start, i).into_iter().enumerate() {
+                        out[step * width] = value;
+                    }
                 }
             }
         }
@@ -122,24 +137,51 @@ fn interleave<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [
     }
 }
 
+/// [`interleave`] for any width.
+#[inline(always)]
+fn interleave_any<const PAIRS: bool, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+    // A panel's width as a constant lets its copies become plain vector moves.
+    if width == PANEL && vectors.count == PANEL {
+        interleave::<PAIRS, TURN>(Vectors { count: PANEL, ..vectors }, PANEL, out);
+    } else {
+        interleave::<PAIRS, TURN>(vectors, width, out);
+    }
+}
+
 multiversion! {
     fn interleave_f32(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-        // A panel's width as a constant lets its copies become plain vector moves.
-        if width == PANEL && vectors.count == PANEL {
-            interleave::<false>(Vectors { count: PANEL, ..vectors }, PANEL, out);
-        } else {
-            interleave::<false>(vectors, width, out);
-        }
+        interleave_any::<false, false>(vectors, width, out);
     }
 }
 
 multiversion! {
     fn interleave_bf16(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-        if width == PANEL && vectors.count == PANEL {
-            interleave::<true>(Vectors { count: PANEL, ..vectors }, PANEL, out);
-        } else {
-            interleave::<true>(vectors, width, out);
-        }
+        interleave_any::<true, false>(vectors, width, out);
+    }
+}
+
+/// [`interleave_f32`] or [`interleave_bf16`] for the neighbouring steps of several vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn turn_avx512<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+    interleave_any::<PAIRS, true>(vectors, width, out);
+}
+
+/// Writes `vectors` as the precision says.
+fn write_steps(isa: crate::Isa, precision: Precision, vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, crate::Isa::Avx512Bf16 | crate::Isa::Avx512) && vectors.step_stride == 1 && vectors.count > 1 {
+        // SAFETY: `Isa::current` returns only what the processor was seen to have.
+        return unsafe {
+            match precision {
+                Precision::F32 => turn_avx512::<false>(vectors, width, out),
+                Precision::Bf16 => turn_avx512::<true>(vectors, width, out),
+            }
+        };
+    }
+    match precision {
+        Precision::F32 => interleave_f32(isa, vectors, width, out),
+        Precision::Bf16 => interleave_bf16(isa, vectors, width, out),
     }
 }
 
@@ -160,10 +202,7 @@ multiversion! {
 /// Packs the columns of `b` (at most [`PANEL`] of them) as one panel.
 pub(crate) fn pack_panel(isa: crate::Isa, precision: Precision, b: Matrix<'_>, out: &mut [f32]) {
     let vectors = Vectors { data: b.data, count: b.cols, k: b.rows, stride: b.col_stride, step_stride: b.row_stride };
-    match precision {
-        Precision::F32 => interleave_f32(isa, vectors, PANEL, out),
-        Precision::Bf16 => interleave_bf16(isa, vectors, PANEL, out),
-    }
+    write_steps(isa, precision, vectors, PANEL, out);
 }
 
 /// Writes the columns of `source` (`rows` neighbours each, one step or pair of steps after the other) as tiles of `height`
@@ -238,10 +277,9 @@ pub(crate) fn pack_tiles(isa: crate::Isa, precision: Precision, a: Matrix<'_>, h
         let tile = vectors(a.block(row, 0, count, a.cols));
         let out = &mut out[row * steps..][..count * steps];
         match precision {
-            Precision::F32 => interleave_f32(isa, tile, count, out),
             // Of one row there is nothing to interleave.
             Precision::Bf16 if count == 1 && a.col_stride == 1 => pair_row(isa, &tile.data[..a.cols], out),
-            Precision::Bf16 => interleave_bf16(isa, tile, count, out),
+            _ => write_steps(isa, precision, tile, count, out),
         }
     }
 }

@@ -64,7 +64,7 @@ impl Estimate {
         let shared = 5 * d + (q + 2 * kv) + q + 2 * mlp + if config.sandwich_norms { d } else { 0 };
         let logits = match vocabulary {
             0 => 0,
-            size => chunk_rows(size).min(rows) * (size + 2 * d),
+            size => chunk_rows(size, rows).min(rows) * (size + 2 * d),
         };
         let activations = |slots: usize| 4 * (rows * (stream + slots * kept + shared) + logits);
 

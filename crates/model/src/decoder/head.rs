@@ -67,9 +67,11 @@ pub(super) struct Head {
     int8: Option<Int8Matrix>,
 }
 
-/// Rows of one chunk: even, so that chunks do not separate the pairs of a bf16 product.
-pub(super) fn chunk_rows(vocabulary: usize) -> usize {
-    (CHUNK_FLOATS / vocabulary).clamp(16, 512) / 2 * 2
+/// Rows of one chunk of `rows`: of chunks alike, as a backward packs the weight for each, and even, so that they do not separate the
+/// pairs of a bf16 product.
+pub(super) fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
+    let most = (CHUNK_FLOATS / vocabulary).clamp(16, 1024) / 2 * 2;
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1).next_multiple_of(2)
 }
 
 /// Where one row of the head's products comes from; `None` is a row of zeros.
@@ -100,8 +102,9 @@ impl Head {
         self.packed.as_ref().map_or(0, PackedMatrix::bytes) + self.int8.as_ref().map_or(0, Int8Matrix::bytes)
     }
 
-    fn chunk_rows(&self) -> usize {
-        chunk_rows(self.vocabulary)
+    /// `slots` in chunks of one size, the last perhaps shorter.
+    fn chunks<'a>(&self, slots: &'a [Slot]) -> impl Iterator<Item = &'a [Slot]> + use<'a> {
+        slots.chunks(chunk_rows(self.vocabulary, slots.len()))
     }
 
     /// The logits of `hidden` rows.
@@ -183,7 +186,7 @@ impl Head {
         mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
-        for slots in slots.chunks(self.chunk_rows()) {
+        for slots in self.chunks(&slots) {
             self.chunk_logits(products, slots, targets, hidden, scratch);
             visit(rows(slots, &mut scratch.logits, self.vocabulary))?;
         }
@@ -242,7 +245,7 @@ impl Head {
     ) -> std::result::Result<(), E> {
         let (d, vocabulary) = (self.hidden, self.vocabulary);
         let slots = pair_slots(targets, tokens);
-        for slots in slots.chunks(self.chunk_rows()) {
+        for slots in self.chunks(&slots) {
             self.chunk_logits(products, slots, targets, ends.hidden, scratch);
             visit(rows(slots, &mut scratch.logits, vocabulary))?;
             for (slot, logits) in slots.iter().zip(scratch.logits.chunks_exact_mut(vocabulary)) {

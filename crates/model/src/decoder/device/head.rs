@@ -64,8 +64,6 @@ struct HeadWeight<'a> {
     of: DType,
     hidden: usize,
     vocabulary: usize,
-    /// Rows of a chunk.
-    rows: usize,
     trained: bool,
 }
 
@@ -78,7 +76,6 @@ impl OnDevice {
             of: product_type(weights.precision),
             hidden,
             vocabulary,
-            rows: chunk_rows(vocabulary),
             trained: decoder.adapter.is_none(),
         })
     }
@@ -102,7 +99,7 @@ impl OnDevice {
     ) -> Result<LogProbs> {
         let head = self.head(decoder)?;
         let mut found = LogProbs::default();
-        for targets in targets.chunks(head.rows) {
+        for (_, targets) in head.chunks(targets) {
             let logits = head.logits(&self.gather(hidden, targets, head.hidden)?)?;
             Chunk::new(&logits, targets, temperature)?.append_to(&mut found, want_entropy)?;
         }
@@ -119,9 +116,9 @@ impl OnDevice {
         mut visit: impl FnMut(Vec<LogitRow<'_>>) -> std::result::Result<(), E>,
     ) -> Result<std::result::Result<(), E>> {
         let head = self.head(decoder)?;
-        for (index, targets) in targets.chunks(head.rows).enumerate() {
+        for (first, targets) in head.chunks(targets) {
             scratch.logits = to_host(&head.logits(&self.gather(hidden, targets, head.hidden)?)?)?;
-            if let Err(error) = visit(rows(index * head.rows, &mut scratch.logits, head.vocabulary)) {
+            if let Err(error) = visit(rows(first, &mut scratch.logits, head.vocabulary)) {
                 return Ok(Err(error));
             }
         }
@@ -140,8 +137,8 @@ impl OnDevice {
         let head = self.head(decoder)?;
         let mut found = LogProbs::default();
         let mut d_weight = None;
-        for (index, targets) in targets.chunks(head.rows).enumerate() {
-            let here = index * head.rows..index * head.rows + targets.len();
+        for (first, targets) in head.chunks(targets) {
+            let here = first..first + targets.len();
             let column = |values: &[f32]| Tensor::from_slice(&values[here.clone()], (targets.len(), 1), self.device());
             let hidden = self.gather(ends.hidden, targets, head.hidden)?;
             let chunk = Chunk::new(&head.logits(&hidden)?, targets, temperature)?;
@@ -165,10 +162,10 @@ impl OnDevice {
     ) -> Result<std::result::Result<(), E>> {
         let head = self.head(decoder)?;
         let mut d_weight = None;
-        for (index, targets) in targets.chunks(head.rows).enumerate() {
+        for (first, targets) in head.chunks(targets) {
             let hidden = self.gather(ends.hidden, targets, head.hidden)?;
             scratch.logits = to_host(&head.logits(&hidden)?)?;
-            if let Err(error) = visit(rows(index * head.rows, &mut scratch.logits, head.vocabulary)) {
+            if let Err(error) = visit(rows(first, &mut scratch.logits, head.vocabulary)) {
                 return Ok(Err(error));
             }
             let d_logits = Tensor::from_slice(&scratch.logits, (targets.len(), head.vocabulary), self.device())?;
@@ -192,6 +189,12 @@ fn rows(first: usize, logits: &mut [f32], vocabulary: usize) -> Vec<LogitRow<'_>
 }
 
 impl HeadWeight<'_> {
+    /// `targets` in chunks, each with the place of its first.
+    fn chunks<'a>(&self, targets: &'a [Target]) -> impl Iterator<Item = (usize, &'a [Target])> + use<'a> {
+        let rows = chunk_rows(self.vocabulary, targets.len());
+        targets.chunks(rows).enumerate().map(move |(index, targets)| (index * rows, targets))
+    }
+
     fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
         product(self.of, hidden, &self.weight.t()?)
     }
