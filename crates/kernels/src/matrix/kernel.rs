@@ -311,7 +311,7 @@ struct Target {
 
 impl Target {
     /// The same from `column` on.
-    fn from_column(self, column: usize) -> Self {
+    fn at_column(self, column: usize) -> Self {
         let start = if self.start.is_null() { self.start } else { self.start.wrapping_add(column) };
         Self { start, to: self.to.wrapping_add(column), ..self }
     }
@@ -336,7 +336,7 @@ unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
                 $($count if $count <= most_rows::<S>(BY_ROWS) => {
                     let mut column = 0;
                     while column < PANEL {
-                        let (b, target) = (b.wrapping_add(column), target.from_column(column));
+                        let (b, target) = (b.wrapping_add(column), target.at_column(column));
                         // SAFETY: see `multiply`.
                         unsafe {
                             match ahead.lines {
