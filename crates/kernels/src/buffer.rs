@@ -1,5 +1,6 @@
 //! Memory for packed operands: aligned to cache lines, and kept between calls.
 
+use std::alloc::{self, Layout};
 use std::cell::RefCell;
 use std::fmt;
 use std::ops::Range;
@@ -17,11 +18,21 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// `len` zeros, rounded up to whole cache lines.
+    /// `len` zeros, rounded up to whole cache lines. Large ones are not written: their pages come when the threads that fill them do.
     pub(crate) fn zeros(len: usize) -> Self {
-        let mut lines = in_large_pages(Vec::with_capacity(len.div_ceil(LINE)));
-        lines.resize(len.div_ceil(LINE), Line([0.0; LINE]));
-        Self { lines }
+        let lines = len.div_ceil(LINE);
+        let Some(layout) = Layout::array::<Line>(lines).ok().filter(|layout| layout.size() > 0) else {
+            return Self::default();
+        };
+        // SAFETY: the layout is that of a vector of lines, all of whose elements are there, and zero is a number.
+        let lines = unsafe {
+            let start = alloc::alloc_zeroed(layout).cast::<Line>();
+            if start.is_null() {
+                alloc::handle_alloc_error(layout);
+            }
+            Vec::from_raw_parts(start, lines, lines)
+        };
+        Self { lines: in_large_pages(lines) }
     }
 
     /// Makes room for `len` elements; what is there already stays, the rest is zero.

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use base::files::{FileError, io_error};
+use rayon::prelude::*;
 
 /// Bytes that a thread reads at a time: they stay in its second-level cache while they become floats.
 const CHUNK: usize = 1 << 18;
@@ -65,25 +66,26 @@ impl Blob {
         Ok(())
     }
 
-    /// Decodes what lies at `offset` into `to`, some whole blocks at a time: `block.0` bytes become `block.1` floats.
+    /// Decodes what lies at `offset` into `to`, some whole blocks at a time and on all threads: `block.0` bytes become `block.1` floats.
     pub fn decode(
         &self,
         offset: u64,
         block: (usize, usize),
         to: &mut [f32],
-        decode: impl Fn(&[u8], &mut [f32]),
+        decode: impl Fn(&[u8], &mut [f32]) + Sync,
     ) -> io::Result<()> {
         let (bytes, floats) = block;
         let blocks = (CHUNK / bytes).min(to.len() / floats);
-        let mut buffer = vec![0; blocks * bytes];
-        let mut offset = offset;
-        for to in to.chunks_mut((blocks * floats).max(1)) {
-            let buffer = &mut buffer[..to.len() / floats * bytes];
-            self.read_into(offset, buffer)?;
-            decode(buffer, to);
-            offset += buffer.len() as u64;
-        }
-        Ok(())
+        let chunks = to.par_chunks_mut((blocks * floats).max(1)).enumerate();
+        chunks.try_for_each_init(
+            || vec![0; blocks * bytes],
+            |buffer, (index, to)| {
+                let buffer = &mut buffer[..to.len() / floats * bytes];
+                self.read_into(offset + (index * blocks * bytes) as u64, buffer)?;
+                decode(buffer, to);
+                Ok(())
+            },
+        )
     }
 
     /// Reads from the start.
