@@ -13,15 +13,15 @@ use crate::save;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Source, gguf, safetensors};
 
-/// A model ready to become a decoder. The weights stay where they are until then.
+/// A model ready to become a decoder. The weights stay where they are until then, unless something was made of them ([`load_into`]).
 #[derive(Debug)]
-pub struct Loaded {
+pub struct Loaded<W = Box<dyn Source>> {
     /// How it was asked for.
     pub name: String,
     /// The shape, its special tokens completed from the tokenizer's.
     pub config: ModelConfig,
     /// The weights, or `None` for a preset, whose weights are to be drawn.
-    pub weights: Option<Box<dyn Source>>,
+    pub weights: Option<W>,
     /// The tokenizer; its vocabulary is at most the embedding's.
     pub tokenizer: Tokenizer,
     /// The chat template, if the model has one.
@@ -34,6 +34,16 @@ pub struct Loaded {
 /// Loads a named model (fetching it if need be), a folder, or a GGUF file. A name goes before a path; write `./tiny` for
 /// a folder that is called like a named model.
 pub fn load(name_or_path: &str, progress: &mut dyn FnMut(Progress)) -> Result<Loaded> {
+    load_into(name_or_path, progress, |_, weights| Ok(weights))
+}
+
+/// [`load`], where `make` makes something of the weights, a decoder say, while the tokenizer is read, which is the work of one thread.
+/// The configuration it sees lacks the special tokens that the tokenizer alone knows.
+pub fn load_into<W: Send>(
+    name_or_path: &str,
+    progress: &mut dyn FnMut(Progress),
+    make: impl FnOnce(&ModelConfig, Box<dyn Source>) -> Result<W> + Send,
+) -> Result<Loaded<W>> {
     let path = Path::new(name_or_path);
     let mut loaded = match hub::named(name_or_path).map(|model| &model.origin) {
         Some(Origin::Preset(config)) => preset(*config)?,
@@ -41,19 +51,19 @@ pub fn load(name_or_path: &str, progress: &mut dyn FnMut(Progress)) -> Result<Lo
             let path = hub::pull(name_or_path, progress)?;
             // The file was right when it came; the name must mean the same bytes now.
             let sha256 = download.sha256.to_owned().into();
-            let (verified, loaded) = rayon::join(|| hub::verify(&path, download), || from_gguf(&path, sha256));
+            let (verified, loaded) = rayon::join(|| hub::verify(&path, download), || from_gguf(&path, sha256, make));
             verified.map_err(|reason| Error::malformed(path.display(), reason))?;
             loaded?
         }
-        None if path.is_dir() => from_folder(path)?,
-        None if path.is_file() => from_gguf(path, file_sha256(path)?)?,
+        None if path.is_dir() => from_folder(path, make)?,
+        None if path.is_file() => from_gguf(path, file_sha256(path)?, make)?,
         None => return Err(hub::unknown(name_or_path)),
     };
     name_or_path.clone_into(&mut loaded.name);
     Ok(loaded)
 }
 
-fn preset(config: fn(usize) -> ModelConfig) -> Result<Loaded> {
+fn preset<W>(config: fn(usize) -> ModelConfig) -> Result<Loaded<W>> {
     let tokenizer = Tokenizer::bytes()?;
     let config = config(tokenizer.vocab_size());
     let chat_template = Some(ChatTemplate::chatml()?);
@@ -61,17 +71,25 @@ fn preset(config: fn(usize) -> ModelConfig) -> Result<Loaded> {
     Loaded::new(config, None, tokenizer, chat_template, sha256.into())
 }
 
-fn from_gguf(path: &Path, sha256: Digest) -> Result<Loaded> {
+fn from_gguf<W>(
+    path: &Path,
+    sha256: Digest,
+    make: impl FnOnce(&ModelConfig, Box<dyn Source>) -> Result<W>,
+) -> Result<Loaded<W>> {
     let in_file = |error: Error| error.in_file(path);
     let weights = gguf::read(path)?.weights().map_err(in_file)?;
     let metadata = weights.gguf().metadata();
     let tokenizer = Tokenizer::from_gguf(metadata).map_err(in_file)?;
     let chat_template = ChatTemplate::from_gguf(metadata, &tokenizer).map_err(in_file)?;
     let config = weights.config.clone();
-    Loaded::new(config, Some(Box::new(weights)), tokenizer, chat_template, sha256).map_err(in_file)
+    let made = make(&config, Box::new(weights))?;
+    Loaded::new(config, Some(made), tokenizer, chat_template, sha256).map_err(in_file)
 }
 
-fn from_folder(folder: &Path) -> Result<Loaded> {
+fn from_folder<W: Send>(
+    folder: &Path,
+    make: impl FnOnce(&ModelConfig, Box<dyn Source>) -> Result<W> + Send,
+) -> Result<Loaded<W>> {
     let path = folder.join("config.json");
     if !path.is_file() && folder.join(save::ADAPTER_CONFIG).is_file() {
         let hint = "load the base model it was trained on, with the adapter beside it; or merge the two first";
@@ -82,10 +100,10 @@ fn from_folder(folder: &Path) -> Result<Loaded> {
     let sha256 = folder_sha256(folder)?;
     let weights = safetensors::open(folder)?;
     weights::check(&config, &weights).map_err(|error| error.in_file(folder))?;
-    let tokenizer = Tokenizer::from_folder(folder)?;
+    let (tokenizer, made) = rayon::join(|| Tokenizer::from_folder(folder), || make(&config, Box::new(weights)));
+    let tokenizer = tokenizer?;
     let chat_template = ChatTemplate::from_folder(folder, &tokenizer)?;
-    Loaded::new(config, Some(Box::new(weights)), tokenizer, chat_template, sha256)
-        .map_err(|error| error.in_file(folder))
+    Loaded::new(config, Some(made?), tokenizer, chat_template, sha256).map_err(|error| error.in_file(folder))
 }
 
 /// Adds the tokens that end a generation according to `generation_config.json`: chat models often name more there.
@@ -137,11 +155,11 @@ fn folder_sha256(folder: &Path) -> Result<Digest> {
     }))
 }
 
-impl Loaded {
+impl<W> Loaded<W> {
     /// Joins the parts, checks that the vocabularies fit, and completes the configuration's special tokens.
     fn new(
         mut config: ModelConfig,
-        weights: Option<Box<dyn Source>>,
+        weights: Option<W>,
         tokenizer: Tokenizer,
         chat_template: Option<ChatTemplate>,
         sha256: Digest,

@@ -17,7 +17,7 @@ use crate::failure::Failure;
 use crate::terminal::Terminal;
 
 /// Makes a decoder of weights in files.
-type Build<'a> = dyn Fn(ModelConfig, Box<dyn Source>) -> model::Result<Decoder> + 'a;
+type Build<'a> = dyn Fn(ModelConfig, Box<dyn Source>) -> model::Result<Decoder> + Sync + 'a;
 
 /// How models are found.
 #[derive(Clone, Copy, Debug)]
@@ -104,9 +104,12 @@ impl Opener {
         if let Some(adapter) = adapter_config(&path) {
             return self.open_adapter(&path, &adapter, seed, build);
         }
-        let loaded = source::load(&path, &mut |_| {})?;
+        let loaded = source::load_into(&path, &mut |_| {}, |config, weights| build(config.clone(), weights))?;
         let decoder = match loaded.weights {
-            Some(weights) => build(loaded.config, weights)?,
+            Some(mut decoder) => {
+                decoder.set_special_tokens(&loaded.config);
+                decoder
+            }
             None => Decoder::random(loaded.config, seed)?,
         };
         Ok(Opened {

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use kernels::{DecodeQuery, KvBlock, Precision};
+use rayon::prelude::*;
 
 use super::device::{Slots, Span};
 use super::identity::WeightsId;
@@ -35,7 +36,8 @@ impl Run {
     fn new(decoder: &Decoder, capacity: usize) -> Self {
         let precision = decoder.precision.unwrap_or(Precision::F32);
         let slots = decoder.device.as_ref().map(|device| Slots::new(&device.pool));
-        let layers = decoder.layers.iter().filter(|_| slots.is_none());
+        // On all threads, because new memory comes page by page.
+        let layers = decoder.layers.par_iter().filter(|_| slots.is_none());
         let layers = layers.map(|layer| KvBlock::new(layer.shape, precision, capacity)).collect();
         Self { layers, slots, len: 0, weights: decoder.weights_id() }
     }

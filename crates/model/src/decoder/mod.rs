@@ -252,6 +252,13 @@ impl Decoder {
         &self.config
     }
 
+    /// Takes over the special tokens of `config`, which is this model's: a decoder may be made before they are known.
+    pub fn set_special_tokens(&mut self, config: &ModelConfig) {
+        let ModelConfig { bos_token_id, eos_token_ids, pad_token_id, .. } = config;
+        (self.config.bos_token_id, self.config.pad_token_id) = (*bos_token_id, *pad_token_id);
+        self.config.eos_token_ids.clone_from(eos_token_ids);
+    }
+
     /// A copy of the base weights under their Hugging Face names.
     pub fn tensors(&self) -> Tensors {
         copy(self.views())
