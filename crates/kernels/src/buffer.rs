@@ -71,6 +71,19 @@ pub fn zeros(len: usize) -> Vec<f32> {
     in_large_pages(vec![0.0; len])
 }
 
+/// Has mimalloc, where it is the allocator, keep what is freed. It would give memory back to the system that has been free for a
+/// second; but a training step takes seconds, and its next sampling wants the same caches again, page by page.
+///
+/// To be called before there are other threads.
+#[cfg(feature = "mimalloc")]
+pub fn keep_freed_memory() {
+    /// `mi_option_purge_delay`, which the bindings leave out.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    const NEVER: std::ffi::c_long = -1;
+    // SAFETY: this writes one number, which the allocator reads when it next looks.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, NEVER) }
+}
+
 /// Many f32 that live long. They are zero until written to, and cost neither time nor memory until then; large arrays are in
 /// large pages where the system has them.
 ///

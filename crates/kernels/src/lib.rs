@@ -38,6 +38,8 @@ mod simd;
 
 pub use adamw::{AdamW, AdamWStep};
 pub use attention::{AttentionShape, DecodeQuery, KvBlock, Segment, attention, attention_backward, attention_decode};
+#[cfg(feature = "mimalloc")]
+pub use buffer::keep_freed_memory;
 pub use buffer::{Floats, zeros};
 pub use elementwise::{RowCopy, add, add_bias, bias_backward, copy_rows, finite, scale, sum_of_squares};
 pub use gated::{Activation, gated, gated_backward};
