@@ -19,9 +19,14 @@ use posttrain_model::decoder::{DecodeRow, Decoder, Gradients, PackedTokens, Sequ
 use posttrain_model::lora::LoraConfig;
 use posttrain_model::{DeviceName, ModelConfig};
 
+/// The binary's allocator, which places large arrays at cache lines.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
+    kernels::keep_freed_memory();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let value = |name: &str| arguments.iter().position(|argument| argument == name).and_then(|i| arguments.get(i + 1));
     let number = |name: &str, default: usize| value(name).map_or(Ok(default), |text| text.parse::<usize>());
