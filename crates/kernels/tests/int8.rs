@@ -53,7 +53,7 @@ fn product(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b:
     let mut weights = Int8Matrix::new(precision, k, n);
     weights.pack(b);
     let mut apart = vec![f32::NAN; m * n];
-    weights.matmul_onto(Matrix::new(c, m, n), Matrix::new(a, m, k), MatrixMut::new(&mut apart, m, n));
+    weights.matmul_onto(Some(Matrix::new(c, m, n)), Matrix::new(a, m, k), MatrixMut::new(&mut apart, m, n));
     weights.matmul(Matrix::new(a, m, k), MatrixMut::new(c, m, n), true);
     assert_eq!(bits(&apart), bits(c), "onto rows elsewhere");
 }

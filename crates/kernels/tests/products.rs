@@ -91,7 +91,7 @@ fn every_product_is_the_naive_fold() {
                 let mut expected = c.clone();
                 naive(precision, shape, &a, &b, &mut expected, true);
                 let spread: Vec<f32> = c.chunks(n).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
-                let start = Matrix::new(&spread[..spread.len() - 3], m, n).with_row_stride(n + 3);
+                let start = Some(Matrix::new(&spread[..spread.len() - 3], m, n).with_row_stride(n + 3));
                 let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
                 let (mut plain, mut packed) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 isa.with(|| {
@@ -223,7 +223,7 @@ fn an_empty_sum_is_zero_or_what_was_there() {
     assert_eq!(c, [3.0, 4.0]);
     matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), false);
     assert_eq!(c, [0.0, 0.0]);
-    let start = Matrix::new(&[5.0, 6.0], 1, 2);
+    let start = Some(Matrix::new(&[5.0, 6.0], 1, 2));
     matmul_onto(Precision::F32, start, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2));
     assert_eq!(c, [5.0, 6.0]);
 }

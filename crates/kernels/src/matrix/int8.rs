@@ -73,11 +73,11 @@ impl Int8Matrix {
         self.multiply(a, Onto::held(accumulate), c);
     }
 
-    /// `c = start + a self`, with the bits of [`Int8Matrix::matmul`] where `c` holds `start` before.
+    /// `c = start + a self`, with the bits of [`Int8Matrix::matmul`] where `c` holds `start` before; without a start the sums begin at zero.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn matmul_onto(&self, start: Matrix<'_>, a: Matrix<'_>, c: MatrixMut<'_>) {
+    pub fn matmul_onto(&self, start: Option<Matrix<'_>>, a: Matrix<'_>, c: MatrixMut<'_>) {
         self.multiply(a, Onto::rows(start, &c), c);
     }
 

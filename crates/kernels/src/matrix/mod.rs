@@ -148,7 +148,9 @@ impl<'a> Onto<'a> {
         if held { Self::Held } else { Self::Zero }
     }
 
-    fn rows(start: Matrix<'a>, c: &MatrixMut<'_>) -> Self {
+    /// These rows, or zero.
+    fn rows(start: Option<Matrix<'a>>, c: &MatrixMut<'_>) -> Self {
+        let Some(start) = start else { return Self::Zero };
         assert!(
             start.rows == c.rows && start.cols == c.cols && start.col_stride == 1,
             "matmul: {}x{} as the start of {}x{}",
@@ -206,11 +208,11 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'
     multiply(precision, a, b, Onto::held(accumulate), c);
 }
 
-/// `c = start + a b`, with the bits of [`matmul`] where `c` holds `start` before.
+/// `c = start + a b`, with the bits of [`matmul`] where `c` holds `start` before; without a start the sums begin at zero.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn matmul_onto(precision: Precision, start: Matrix<'_>, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>) {
+pub fn matmul_onto(precision: Precision, start: Option<Matrix<'_>>, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>) {
     multiply(precision, a, b, Onto::rows(start, &c), c);
 }
 

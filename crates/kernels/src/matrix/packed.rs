@@ -86,11 +86,11 @@ impl PackedMatrix {
         self.multiply(a, Onto::held(accumulate), c);
     }
 
-    /// `c = start + a self`, with the bits of [`PackedMatrix::matmul`] where `c` holds `start` before.
+    /// `c = start + a self`, with the bits of [`PackedMatrix::matmul`] where `c` holds `start` before; without a start the sums begin at zero.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn matmul_onto(&self, start: Matrix<'_>, a: Matrix<'_>, c: MatrixMut<'_>) {
+    pub fn matmul_onto(&self, start: Option<Matrix<'_>>, a: Matrix<'_>, c: MatrixMut<'_>) {
         self.multiply(a, Onto::rows(start, &c), c);
     }
 
@@ -251,7 +251,9 @@ impl Task<'_> {
                 // SAFETY: the tiles were just packed, the panels are whole, and these rows of `c` belong to this task alone.
                 unsafe { multiply(self.isa, product) };
             }
-            fence();
+            if self.past_caches {
+                fence();
+            }
         });
     }
 }

@@ -322,13 +322,10 @@ pub(super) fn multiply(
     onto: Option<Matrix<'_>>,
     c: MatrixMut<'_>,
 ) {
-    match (products.format, packed, onto) {
-        (WeightFormat::Int8, _, None) => prepared(int8).matmul(a, c, false),
-        (WeightFormat::Int8, _, Some(onto)) => prepared(int8).matmul_onto(onto, a, c),
-        (WeightFormat::Full, Some(packed), None) => packed.matmul(a, c, false),
-        (WeightFormat::Full, Some(packed), Some(onto)) => packed.matmul_onto(onto, a, c),
-        (WeightFormat::Full, None, None) => matmul(products.precision, a, b, c, false),
-        (WeightFormat::Full, None, Some(onto)) => matmul_onto(products.precision, onto, a, b, c),
+    match (products.format, packed) {
+        (WeightFormat::Int8, _) => prepared(int8).matmul_onto(onto, a, c),
+        (WeightFormat::Full, Some(packed)) => packed.matmul_onto(onto, a, c),
+        (WeightFormat::Full, None) => matmul_onto(products.precision, onto, a, b, c),
     }
 }
 
