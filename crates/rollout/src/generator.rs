@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use base::Random;
 use kernels::log_softmax_row;
-use model::decoder::{DecodeRow, Decoder, KvCache, Recording, Tape, Workspace};
+use model::decoder::{DecodeRow, Decoder, Gradients, KvCache, Recording, Tape, Workspace};
 use model::tokenizer::Tokenizer;
 
 use crate::answers::Answers;
@@ -247,6 +247,8 @@ impl<'a> Generator<'a> {
 pub struct OnTape<'a> {
     /// Where they go; it was started.
     pub tape: &'a mut Tape,
+    /// Those that the tape was started with; logits are kept there.
+    pub gradients: &'a mut Gradients,
     /// For the first requests of the list, where on the tape their tokens begin. Requests after these are not recorded.
     pub rows: &'a [TapeRows],
 }
@@ -258,6 +260,16 @@ pub struct TapeRows {
     pub prompt: usize,
     /// The row of the first token of its completion.
     pub completion: usize,
+}
+
+impl TapeRows {
+    /// The row that predicts the token at `position` of the completion of `request`.
+    fn predicting(self, position: usize, request: &Request) -> usize {
+        match position.checked_sub(1) {
+            Some(before) => self.completion + before,
+            None => self.prompt + request.prompt.len() - 1,
+        }
+    }
 }
 
 /// What is known of prompts from before.
@@ -390,6 +402,13 @@ impl Round<'_> {
         for (heads, hidden) in heads.chunks(chunk).zip(hidden.chunks(chunk * width)) {
             self.logits.resize(heads.len() * vocabulary, 0.0);
             self.decoder.logits(hidden, &mut self.logits)?;
+            if let Some(OnTape { gradients, rows, .. }) = &mut self.on_tape {
+                let recorded = heads.iter().enumerate().filter_map(|(from, head)| {
+                    let slot = &self.slots[head.slot];
+                    Some((from, rows.get(slot.index)?.predicting(head.position, slot.request)))
+                });
+                gradients.keep_logits(&self.logits, &recorded.collect::<Vec<_>>());
+            }
             if let Some(hook) = self.generator.hook {
                 let rows = heads.iter().zip(self.logits.chunks_exact(vocabulary));
                 let drawn = rows.filter(|(head, _)| self.slots[head.slot].completion.len() <= head.position);

@@ -4,8 +4,8 @@
 mod common;
 
 use base::{Purpose, Random};
-use kernels::Precision;
-use model::decoder::{PackedTokens, Tape, Workspace};
+use kernels::{Precision, Segment};
+use model::decoder::{PackedTokens, Tape, Target, Workspace};
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::{Episode, Generator, OnTape, Request, SamplingOptions, TapeRows};
 
@@ -60,51 +60,49 @@ fn episodes_on_tape_need_no_forward() {
             let expected = generator(32).generate(&decoder, &tokenizer, &requests, |_| {}).unwrap();
             for (slots, groups) in [(1, 4), (3, 4), (5, 2), (32, 4), (32, 3)] {
                 let (places, rows) = plan(&requests, groups);
-                let (mut tape, mut workspace) = (Tape::new(), Workspace::new());
-                tape.start(&decoder, rows, &mut workspace);
-                let on_tape = OnTape { tape: &mut tape, rows: &places };
+                let (mut tape, mut workspace, mut kept) = (Tape::new(), Workspace::new(), decoder.gradients());
+                tape.start(&decoder, rows, &mut workspace, &mut kept);
+                let on_tape = OnTape { tape: &mut tape, gradients: &mut kept, rows: &places };
                 let episodes =
                     generator(slots).generate_onto(Some(on_tape), &decoder, &tokenizer, &requests, |_| {}).unwrap();
                 assert_eq!(episodes, expected, "{family:?}, {precision:?}: recording changes nothing");
 
                 let (tokens, starts) = packed(&episodes[..groups * SAMPLES], &places);
-                tape.finish(&decoder, tokens.clone(), &starts);
+                tape.finish(&decoder, tokens.clone(), &starts, &mut kept);
                 assert!(tape.recall(&decoder, &tokens, &mut workspace));
                 let mut forward = Workspace::new();
                 decoder.forward(&tokens, &mut forward, true).unwrap();
-                let mut gradients = [&mut workspace, &mut forward].map(|workspace| {
+                let targets = targets(&tokens);
+                let upstream: Vec<f32> = (0..targets.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+                let passes = [(&mut workspace, kept), (&mut forward, decoder.gradients())];
+                let [taped, computed] = passes.map(|(workspace, mut gradients)| {
                     let width = decoder.config().hidden_size;
-                    let d_hidden: Vec<f32> = (0..tokens.rows() * width).map(|i| (i as f32 * 0.37).sin()).collect();
-                    let hidden: Vec<u32> = tokens
-                        .segments()
-                        .iter()
-                        .flat_map(|segment| {
-                            common::bits(
-                                &workspace.hidden()[segment.start * width..(segment.start + segment.len) * width],
-                            )
-                        })
-                        .collect();
-                    let mut gradients = decoder.gradients();
-                    decoder
-                        .backward_hidden(&tokens, workspace, &masked(&tokens, d_hidden, width), &mut gradients)
-                        .unwrap();
+                    let rows = |segment: &Segment| segment.start * width..(segment.start + segment.len) * width;
+                    let hidden = tokens.segments().iter().flat_map(|own| common::bits(&workspace.hidden()[rows(own)]));
+                    let hidden: Vec<u32> = hidden.collect();
+                    let found =
+                        decoder.backward(&tokens, workspace, &targets, 0.9, &upstream, None, &mut gradients).unwrap();
                     gradients.finish();
-                    (hidden, common::bits(gradients.flat()))
+                    (hidden, common::bits(&found.log_prob), common::bits(gradients.flat()))
                 });
-                let [taped, computed] = &mut gradients;
                 assert!(taped.0 == computed.0, "{family:?}, {precision:?}, {slots} slots: hidden states");
-                assert!(taped.1 == computed.1, "{family:?}, {precision:?}, {slots} slots: gradients");
+                assert!(taped.1 == computed.1, "{family:?}, {precision:?}, {slots} slots: log-probabilities");
+                assert!(taped.2 == computed.2, "{family:?}, {precision:?}, {slots} slots: gradients");
             }
         }
     }
 }
 
-/// Gradients of hidden states are zero on padding, as the heads leave them.
-fn masked(tokens: &PackedTokens, mut d_hidden: Vec<f32>, width: usize) -> Vec<f32> {
-    let mut end = 0;
+/// Every token that the rows of a batch predict within it.
+fn targets(tokens: &PackedTokens) -> Vec<Target> {
+    let target = |row: usize, at: usize| Target { row, token: tokens.ids()[at] };
+    let mut targets = Vec::new();
     for segment in tokens.segments() {
-        d_hidden[end * width..segment.start * width].fill(0.0);
-        end = segment.start + segment.len;
+        if let Some(prefix) = segment.prefix.map(|prefix| tokens.segments()[prefix]) {
+            targets.push(target(prefix.start + prefix.len - 1, segment.start));
+        }
+        targets.extend((segment.start..segment.start + segment.len - 1).map(|row| target(row, row + 1)));
     }
-    d_hidden
+    targets.sort_by_key(|target| target.row);
+    targets
 }

@@ -173,11 +173,11 @@ pub fn move_weights(
     learning_rate: f64,
 ) -> Result<f64> {
     gradients.finish();
-    if let Some(found) = gradients.non_finite() {
-        return Err(Error::Model { step, source: found.into() });
-    }
     let norm = gradient_norm(decoder, gradients);
     if !norm.is_finite() {
+        if let Some(found) = gradients.non_finite() {
+            return Err(Error::Model { step, source: found.into() });
+        }
         return Err(Error::NonFinite { step, what: "the norm of the gradient".into(), value: norm });
     }
     optimizer.update(decoder, gradients, norm, learning_rate);

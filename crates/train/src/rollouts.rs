@@ -120,8 +120,8 @@ impl Rollouts<'_> {
             false => TapePlan::default(),
         };
         let on_tape = (plan.groups > 0).then(|| {
-            step.tape.start(step.decoder, plan.rows, step.workspace);
-            OnTape { tape: &mut *step.tape, rows: &plan.places }
+            step.tape.start(step.decoder, plan.rows, step.workspace, step.gradients);
+            OnTape { tape: &mut *step.tape, gradients: &mut *step.gradients, rows: &plan.places }
         });
         let language = (step.tokenizer, step.world);
         let found = self.generate(step.decoder, (hook, on_tape), language, step.observer, random, (prompts, &[]));
@@ -129,7 +129,7 @@ impl Rollouts<'_> {
         let mut found = found.map_err(failed(step.number))?;
         if plan.groups > 0 {
             let (tokens, starts) = plan.packed(&found).map_err(step.model_error())?;
-            step.tape.finish(step.decoder, tokens, &starts);
+            step.tape.finish(step.decoder, tokens, &starts, step.gradients);
             found.recorded = plan.groups;
         }
         Ok(found)

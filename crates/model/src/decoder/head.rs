@@ -1,7 +1,8 @@
 //! The fused head: log-probabilities, entropies and their gradients straight from hidden states.
 //!
-//! Logits exist for one chunk of rows at a time and are never stored. Backward computes them again, which costs one
-//! product and saves `tokens × vocabulary` floats. What needs whole distributions sees the same chunks as [`LogitRow`]s.
+//! Logits exist for one chunk of rows at a time. Backward computes them again, which costs one product and saves
+//! `tokens × vocabulary` floats; all but those that sampling could keep for it ([`Gradients::keep_logits`]). What needs whole
+//! distributions sees the same chunks as [`LogitRow`]s.
 
 use std::convert::Infallible;
 use std::ops::Range;
@@ -131,13 +132,14 @@ impl Head {
         Ok(())
     }
 
-    /// Gathers the hidden states of a chunk of slots and computes their logits.
-    fn chunk_logits(
+    /// Gathers the hidden states of a chunk of slots and computes their logits, unless all of them are kept.
+    fn chunk_logits<'k>(
         &self,
         products: Products<'_>,
         slots: &[Slot],
         targets: &[Target],
         hidden: &[f32],
+        kept: impl Fn(usize) -> Option<&'k [f32]>,
         scratch: &mut HeadScratch,
     ) {
         let d = self.hidden;
@@ -149,7 +151,14 @@ impl Head {
                 None => row.fill(0.0),
             }
         }
-        self.logits(products, &scratch.hidden, &mut scratch.logits);
+        let kept = slots.iter().map(|slot| slot.map_or(Some(&[][..]), |target| kept(targets[target].row)));
+        match kept.collect::<Option<Vec<_>>>() {
+            Some(kept) => {
+                let rows = scratch.logits.par_chunks_exact_mut(self.vocabulary).zip(kept);
+                rows.for_each(|(row, kept)| row[..kept.len()].copy_from_slice(kept));
+            }
+            None => self.logits(products, &scratch.hidden, &mut scratch.logits),
+        }
     }
 
     /// Log-probabilities (and entropies) of `targets` at `temperature`.
@@ -187,7 +196,7 @@ impl Head {
     ) -> std::result::Result<(), E> {
         let slots: Vec<Slot> = (0..targets.len()).map(Some).collect();
         for slots in self.chunks(&slots) {
-            self.chunk_logits(products, slots, targets, hidden, scratch);
+            self.chunk_logits(products, slots, targets, hidden, |_| None, scratch);
             visit(rows(slots, &mut scratch.logits, self.vocabulary))?;
         }
         Ok(())
@@ -246,7 +255,8 @@ impl Head {
         let (d, vocabulary) = (self.hidden, self.vocabulary);
         let slots = pair_slots(targets, tokens);
         for slots in self.chunks(&slots) {
-            self.chunk_logits(products, slots, targets, ends.hidden, scratch);
+            let kept = |row| ends.gradients.logits_of(row);
+            self.chunk_logits(products, slots, targets, ends.hidden, kept, scratch);
             visit(rows(slots, &mut scratch.logits, vocabulary))?;
             for (slot, logits) in slots.iter().zip(scratch.logits.chunks_exact_mut(vocabulary)) {
                 if slot.is_none() {

@@ -15,6 +15,7 @@ mod device;
 mod estimate;
 mod head;
 mod identity;
+mod kept_logits;
 mod layer;
 mod linear;
 mod non_finite;
@@ -940,6 +941,7 @@ impl Decoder {
         if self.only_packed {
             return Err(Error::Invalid("a decoder that was opened to generate cannot be trained".into()));
         }
+        gradients.expect_logits(self.weights_id(), tokens);
         let mut d_hidden = std::mem::take(&mut workspace.d_hidden);
         d_hidden.clear();
         workspace::resize(&mut d_hidden, workspace.rows * self.config.hidden_size);

@@ -8,8 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::Floats;
+use rayon::prelude::*;
 
-use super::NonFinite;
+use super::kept_logits::KeptLogits;
+use super::{Decoder, NonFinite, PackedTokens, WeightsId};
 use crate::weights::TensorView;
 
 /// The embedding's name.
@@ -65,26 +67,79 @@ impl Layout {
 /// Every element is a left fold over tokens, so that splitting a batch into consecutive micro-batches gives the same
 /// bytes. A tied embedding is reached twice by each micro-batch, from the head and from the input; the two folds are kept
 /// apart until [`Gradients::finish`] adds them.
+///
+/// While all of them are zero, their storage may hold logits that sampling keeps ([`Gradients::keep_logits`]), until the first gradient
+/// comes that needs the place.
 pub struct Gradients {
     layout: Arc<Layout>,
     data: Floats,
     input_embedding: SparseRows,
+    /// Whether there is anything but zeros and logits.
+    written: bool,
+    logits: Option<KeptLogits>,
 }
 
 impl Gradients {
     pub(super) fn zeros(layout: Arc<Layout>) -> Self {
         let data = Floats::zeros(layout.len);
-        Self { layout, data, input_embedding: SparseRows::default() }
+        Self { layout, data, input_embedding: SparseRows::default(), written: false, logits: None }
     }
 
     /// Sets all gradients to zero, keeping the storage.
     pub fn clear(&mut self) {
-        self.data.fill(0.0);
+        self.logits = None;
+        set_to_zero(&mut self.data);
         self.input_embedding.clear();
+        self.written = false;
+    }
+
+    /// Makes room for logits of rows on a tape, if no gradient is there; see [`Tape::start`](super::Tape::start).
+    pub(super) fn start_logits(&mut self, decoder: &Decoder) {
+        self.forget_logits();
+        let head = decoder.head.as_ref().filter(|_| !self.written);
+        self.logits = head.map(|head| {
+            let own = decoder.adapter.is_none().then_some(&head.weight);
+            KeptLogits::new(decoder.weights_id(), head.vocabulary, self.data.len(), own)
+        });
+    }
+
+    /// Keeps logits that sampling computed for the backward of the same tokens, as far as there is room: pairs of a row of `logits` and
+    /// its row on the tape that was started with these gradients. Without one, nothing happens.
+    pub fn keep_logits(&mut self, logits: &[f32], rows: &[(usize, usize)]) {
+        if let Some(kept) = &mut self.logits {
+            kept.take(&mut self.data, logits, rows);
+        }
+    }
+
+    /// Says which tokens the rows of kept logits are, see [`Tape::finish`](super::Tape::finish).
+    pub(super) fn finish_logits(&mut self, tokens: &PackedTokens, starts: &[usize]) {
+        if let Some(kept) = &mut self.logits {
+            kept.belong_to(tokens, starts);
+        }
+    }
+
+    /// Forgets kept logits unless they are what these weights make of these tokens.
+    pub(super) fn expect_logits(&mut self, weights: WeightsId, tokens: &PackedTokens) {
+        if self.logits.as_ref().is_some_and(|kept| !kept.are_of(weights, tokens)) {
+            self.forget_logits();
+        }
+    }
+
+    /// The logits of a row, if they are kept.
+    pub(super) fn logits_of(&self, row: usize) -> Option<&[f32]> {
+        Some(&self.data[self.logits.as_ref()?.place_of(row)?])
+    }
+
+    fn forget_logits(&mut self) {
+        if let Some(kept) = self.logits.take() {
+            set_to_zero(&mut self.data[kept.written()]);
+        }
     }
 
     /// Adds what is still kept apart. Call it once after the last micro-batch, before reading.
     pub fn finish(&mut self) {
+        self.forget_logits();
+        self.written = true;
         if let Some(entry) = self.layout.get(EMBEDDING) {
             let width = entry.shape[1];
             let embedding = &mut self.data[entry.range.clone()];
@@ -109,6 +164,8 @@ impl Gradients {
 
     /// All gradients, to be scaled or replaced.
     pub fn flat_mut(&mut self) -> &mut [f32] {
+        self.forget_logits();
+        self.written = true;
         &mut self.data
     }
 
@@ -128,6 +185,10 @@ impl Gradients {
 
     /// The storage of a range of the layout.
     pub(super) fn range_mut(&mut self, range: &Range<usize>) -> &mut [f32] {
+        if self.logits.as_ref().is_some_and(|kept| kept.may_take(range)) {
+            self.forget_logits();
+        }
+        self.written = true;
         &mut self.data[range.clone()]
     }
 
@@ -135,6 +196,12 @@ impl Gradients {
     pub(super) fn add_input_embedding(&mut self, token: u32, values: &[f32], scale: f32) {
         self.input_embedding.add(token, values, scale);
     }
+}
+
+/// Sets values to zero, on all threads.
+fn set_to_zero(values: &mut [f32]) {
+    const CHUNK: usize = 1 << 18;
+    values.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
 }
 
 /// The layer number inside a parameter's name.

@@ -7,7 +7,7 @@
 use kernels::RowCopy;
 
 use super::workspace::{Activations, Kept, Workspace};
-use super::{Decoder, PackedTokens, WeightsId};
+use super::{Decoder, Gradients, PackedTokens, WeightsId};
 
 /// The activations of tokens that were generated, row by row, until training asks for them.
 ///
@@ -28,8 +28,9 @@ impl Tape {
     }
 
     /// Makes room for `rows` rows that this decoder will compute. The memory is that of `workspace`, which gets it back with
-    /// [`Tape::recall`]: recording takes no more than the forward that it saves.
-    pub fn start(&mut self, decoder: &Decoder, rows: usize, workspace: &mut Workspace) {
+    /// [`Tape::recall`]: recording takes no more than the forward that it saves. From now on `gradients` may keep logits of these rows.
+    pub fn start(&mut self, decoder: &Decoder, rows: usize, workspace: &mut Workspace, gradients: &mut Gradients) {
+        gradients.start_logits(decoder);
         if self.recorded.is_none() {
             self.workspace.exchange_kept(workspace);
         }
@@ -41,14 +42,15 @@ impl Tape {
     }
 
     /// Closes the tape: its rows are those of `tokens`, where sequence `i` was recorded from row `starts[i]` on. No start lies
-    /// before the place of its sequence in `tokens`, and they ascend.
+    /// before the place of its sequence in `tokens`, and they ascend. `gradients` are those that it was started with.
     ///
     /// # Panics
     /// If the starts are others, or the tape is too short.
-    pub fn finish(&mut self, decoder: &Decoder, tokens: PackedTokens, starts: &[usize]) {
+    pub fn finish(&mut self, decoder: &Decoder, tokens: PackedTokens, starts: &[usize], gradients: &mut Gradients) {
         let segments = tokens.segments();
         assert_eq!(segments.len(), starts.len(), "a tape's sequences and their starts");
         assert!(segments.iter().zip(starts).all(|(segment, &start)| segment.start <= start), "a sequence moves on");
+        gradients.finish_logits(&tokens, starts);
         let rows = self.workspace.rows;
         for buffer in self.workspace.recorded(decoder.layers.len()) {
             let width = buffer.len() / rows;
