@@ -2,7 +2,7 @@
 
 use crate::isa::{Isa, multiversion};
 use crate::math::sigmoid;
-use crate::parallel::{each_chunk, rows_per_task};
+use crate::parallel::{SharedMut, each_chunk, rows_per_task};
 
 /// The function applied to the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,8 +76,9 @@ fn forward_rows<const GELU: bool>(gate_up: &[f32], width: usize, out: &mut [f32]
     }
 }
 
-/// The gradient of [`gated`], in place: rows `[gate | up]` become their own gradients.
-pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize, d_out: &[f32]) {
+/// The gradient of [`gated`], in place: rows `[gate | up]` become their own gradients, and those of its result the result once more,
+/// from which the gradient of the next weight is computed.
+pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize, d_out: &mut [f32]) {
     assert_eq!(gate_up.len(), 2 * d_out.len(), "gated_backward: the input is twice as wide as the output");
     if d_out.is_empty() {
         return;
@@ -85,8 +86,10 @@ pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize,
     assert!(d_out.len().is_multiple_of(width), "gated_backward: {} is no number of rows of {width}", d_out.len());
     let isa = Isa::current();
     let rows = rows_per_task(d_out.len() / width, width);
+    let d_out = SharedMut::new(d_out);
     each_chunk(gate_up, 2 * rows * width, |start, gate_up| {
-        let d_out = &d_out[start / 2..][..gate_up.len() / 2];
+        // SAFETY: a chunk of `gate_up` is whole rows, and their gradients belong to this call alone.
+        let d_out = unsafe { d_out.slice(start / 2, gate_up.len() / 2) };
         match activation {
             Activation::Silu => silu_rows_backward(isa, gate_up, width, d_out),
             Activation::GeluTanh => gelu_rows_backward(isa, gate_up, width, d_out),
@@ -95,24 +98,26 @@ pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize,
 }
 
 multiversion! {
-    fn silu_rows_backward(gate_up: &mut [f32], width: usize, d_out: &[f32]) {
+    fn silu_rows_backward(gate_up: &mut [f32], width: usize, d_out: &mut [f32]) {
         backward_rows::<false>(gate_up, width, d_out);
     }
 }
 
 multiversion! {
-    fn gelu_rows_backward(gate_up: &mut [f32], width: usize, d_out: &[f32]) {
+    fn gelu_rows_backward(gate_up: &mut [f32], width: usize, d_out: &mut [f32]) {
         backward_rows::<true>(gate_up, width, d_out);
     }
 }
 
 #[inline(always)]
-fn backward_rows<const GELU: bool>(gate_up: &mut [f32], width: usize, d_out: &[f32]) {
-    for (gate_up, d_out) in gate_up.chunks_exact_mut(2 * width).zip(d_out.chunks_exact(width)) {
+fn backward_rows<const GELU: bool>(gate_up: &mut [f32], width: usize, d_out: &mut [f32]) {
+    for (gate_up, d_out) in gate_up.chunks_exact_mut(2 * width).zip(d_out.chunks_exact_mut(width)) {
         let (gate, up) = gate_up.split_at_mut(width);
-        for ((gate, up), &d_out) in gate.iter_mut().zip(up).zip(d_out) {
+        for ((gate, up), out) in gate.iter_mut().zip(up).zip(d_out) {
             let (value, slope) = value_and_slope::<GELU>(*gate);
-            *gate = d_out * *up * slope;
+            let (d_out, factor) = (*out, *up);
+            *out = value * factor;
+            *gate = d_out * factor * slope;
             *up = d_out * value;
         }
     }

@@ -166,8 +166,9 @@ fn gated_activations_and_their_gradients() {
         });
         assert!(out.iter().zip(value(&wide(&gate_up))).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5));
         let gradient = everywhere(|| {
-            let mut gradient = gate_up.clone();
-            kernels::gated_backward(activation, &mut gradient, width, &d_out);
+            let (mut gradient, mut again) = (gate_up.clone(), d_out.clone());
+            kernels::gated_backward(activation, &mut gradient, width, &mut again);
+            assert_eq!(again, out, "the result once more");
             gradient
         });
         check_gradient(|x| inner(&value(x), &d_out), &gate_up, &gradient);

@@ -6,7 +6,7 @@
 
 use super::forward::BLOCK_ROWS;
 use super::operands::{Head, Run, runs};
-use super::softmax::{inner, softmax_backward};
+use super::softmax::{inner, score_stride, softmax_backward};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
@@ -120,7 +120,7 @@ impl Task<'_> {
         let (prefix_columns, prefix_rows) = (keys.columns_len(prefix.len), prefix.len * keys.padded());
         let columns = prefix_columns + keys.columns_len(own.len);
         let context = prefix.len + own.len;
-        let block = BLOCK_ROWS * context;
+        let block = BLOCK_ROWS * score_stride(context);
         let lengths = [columns, columns, context * keys.padded(), 2 * block, 2 * BLOCK_ROWS * keys.padded()];
         with_scratch(lengths, |[key_columns, value_columns, key_rows, scores, rows]| {
             let key_columns = key_columns.split_at_mut(prefix_columns);
@@ -207,9 +207,11 @@ impl Task<'_> {
         for i in 0..rows {
             let along = inner(self.isa, out.at(start + i), d_out.at(start + i));
             let visible = shape.first_visible(position + i)..position + i + 1;
-            let (scores, d_scores) = (&mut scores[i * stride..][..end], &mut d_scores[i * stride..][..end]);
+            let row = i * stride..i * stride + score_stride(end);
+            let (scores, d_scores) = (&mut scores[row.clone()], &mut d_scores[row]);
             let log_sum_exp = self.log_sum_exp[(start + i) * shape.heads + head];
-            let (weights, d_weights) = (&mut scores[visible.clone()], &mut d_scores[visible.clone()]);
+            // With what is not visible, which is zero in the end: it fills the last vector.
+            let (weights, d_weights) = (&mut scores[visible.start..], &mut d_scores[visible.start..]);
             softmax_backward(self.isa, weights, d_weights, shape.scale, log_sum_exp, along);
             for row in [scores, d_scores] {
                 row[..visible.start].fill(0.0);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::AttentionShape;
 use super::operands::Run;
-use super::softmax::{normalise, softmax};
+use super::softmax::{normalise, score_stride, softmax};
 use crate::buffer::{Buffer, with_scratch};
 use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
@@ -308,7 +308,8 @@ impl Lanes<'_, '_> {
             *offset += len;
             Some((block, skipped, needed, run.offset + skipped))
         });
-        with_scratch([count * end], |[scores]| {
+        let score_width = score_stride(end);
+        with_scratch([count * score_width], |[scores]| {
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_keys(kv_head));
             for (block, skipped, needed, place) in parts.clone().filter(|(.., needed, _)| *needed > 0) {
                 let (start, len) = (skipped * head_dim, needed.next_multiple_of(PANEL) * head_dim);
@@ -322,7 +323,7 @@ impl Lanes<'_, '_> {
                     panel_stride: head_dim * PANEL,
                     step_stride: PANEL,
                     c: scores[place..].as_mut_ptr(),
-                    c_stride: end,
+                    c_stride: score_width,
                     start: Start::Zero,
                     past_caches: false,
                     ahead: ahead.next().unwrap_or(Lines::NONE),
@@ -333,17 +334,15 @@ impl Lanes<'_, '_> {
             ahead.for_each(Lines::ask_for_all);
             let mut inverse_totals = vec![0.0; count];
             for (lane, (inverse_total, scores)) in
-                inverse_totals.iter_mut().zip(scores.chunks_exact_mut(end)).enumerate()
+                inverse_totals.iter_mut().zip(scores.chunks_exact_mut(score_width)).enumerate()
             {
                 let visible = visible + lane * advance;
                 let first = shape.first_visible(visible - 1);
                 let log_sum_exp;
-                (*inverse_total, log_sum_exp) = softmax(isa, &mut scores[first..visible], shape.scale);
+                scores[..first].fill(0.0);
+                (*inverse_total, log_sum_exp) = softmax(isa, &mut scores[first..], visible - first, shape.scale);
                 // SAFETY: there is one for each head of each row, and these belong to this task alone.
                 unsafe { *self.log_sum_exp.get().add((out_start + lane * out_stride) / head_dim) = log_sum_exp };
-                // What is computed but not visible weighs nothing.
-                scores[..first].fill(0.0);
-                scores[visible..].fill(0.0);
             }
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_values(kv_head));
             let mut onto = Start::Zero;
@@ -354,7 +353,7 @@ impl Lanes<'_, '_> {
                     columns: head_dim,
                     steps: needed,
                     a: scores[place..].as_ptr(),
-                    left: Left::Rows { stride: end },
+                    left: Left::Rows { stride: score_width },
                     b: block.heads[kv_head].values.operand(skipped * padded, needed * padded),
                     panel_stride: PANEL,
                     step_stride: padded,

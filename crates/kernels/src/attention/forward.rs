@@ -1,7 +1,7 @@
 //! Attention of whole segments.
 
 use super::operands::{Head, Run, runs};
-use super::softmax::{normalise, softmax};
+use super::softmax::{normalise, score_stride, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
@@ -74,7 +74,8 @@ impl Task<'_> {
         let [prefix, own] = self.runs;
         let prefix_columns = keys.columns_len(prefix.len);
         let context = prefix.len + own.len;
-        let lengths = [prefix_columns + keys.columns_len(own.len), context * values.padded(), BLOCK_ROWS * context];
+        let lengths =
+            [prefix_columns + keys.columns_len(own.len), context * values.padded(), BLOCK_ROWS * score_stride(context)];
         with_scratch(lengths, |[packed_keys, packed_values, scores]| {
             let (prefix_keys, own_keys) = packed_keys.split_at_mut(prefix_columns);
             let (prefix_values, own_values) = packed_values.split_at_mut(prefix.len * values.padded());
@@ -91,7 +92,7 @@ impl Task<'_> {
                         row,
                         BLOCK_ROWS.min(last - row),
                         operands,
-                        &mut scores[..BLOCK_ROWS * context],
+                        &mut scores[..BLOCK_ROWS * score_stride(context)],
                     );
                 }
             }
@@ -135,13 +136,11 @@ impl Task<'_> {
         }
         let mut inverse_totals = [0.0; BLOCK_ROWS];
         for (i, inverse_total) in inverse_totals.iter_mut().enumerate().take(rows) {
-            let scores = &mut scores[i * stride..][..end];
+            let scores = &mut scores[i * stride..][..score_stride(end)];
             let visible = shape.first_visible(position + i)..position + i + 1;
             let log_sum_exp;
-            (*inverse_total, log_sum_exp) = softmax(self.isa, &mut scores[visible.clone()], shape.scale);
-            // What is computed but not visible weighs nothing.
             scores[..visible.start].fill(0.0);
-            scores[visible.end..].fill(0.0);
+            (*inverse_total, log_sum_exp) = softmax(self.isa, &mut scores[visible.start..], visible.len(), shape.scale);
             // SAFETY: this row and head belong to this task alone.
             let kept = unsafe { self.log_sum_exp.slice((start + row + i) * shape.heads + head, 1) };
             kept[0] = log_sum_exp;

@@ -1,12 +1,20 @@
 //! Rows of scores.
 
 use crate::isa::multiversion;
-use crate::math::{exp, ln, max, sum};
+use crate::math::{LANES, exp, ln, max, sum};
+
+/// The length of a row of `keys` scores with which no kernel here is left with single elements at the end.
+pub(super) fn score_stride(keys: usize) -> usize {
+    keys.next_multiple_of(LANES)
+}
 
 multiversion! {
-    /// Turns the scores of the visible keys into `e^((score - largest) * scale)`; returns one over their sum and the log
-    /// of the sum of the exponentials of the scaled scores.
-    pub(super) fn softmax(scores: &mut [f32], scale: f32) -> (f32, f32) {
+    /// Turns the scores of the `visible` first keys into `e^((score - largest) * scale)`, and all after them into zeros: what is
+    /// computed but not visible weighs nothing. Returns one over the sum and the log of the sum of the exponentials of the scaled
+    /// scores.
+    pub(super) fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> (f32, f32) {
+        // They do not change a bit of what follows, and spare it elements that do not fill a vector.
+        scores[visible..].fill(f32::NEG_INFINITY);
         let largest = max(scores);
         for score in scores.iter_mut() {
             *score = exp((*score - largest) * scale);

@@ -8,7 +8,6 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
-use rayon::prelude::*;
 
 use super::linear::{Products, multiply, pack, pack_int8};
 use super::parameters::Gradients;
@@ -154,8 +153,8 @@ impl Head {
         let kept = slots.iter().map(|slot| slot.map_or(Some(&[][..]), |target| kept(targets[target].row)));
         match kept.collect::<Option<Vec<_>>>() {
             Some(kept) => {
-                let rows = scratch.logits.par_chunks_exact_mut(self.vocabulary).zip(kept);
-                rows.for_each(|(row, kept)| row[..kept.len()].copy_from_slice(kept));
+                let rows = scratch.logits.chunks_exact_mut(self.vocabulary).zip(kept);
+                kernels::on_each(&mut rows.collect::<Vec<_>>(), |(row, kept)| row[..kept.len()].copy_from_slice(kept));
             }
             None => self.logits(products, &scratch.hidden, &mut scratch.logits),
         }
@@ -173,13 +172,9 @@ impl Head {
     ) -> Result<LogProbs> {
         let mut all_stats = vec![RowStats::default(); targets.len()];
         let Ok(()) = self.visit(products, hidden, targets, scratch, |rows| -> std::result::Result<(), Infallible> {
-            let stats = rows.into_par_iter().map(|row| {
-                let token = targets[row.target].token as usize;
-                (row.target, kernels::log_softmax_row(row.logits, 1.0 / temperature, token))
+            for_each(rows, &mut all_stats, |row, stats| {
+                *stats = kernels::log_softmax_row(row.logits, 1.0 / temperature, targets[row.target].token as usize);
             });
-            for (target, stats) in stats.collect::<Vec<_>>() {
-                all_stats[target] = stats;
-            }
             Ok(())
         });
         collect(&all_stats, targets, want_entropy)
@@ -224,17 +219,13 @@ impl Head {
             ends,
             scratch,
             |rows| -> std::result::Result<(), Infallible> {
-                let stats = rows.into_par_iter().map(|row| {
-                    let token = targets[row.target].token as usize;
-                    let stats = kernels::log_softmax_row(row.logits, 1.0 / temperature, token);
+                for_each(rows, &mut all_stats, |row, stats| {
+                    let (scale, token) = (1.0 / temperature, targets[row.target].token as usize);
+                    *stats = kernels::log_softmax_row(row.logits, scale, token);
                     let d_entropy = d_entropy.map_or(0.0, |d_entropy| d_entropy[row.target]);
-                    let (scale, d_log_prob) = (1.0 / temperature, d_log_prob[row.target]);
-                    kernels::log_softmax_backward_row(row.logits, scale, token, stats, d_log_prob, d_entropy);
-                    (row.target, stats)
+                    let d_log_prob = d_log_prob[row.target];
+                    kernels::log_softmax_backward_row(row.logits, scale, token, *stats, d_log_prob, d_entropy);
                 });
-                for (target, stats) in stats.collect::<Vec<_>>() {
-                    all_stats[target] = stats;
-                }
                 Ok(())
             },
         );
@@ -297,6 +288,19 @@ pub(super) struct Ends<'a> {
 fn rows<'a>(slots: &[Slot], logits: &'a mut [f32], vocabulary: usize) -> Vec<LogitRow<'a>> {
     let all = slots.iter().zip(logits.chunks_exact_mut(vocabulary));
     all.filter_map(|(slot, logits)| slot.map(|target| LogitRow { target, logits })).collect()
+}
+
+/// Calls `work` with each row and the statistics of its target, on the kernels' threads.
+fn for_each(
+    rows: Vec<LogitRow<'_>>,
+    stats: &mut [RowStats],
+    work: impl Fn(&mut LogitRow<'_>, &mut RowStats) + Sync + Send,
+) {
+    let mut rows: Vec<_> = rows.into_iter().map(|row| (row, RowStats::default())).collect();
+    kernels::on_each(&mut rows, |(row, stats)| work(row, stats));
+    for (row, found) in rows {
+        stats[row.target] = found;
+    }
 }
 
 /// The targets with a gap wherever a sequence would otherwise start at an odd row of the head's products, so that a bf16

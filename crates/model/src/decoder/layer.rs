@@ -256,10 +256,10 @@ impl Layer {
         gradients: &mut Gradients,
     ) {
         let products = pass.products;
-        let Scratch { normed, inverse_rms, branch, gated, d_gated, d_normed, d_attention, d_qkv, d_low_rank } = scratch;
+        let Scratch { normed, inverse_rms, branch, d_gated, d_normed, d_attention, d_qkv, d_low_rank, .. } = scratch;
+        // What a linear layer's weights are multiplied with is computed again right before their gradients are.
 
         // The MLP.
-        kernels::gated(self.activation, &kept.gate_up, self.mlp_width(), gated);
         let d_output: &[f32] = match &self.post_mlp_norm {
             None => d_residual,
             Some(weight) => {
@@ -269,11 +269,14 @@ impl Layer {
                 branch
             }
         };
-        self.down.backward(products, gated, d_output, Some(d_gated), &kept.low_rank[3], d_low_rank, gradients);
+        let low_rank = &kept.low_rank;
+        self.down.input_gradient(products, d_output, Some(d_gated), d_low_rank);
         kernels::gated_backward(self.activation, &mut kept.gate_up, self.mlp_width(), d_gated);
+        let (gated, d_gate_up) = (&*d_gated, &kept.gate_up);
+        self.down.weight_gradients(products, gated, d_output, &low_rank[3], d_low_rank, gradients);
+        self.gate_up.input_gradient(products, d_gate_up, Some(d_normed), d_low_rank);
         self.norm(pass, &self.mlp_norm, &kept.middle, normed, inverse_rms);
-        let d_gate_up = &kept.gate_up;
-        self.gate_up.backward(products, normed, d_gate_up, Some(d_normed), &kept.low_rank[2], d_low_rank, gradients);
+        self.gate_up.weight_gradients(products, normed, d_gate_up, &low_rank[2], d_low_rank, gradients);
         self.norm_backward(pass, &self.mlp_norm, &kept.middle, inverse_rms, d_normed, d_residual, gradients);
 
         // Attention.
@@ -286,16 +289,8 @@ impl Layer {
                 branch
             }
         };
-        let low_rank = &kept.low_rank;
-        self.output.backward(
-            products,
-            &kept.attention,
-            d_output,
-            Some(d_attention),
-            &low_rank[1],
-            d_low_rank,
-            gradients,
-        );
+        self.output.input_gradient(products, d_output, Some(d_attention), d_low_rank);
+        self.output.weight_gradients(products, &kept.attention, d_output, &low_rank[1], d_low_rank, gradients);
         kernels::attention_backward(
             self.shape,
             segments,
@@ -316,9 +311,9 @@ impl Layer {
                 kernels::head_norm_backward(range, input, inverse_rms, weight, self.norm_offset, d_qkv, d_weight);
             }
         }
+        self.qkv.input_gradient(products, d_qkv, input_gradient.then_some(&mut d_normed[..]), d_low_rank);
         self.norm(pass, &self.attention_norm, input, normed, inverse_rms);
-        let d_input = input_gradient.then_some(&mut d_normed[..]);
-        self.qkv.backward(products, normed, d_qkv, d_input, &low_rank[0], d_low_rank, gradients);
+        self.qkv.weight_gradients(products, normed, d_qkv, &low_rank[0], d_low_rank, gradients);
         if input_gradient {
             self.norm_backward(pass, &self.attention_norm, input, inverse_rms, d_normed, d_residual, gradients);
         }

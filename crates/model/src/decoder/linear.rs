@@ -221,57 +221,70 @@ impl Linear {
         }
     }
 
-    /// The gradient of [`Linear::forward`]: `dx = dy W` (and through the adapter) where asked for; parameter gradients
-    /// accumulate. With an adapter the base weights are frozen and cost nothing.
-    #[allow(clippy::too_many_arguments, reason = "the operands of one product and its two gradients")]
-    pub fn backward(
+    /// The gradient of [`Linear::forward`] with respect to its input, `dx = dy W` (and through the adapter), where it is asked for. With
+    /// an adapter it leaves the gradient of `low_rank`, `scale · dy B`, in `d_low_rank` for [`Linear::weight_gradients`].
+    pub fn input_gradient(&self, products: Products<'_>, dy: &[f32], dx: Option<&mut [f32]>, d_low_rank: &mut [f32]) {
+        let rows = dy.len() / self.outputs;
+        let precision = products.precision;
+        let mut dx = dx;
+        if let Some(dx) = dx.as_deref_mut() {
+            let d_outputs = Matrix::new(dy, rows, self.outputs);
+            let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs);
+            matmul(precision, d_outputs, weight, MatrixMut::new(dx, rows, self.inputs), false);
+        }
+        let (Some(parameters), Some(adapter)) = (products.adapter, &self.adapter) else { return };
+        let (rank, width) = (adapter.rank, adapter.width());
+        let d_low_rank = &mut d_low_rank[..rows * width];
+        for (index, part) in adapter.parts.iter().enumerate() {
+            let outputs = part.columns.len();
+            let dy = Matrix::new(&dy[part.columns.start..], rows, outputs).with_row_stride(self.outputs);
+            let b = Matrix::new(&parameters[part.b.clone()], outputs, rank);
+            let d_low_rank = MatrixMut::new(&mut d_low_rank[index * rank..], rows, rank).with_row_stride(width);
+            matmul(precision, dy, b, d_low_rank, false);
+        }
+        kernels::scale(d_low_rank, adapter.scale);
+        if let Some(dx) = dx {
+            let d_low_rank = Matrix::new(d_low_rank, rows, width);
+            let a = Matrix::new(&parameters[adapter.a.clone()], width, self.inputs);
+            matmul(precision, d_low_rank, a, MatrixMut::new(dx, rows, self.inputs), true);
+        }
+    }
+
+    /// The gradients of [`Linear::forward`] with respect to the weights that are trained, added to `gradients`; after
+    /// [`Linear::input_gradient`]. With an adapter the base weights are frozen and cost nothing.
+    pub fn weight_gradients(
         &self,
         products: Products<'_>,
         x: &[f32],
         dy: &[f32],
-        dx: Option<&mut [f32]>,
         low_rank: &[f32],
-        d_low_rank: &mut [f32],
+        d_low_rank: &[f32],
         gradients: &mut Gradients,
     ) {
         let rows = x.len() / self.inputs;
         let precision = products.precision;
         let x = Matrix::new(x, rows, self.inputs);
-        let d_outputs = Matrix::new(dy, rows, self.outputs);
-        let mut dx = dx;
-        if let Some(dx) = dx.as_deref_mut() {
-            let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs);
-            matmul(precision, d_outputs, weight, MatrixMut::new(dx, rows, self.inputs), false);
-        }
-        let Some(parameters) = products.adapter else {
+        if products.trains_base() {
+            let d_outputs = Matrix::new(dy, rows, self.outputs);
             let d_weight = MatrixMut::new(gradients.range_mut(&self.weight), self.outputs, self.inputs);
             matmul(precision, d_outputs.transposed(), x, d_weight, true);
             if let Some(bias) = &self.bias {
                 kernels::bias_backward(dy, gradients.range_mut(bias));
             }
             return;
-        };
+        }
         let Some(adapter) = &self.adapter else { return };
         let (rank, width) = (adapter.rank, adapter.width());
-        let d_low_rank = &mut d_low_rank[..rows * width];
         for (index, part) in adapter.parts.iter().enumerate() {
             let outputs = part.columns.len();
             let dy = Matrix::new(&dy[part.columns.start..], rows, outputs).with_row_stride(self.outputs);
             let low_rank = Matrix::new(&low_rank[index * rank..], rows, rank).with_row_stride(width);
             let d_b = MatrixMut::new(gradients.range_mut(&part.b), outputs, rank);
             matmul(precision, dy.transposed(), low_rank, d_b, true);
-            let b = Matrix::new(&parameters[part.b.clone()], outputs, rank);
-            let d_low_rank = MatrixMut::new(&mut d_low_rank[index * rank..], rows, rank).with_row_stride(width);
-            matmul(precision, dy, b, d_low_rank, false);
         }
-        kernels::scale(d_low_rank, adapter.scale);
-        let d_low_rank = Matrix::new(d_low_rank, rows, width);
+        let d_low_rank = Matrix::new(&d_low_rank[..rows * width], rows, width);
         let d_a = MatrixMut::new(gradients.range_mut(&adapter.a), width, self.inputs);
         matmul(precision, d_low_rank.transposed(), x, d_a, true);
-        if let Some(dx) = dx {
-            let a = Matrix::new(&parameters[adapter.a.clone()], width, self.inputs);
-            matmul(precision, d_low_rank, a, MatrixMut::new(dx, rows, self.inputs), true);
-        }
     }
 
     /// Adds `scale · B A` to the weight and drops the adapter. Always in f32.

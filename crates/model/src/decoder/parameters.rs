@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::Floats;
-use rayon::prelude::*;
 
 use super::kept_logits::KeptLogits;
 use super::{Decoder, NonFinite, PackedTokens, WeightsId};
@@ -201,7 +200,7 @@ impl Gradients {
 /// Sets values to zero, on all threads.
 fn set_to_zero(values: &mut [f32]) {
     const CHUNK: usize = 1 << 18;
-    values.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
+    kernels::on_each(&mut values.chunks_mut(CHUNK).collect::<Vec<_>>(), |chunk| chunk.fill(0.0));
 }
 
 /// The layer number inside a parameter's name.
