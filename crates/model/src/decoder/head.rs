@@ -266,8 +266,9 @@ impl Head {
             }
             if products.trains_base() {
                 let hidden = Matrix::new(&scratch.hidden, slots.len(), d);
-                let d_weight = MatrixMut::new(ends.gradients.range_mut(&self.weight), vocabulary, d);
-                matmul(products.precision, d_logits.transposed(), hidden, d_weight, true);
+                let (d_weight, accumulate) = ends.gradients.range_to_write(&self.weight);
+                let d_weight = MatrixMut::new(d_weight, vocabulary, d);
+                matmul(products.precision, d_logits.transposed(), hidden, d_weight, accumulate);
             }
         }
         Ok(())

@@ -20,9 +20,7 @@ pub(super) struct KeptLogits {
     vocabulary: usize,
     /// The part of the gradients' storage that they may take.
     place: Range<usize>,
-    /// Rows of logits that lie there.
-    count: usize,
-    /// For each row that is of use the number of its logits.
+    /// For each row the number of its logits.
     rows: BTreeMap<usize, usize>,
 }
 
@@ -32,8 +30,8 @@ impl KeptLogits {
         /// Floats of a cache line: rows are written past the caches line by line.
         const LINE: usize = 16;
         let head = head.cloned().unwrap_or(0..0);
-        let place = if head.start > len - head.end { 0..head.start } else { head.end.next_multiple_of(LINE)..len };
-        Self { weights, tokens: None, vocabulary, place, count: 0, rows: BTreeMap::new() }
+        let place = if head.start > len - head.end { 0..head.start } else { head.end.next_multiple_of(LINE).min(len)..len };
+        Self { weights, tokens: None, vocabulary, place, rows: BTreeMap::new() }
     }
 
     /// Takes in logits, as far as there is room: pairs of a row of `logits` and its row on the tape.
@@ -41,11 +39,11 @@ impl KeptLogits {
         let room = self.place.len() / self.vocabulary;
         let mut copies = Vec::with_capacity(rows.len());
         for &(from, row) in rows {
+            let next = self.rows.len();
             // Samples of one prompt have the row of its end in common.
-            if self.count < room && !self.rows.contains_key(&row) {
-                self.rows.insert(row, self.count);
-                copies.push((from, self.count));
-                self.count += 1;
+            if next < room && !self.rows.contains_key(&row) {
+                self.rows.insert(row, next);
+                copies.push((from, next));
             }
         }
         let to = &mut data[self.place.clone()];
@@ -72,11 +70,6 @@ impl KeptLogits {
     pub fn place_of(&self, row: usize) -> Option<Range<usize>> {
         let start = self.place.start + self.rows.get(&row)? * self.vocabulary;
         Some(start..start + self.vocabulary)
-    }
-
-    /// The part of the storage that they have written to.
-    pub fn written(&self) -> Range<usize> {
-        self.place.start..self.place.start + self.count * self.vocabulary
     }
 
     /// Whether a part of the storage may be theirs.

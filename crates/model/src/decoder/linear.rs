@@ -266,8 +266,9 @@ impl Linear {
         let x = Matrix::new(x, rows, self.inputs);
         if products.trains_base() {
             let d_outputs = Matrix::new(dy, rows, self.outputs);
-            let d_weight = MatrixMut::new(gradients.range_mut(&self.weight), self.outputs, self.inputs);
-            matmul(precision, d_outputs.transposed(), x, d_weight, true);
+            let (d_weight, accumulate) = gradients.range_to_write(&self.weight);
+            let d_weight = MatrixMut::new(d_weight, self.outputs, self.inputs);
+            matmul(precision, d_outputs.transposed(), x, d_weight, accumulate);
             if let Some(bias) = &self.bias {
                 kernels::bias_backward(dy, gradients.range_mut(bias));
             }

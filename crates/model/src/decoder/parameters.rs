@@ -67,35 +67,33 @@ impl Layout {
 /// bytes. A tied embedding is reached twice by each micro-batch, from the head and from the input; the two folds are kept
 /// apart until [`Gradients::finish`] adds them.
 ///
-/// While all of them are zero, their storage may hold logits that sampling keeps ([`Gradients::keep_logits`]), until the first gradient
-/// comes that needs the place.
+/// A gradient's first part overwrites what is in the storage, and zeros are written only where nothing came ([`Gradients::finish`]).
+/// Until the first gradient comes that needs the place, it may hold logits that sampling keeps ([`Gradients::keep_logits`]).
 pub struct Gradients {
     layout: Arc<Layout>,
     data: Floats,
     input_embedding: SparseRows,
-    /// Whether there is anything but zeros and logits.
-    written: bool,
+    /// The parts that hold gradients; what lies in the others means nothing.
+    written: Parts,
     logits: Option<KeptLogits>,
 }
 
 impl Gradients {
     pub(super) fn zeros(layout: Arc<Layout>) -> Self {
         let data = Floats::zeros(layout.len);
-        Self { layout, data, input_embedding: SparseRows::default(), written: false, logits: None }
+        Self { layout, data, input_embedding: SparseRows::default(), written: Parts::default(), logits: None }
     }
 
-    /// Sets all gradients to zero, keeping the storage.
+    /// Starts anew from gradients of zero, keeping the storage.
     pub fn clear(&mut self) {
         self.logits = None;
-        set_to_zero(&mut self.data);
+        self.written = Parts::default();
         self.input_embedding.clear();
-        self.written = false;
     }
 
     /// Makes room for logits of rows on a tape, if no gradient is there; see [`Tape::start`](super::Tape::start).
     pub(super) fn start_logits(&mut self, decoder: &Decoder) {
-        self.forget_logits();
-        let head = decoder.head.as_ref().filter(|_| !self.written);
+        let head = decoder.head.as_ref().filter(|_| self.written.0.is_empty());
         self.logits = head.map(|head| {
             let own = decoder.adapter.is_none().then_some(&head.weight);
             KeptLogits::new(decoder.weights_id(), head.vocabulary, self.data.len(), own)
@@ -120,7 +118,7 @@ impl Gradients {
     /// Forgets kept logits unless they are what these weights make of these tokens.
     pub(super) fn expect_logits(&mut self, weights: WeightsId, tokens: &PackedTokens) {
         if self.logits.as_ref().is_some_and(|kept| !kept.are_of(weights, tokens)) {
-            self.forget_logits();
+            self.logits = None;
         }
     }
 
@@ -129,16 +127,9 @@ impl Gradients {
         Some(&self.data[self.logits.as_ref()?.place_of(row)?])
     }
 
-    fn forget_logits(&mut self) {
-        if let Some(kept) = self.logits.take() {
-            set_to_zero(&mut self.data[kept.written()]);
-        }
-    }
-
-    /// Adds what is still kept apart. Call it once after the last micro-batch, before reading.
+    /// Adds what is still kept apart, and writes the zeros. Call it once after the last micro-batch, before reading.
     pub fn finish(&mut self) {
-        self.forget_logits();
-        self.written = true;
+        self.range_mut(&(0..self.layout.len));
         if let Some(entry) = self.layout.get(EMBEDDING) {
             let width = entry.shape[1];
             let embedding = &mut self.data[entry.range.clone()];
@@ -163,9 +154,7 @@ impl Gradients {
 
     /// All gradients, to be scaled or replaced.
     pub fn flat_mut(&mut self) -> &mut [f32] {
-        self.forget_logits();
-        self.written = true;
-        &mut self.data
+        self.range_mut(&(0..self.layout.len))
     }
 
     /// Storage in bytes.
@@ -182,18 +171,65 @@ impl Gradients {
         NonFinite::find(layer_of(&entry.name), &name, &self.data[entry.range.clone()], width)
     }
 
-    /// The storage of a range of the layout.
+    /// The gradients of a range of the layout, to be added to.
     pub(super) fn range_mut(&mut self, range: &Range<usize>) -> &mut [f32] {
-        if self.logits.as_ref().is_some_and(|kept| kept.may_take(range)) {
-            self.forget_logits();
+        for gap in self.written.insert(range) {
+            set_to_zero(&mut self.data[gap]);
         }
-        self.written = true;
+        self.forget_logits(range);
         &mut self.data[range.clone()]
+    }
+
+    /// The storage of a range of the layout, and whether it holds gradients that are to be added to; otherwise, all of it is to be
+    /// written.
+    pub(super) fn range_to_write(&mut self, range: &Range<usize>) -> (&mut [f32], bool) {
+        let gaps = self.written.insert(range);
+        let accumulate = gaps.first() != Some(range);
+        for gap in gaps.into_iter().filter(|_| accumulate) {
+            set_to_zero(&mut self.data[gap]);
+        }
+        self.forget_logits(range);
+        (&mut self.data[range.clone()], accumulate)
+    }
+
+    /// Forgets kept logits if they may lie in a range.
+    fn forget_logits(&mut self, range: &Range<usize>) {
+        if self.logits.as_ref().is_some_and(|kept| kept.may_take(range)) {
+            self.logits = None;
+        }
     }
 
     /// Adds `scale · values` to the input side of the embedding's gradient at `token`.
     pub(super) fn add_input_embedding(&mut self, token: u32, values: &[f32], scale: f32) {
         self.input_embedding.add(token, values, scale);
+    }
+}
+
+/// Ranges, ascending and apart from each other.
+#[derive(Default)]
+struct Parts(Vec<Range<usize>>);
+
+impl Parts {
+    /// Adds a range, and returns what of it was missing.
+    fn insert(&mut self, range: &Range<usize>) -> Vec<Range<usize>> {
+        if range.is_empty() {
+            return Vec::new();
+        }
+        let first = self.0.partition_point(|part| part.end < range.start);
+        let last = self.0.partition_point(|part| part.start <= range.end);
+        let (mut missing, mut from, mut whole) = (Vec::new(), range.start, range.clone());
+        for part in &self.0[first..last] {
+            if from < part.start {
+                missing.push(from..part.start);
+            }
+            from = from.max(part.end);
+            whole = whole.start.min(part.start)..whole.end.max(part.end);
+        }
+        if from < range.end {
+            missing.push(from..range.end);
+        }
+        self.0.splice(first..last, [whole]);
+        missing
     }
 }
 
@@ -235,5 +271,28 @@ impl SparseRows {
     fn clear(&mut self) {
         self.index.clear();
         self.values.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn parts_know_what_is_missing(ranges in prop::collection::vec((0usize..40, 0usize..12), 0..20)) {
+            let (mut parts, mut held) = (Parts::default(), [false; 60]);
+            for (start, len) in ranges {
+                let missing = parts.insert(&(start..start + len));
+                let expected: Vec<usize> = (start..start + len).filter(|&place| !held[place]).collect();
+                prop_assert_eq!(missing.into_iter().flatten().collect::<Vec<_>>(), expected);
+                held[start..start + len].fill(true);
+                let all: Vec<usize> = (0..60).filter(|&place| held[place]).collect();
+                prop_assert_eq!(parts.0.iter().cloned().flatten().collect::<Vec<_>>(), all);
+                prop_assert!(parts.0.windows(2).all(|pair| pair[0].end < pair[1].start));
+            }
+        }
     }
 }
