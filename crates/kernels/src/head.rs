@@ -82,7 +82,7 @@ multiversion! {
         for (weight, &logit) in weights.iter_mut().zip(logits) {
             *weight = exp((logit - largest) * inverse_temperature);
         }
-        (largest, sum([weights], |[weight]| weight))
+        (largest, sum(weights, |weight| weight))
     }
 }
 

@@ -68,23 +68,62 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 /// Lanes of a row reduction: element `i` goes to lane `i % LANES`, the lanes are then added pairwise.
 pub(crate) const LANES: usize = 32;
 
-/// The sum of `term` over the elements of rows of one length, in an order that depends on the length alone.
+/// The sum of `term` over the elements of a row, in an order that depends on its length alone.
 #[inline(always)]
-pub(crate) fn sum<const ROWS: usize>(rows: [&[f32]; ROWS], term: impl Fn([f32; ROWS]) -> f32) -> f32 {
-    let rows = rows.map(|row| row.as_chunks::<LANES>());
-    let (chunks, rest) = (rows[0].0.len(), rows[0].1.len());
-    assert!(rows.iter().all(|row| (row.0.len(), row.1.len()) == (chunks, rest)), "sum: lengths differ");
+pub(crate) fn sum(row: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    for chunk in 0..chunks {
-        let terms: [f32; LANES] = std::array::from_fn(|lane| term(rows.map(|row| row.0[chunk][lane])));
-        for (sum, term) in lanes.iter_mut().zip(terms) {
-            *sum += term;
-        }
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        add_terms(&mut lanes, |lane| term(chunk[lane]));
     }
-    for (lane, sum) in lanes.iter_mut().enumerate().take(rest) {
-        *sum += term(rows.map(|row| row.1[lane]));
+    for (sum, &x) in lanes.iter_mut().zip(rest) {
+        *sum += term(x);
     }
     fold(lanes)
+}
+
+/// [`sum`] over the elements of two rows.
+#[inline(always)]
+pub(crate) fn sum_of_two(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    assert_eq!(a.len(), b.len(), "sum: lengths differ");
+    let mut lanes = [0.0f32; LANES];
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        add_terms(&mut lanes, |lane| term(a[lane], b[lane]));
+    }
+    for ((sum, &a), &b) in lanes.iter_mut().zip(rest_a).zip(rest_b) {
+        *sum += term(a, b);
+    }
+    fold(lanes)
+}
+
+/// [`sum`] over the elements of three rows.
+#[inline(always)]
+pub(crate) fn sum_of_three(rows: [&[f32]; 3], term: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let [a, b, c] = rows;
+    assert!(a.len() == b.len() && a.len() == c.len(), "sum: lengths differ");
+    let mut lanes = [0.0f32; LANES];
+    let ((a, rest_a), (b, rest_b), (c, rest_c)) =
+        (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        add_terms(&mut lanes, |lane| term(a[lane], b[lane], c[lane]));
+    }
+    for (((sum, &a), &b), &c) in lanes.iter_mut().zip(rest_a).zip(rest_b).zip(rest_c) {
+        *sum += term(a, b, c);
+    }
+    fold(lanes)
+}
+
+/// Adds a term to each lane. All terms are there before the first is added: that way the lanes stay in registers.
+#[inline(always)]
+fn add_terms(lanes: &mut [f32; LANES], term: impl Fn(usize) -> f32) {
+    let mut terms = [0.0f32; LANES];
+    for (lane, slot) in terms.iter_mut().enumerate() {
+        *slot = term(lane);
+    }
+    for (sum, term) in lanes.iter_mut().zip(terms) {
+        *sum += term;
+    }
 }
 
 /// The two sums of `terms(x)` over the elements `x` of a row, each with the bits that [`sum`] gives it.

@@ -4,7 +4,7 @@
 //! "Root Mean Square Layer Normalization", 2019). The offset is 0, or 1 for Gemma, which stores `weight - 1`.
 
 use crate::isa::{Isa, multiversion};
-use crate::math::sum;
+use crate::math::{sum, sum_of_three};
 use crate::parallel::{SharedMut, each, each_chunk, rows_per_task};
 use crate::rope::HeadRange;
 
@@ -40,7 +40,7 @@ multiversion! {
 
 #[inline(always)]
 fn inverse_rms_of(x: &[f32], epsilon: f32) -> f32 {
-    1.0 / (sum([x], |[x]| x * x) / x.len() as f32 + epsilon).sqrt()
+    1.0 / (sum(x, |x| x * x) / x.len() as f32 + epsilon).sqrt()
 }
 
 /// The gradient of [`rms_norm`]: adds to `dx` and, if given, to `dweight` (over rows in order).
@@ -84,7 +84,7 @@ multiversion! {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width)).zip(inverse_rms);
         for (((x, dy), dx), &inverse) in rows {
-            let along = sum([dy, weight, x], |[dy, weight, x]| dy * (offset + weight) * x);
+            let along = sum_of_three([dy, weight, x], |dy, weight, x| dy * (offset + weight) * x);
             let along = along * inverse * inverse * inverse / width as f32;
             for i in 0..width {
                 dx[i] += dy[i] * (offset + weight[i]) * inverse - x[i] * along;
@@ -181,7 +181,7 @@ multiversion! {
     fn head_norm_row_backward(x: &[f32], weight: &[f32], offset: f32, inverse_rms: &[f32], d: &mut [f32]) {
         let width = weight.len();
         for ((x, d), &inverse) in x.chunks_exact(width).zip(d.chunks_exact_mut(width)).zip(inverse_rms) {
-            let along = sum([d, weight, x], |[d, weight, x]| d * (offset + weight) * x);
+            let along = sum_of_three([d, weight, x], |d, weight, x| d * (offset + weight) * x);
             let along = along * inverse * inverse * inverse / width as f32;
             for i in 0..width {
                 d[i] = d[i] * (offset + weight[i]) * inverse - x[i] * along;

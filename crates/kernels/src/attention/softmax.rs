@@ -1,7 +1,7 @@
 //! Rows of scores.
 
 use crate::isa::multiversion;
-use crate::math::{LANES, exp, ln, max, sum};
+use crate::math::{LANES, exp, ln, max, sum, sum_of_two};
 
 /// The length of a row of `keys` scores with which no kernel here is left with single elements at the end.
 pub(super) fn score_stride(keys: usize) -> usize {
@@ -19,7 +19,7 @@ multiversion! {
         for score in scores.iter_mut() {
             *score = exp((*score - largest) * scale);
         }
-        let total = sum([scores], |[score]| score);
+        let total = sum(scores, |score| score);
         (1.0 / total, largest * scale + ln(total))
     }
 }
@@ -48,6 +48,6 @@ multiversion! {
 multiversion! {
     /// The inner product of two rows.
     pub(super) fn inner(a: &[f32], b: &[f32]) -> f32 {
-        sum([a, b], |[a, b]| a * b)
+        sum_of_two(a, b, |a, b| a * b)
     }
 }
