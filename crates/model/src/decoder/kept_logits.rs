@@ -30,7 +30,8 @@ impl KeptLogits {
         /// Floats of a cache line: rows are written past the caches line by line.
         const LINE: usize = 16;
         let head = head.cloned().unwrap_or(0..0);
-        let place = if head.start > len - head.end { 0..head.start } else { head.end.next_multiple_of(LINE).min(len)..len };
+        let place =
+            if head.start > len - head.end { 0..head.start } else { head.end.next_multiple_of(LINE).min(len)..len };
         Self { weights, tokens: None, vocabulary, place, rows: BTreeMap::new() }
     }
 
