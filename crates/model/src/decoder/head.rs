@@ -52,8 +52,8 @@ pub struct LogitRow<'a> {
     pub logits: &'a mut [f32],
 }
 
-/// Floats of logits held at a time (128 MiB); a chunk has as many rows as fit, within limits.
-const CHUNK_FLOATS: usize = 32 << 20;
+/// Floats of logits held at a time (96 MiB); a chunk has as many rows as fit, within limits.
+const CHUNK_FLOATS: usize = 24 << 20;
 
 /// The output projection.
 #[derive(Clone)]

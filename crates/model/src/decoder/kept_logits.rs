@@ -2,7 +2,8 @@
 //!
 //! What a token was drawn from is what the gradient of its log-probability starts from, bit for bit: with the logits at hand, backward
 //! has one of the head's three products less. They lie among the [`Gradients`](super::Gradients), where those of other weights will
-//! once the head's backward is through, so that keeping them takes no memory. As many are kept as fit.
+//! once the head's backward is through, so that keeping them takes no memory. Where not all fit, those of the first rows are kept: backward
+//! goes from there on, a chunk of rows at a time.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -35,18 +36,24 @@ impl KeptLogits {
         Self { weights, tokens: None, vocabulary, place, rows: BTreeMap::new() }
     }
 
-    /// Takes in logits, as far as there is room: pairs of a row of `logits` and its row on the tape.
+    /// Takes in logits: pairs of a row of `logits` and its row on the tape. Where there is no room, the last rows go.
     pub fn take(&mut self, data: &mut [f32], logits: &[f32], rows: &[(usize, usize)]) {
         let room = self.place.len() / self.vocabulary;
-        let mut copies = Vec::with_capacity(rows.len());
+        let mut copies = BTreeMap::new();
         for &(from, row) in rows {
-            let next = self.rows.len();
             // Samples of one prompt have the row of its end in common.
-            if next < room && !self.rows.contains_key(&row) {
-                self.rows.insert(row, next);
-                copies.push((from, next));
+            if self.rows.contains_key(&row) {
+                continue;
             }
+            let number = match (self.rows.len(), self.rows.last_entry()) {
+                (count, _) if count < room => count,
+                (_, Some(last)) if *last.key() > row => last.remove(),
+                _ => continue,
+            };
+            self.rows.insert(row, number);
+            copies.insert(number, from);
         }
+        let copies: Vec<(usize, usize)> = copies.into_iter().map(|(number, from)| (from, number)).collect();
         let to = &mut data[self.place.clone()];
         kernels::copy_rows(&mut [RowCopy { width: self.vocabulary, from: logits, to }], &copies);
     }
@@ -76,5 +83,39 @@ impl KeptLogits {
     /// Whether a part of the storage may be theirs.
     pub fn may_take(&self, part: &Range<usize>) -> bool {
         part.start < self.place.end && self.place.start < part.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::WeightFormat;
+    use crate::decoder::identity::Values;
+
+    /// Logits of a row, as a row of three.
+    fn of(row: usize) -> [f32; 3] {
+        [row as f32, row as f32 + 0.5, -1.0]
+    }
+
+    #[test]
+    fn the_first_rows_are_kept_whatever_comes_first() {
+        let weights =
+            WeightsId { values: Values::fresh(), precision: None, format: WeightFormat::Full, adapter: false };
+        let (mut data, head) = (vec![7.0; 4 + 12 + 2], 0..4);
+        // From the next cache line on there is room for nothing, before the head neither.
+        let none = KeptLogits::new(weights, 3, 18, Some(&head)).place;
+        assert_eq!(none, 16..18);
+        let mut kept = KeptLogits::new(weights, 3, 14, None);
+        for call in [&[5, 1, 9][..], &[2, 5, 8, 0], &[7, 3]] {
+            let logits: Vec<f32> = call.iter().flat_map(|&row| of(row)).collect();
+            let rows: Vec<(usize, usize)> = call.iter().copied().enumerate().collect();
+            kept.take(&mut data, &logits, &rows);
+        }
+        let found: Vec<usize> = (0..10).filter(|&row| kept.place_of(row).is_some()).collect();
+        assert_eq!(found, [0, 1, 2, 3]);
+        for row in found {
+            assert_eq!(data[kept.place_of(row).unwrap()], of(row), "row {row}");
+        }
+        assert!(data[12..].iter().all(|x| *x == 7.0), "what is not theirs is as it was");
     }
 }

@@ -256,7 +256,7 @@ impl Layer {
         gradients: &mut Gradients,
     ) {
         let products = pass.products;
-        let Scratch { normed, inverse_rms, branch, d_gated, d_normed, d_attention, d_qkv, d_low_rank, .. } = scratch;
+        let Scratch { normed, inverse_rms, branch, gated, d_normed, d_attention, d_qkv, d_low_rank, .. } = scratch;
         // What a linear layer's weights are multiplied with is computed again right before their gradients are.
 
         // The MLP.
@@ -270,9 +270,10 @@ impl Layer {
             }
         };
         let low_rank = &kept.low_rank;
+        let d_gated = &mut gated[..];
         self.down.input_gradient(products, d_output, Some(d_gated), d_low_rank);
         kernels::gated_backward(self.activation, &mut kept.gate_up, self.mlp_width(), d_gated);
-        let (gated, d_gate_up) = (&*d_gated, &kept.gate_up);
+        let d_gate_up = &kept.gate_up;
         self.down.weight_gradients(products, gated, d_output, &low_rank[3], d_low_rank, gradients);
         self.gate_up.input_gradient(products, d_gate_up, Some(d_normed), d_low_rank);
         self.norm(pass, &self.mlp_norm, &kept.middle, normed, inverse_rms);

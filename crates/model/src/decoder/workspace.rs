@@ -84,8 +84,8 @@ pub(super) struct Scratch {
     pub normed: Vec<f32>,
     pub inverse_rms: Vec<f32>,
     pub branch: Vec<f32>,
+    /// The gated activation; in backward its gradient before.
     pub gated: Vec<f32>,
-    pub d_gated: Vec<f32>,
     pub d_normed: Vec<f32>,
     pub d_attention: Vec<f32>,
     pub d_qkv: Vec<f32>,
@@ -190,7 +190,7 @@ impl Workspace {
         if config.sandwich_norms {
             resize(&mut scratch.branch, rows * config.hidden_size);
         }
-        resize(&mut scratch.d_gated, rows * config.intermediate_size);
+        resize(&mut scratch.gated, rows * config.intermediate_size);
         resize(&mut scratch.d_normed, rows * config.hidden_size);
         resize(&mut scratch.d_attention, rows * config.q_size());
         resize(&mut scratch.d_qkv, rows * (config.q_size() + 2 * config.kv_size()));
@@ -210,7 +210,7 @@ impl Workspace {
             &scratch.inverse_rms,
             &scratch.branch,
             &scratch.gated,
-            &scratch.d_gated,
+            &scratch.gated,
             &scratch.d_normed,
             &scratch.d_attention,
             &scratch.d_qkv,

@@ -46,9 +46,9 @@
 //! Deviations from the papers and from TRL's `GRPOTrainer`, `RLOOTrainer` and `PPOTrainer`:
 //! 1. A step is one round of sampling with all of its updates; TRL counts updates. All updates of a step share a learning rate.
 //! 2. π_old comes from the sampler, with no second pass: sampler and trainer run the same kernels, so with equal weights the
-//!    two agree to the last bit. So do all activations, and the first update starts from those that sampling left
-//!    (`reuse_forward_tokens`). `sampling/sampling_logp_difference/*` measures this in every step (of the head alone, where the forward
-//!    is the sampler's) and must be 0 unless the sampler is behind. With `rollout_weights = "int8"` or on a GPU, π_old is what the trainer's forward gives before the
+//!    two agree to the last bit. So do all activations and logits, and the first update starts from those that sampling left
+//!    (`reuse_forward_tokens`). `sampling/sampling_logp_difference/*` must be 0 unless the sampler is behind. It compares with what
+//!    training computes itself: with `reuse_forward_tokens = 0` in every step and everything, otherwise what sampling did not leave. With `rollout_weights = "int8"` or on a GPU, π_old is what the trainer's forward gives before the
 //!    weights move (without a pass of its own, if the step has one update).
 //! 3. The reference model is the one the stage started from; with an adapter it is the model without the adapter.
 //! 4. The prompt of a group is computed once for all of its completions, forward and backward.

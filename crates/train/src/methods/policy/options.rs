@@ -66,8 +66,8 @@ pub struct PolicyOptions {
     /// `objective.importance_sampling_mode`, and `sampling/sampling_logp_difference/*` says how far the copy is off.
     pub rollout_weights: WeightFormat,
     /// Keep what sampling computes of the first groups of a step, as many as fit into so many tokens, were their completions as
-    /// long as can be: the first update then needs no forward for them. Nothing else changes, not a bit. It takes the memory
-    /// of a forward of as many tokens. Absent, `training.micro_batch_tokens`, which takes no more than training does
+    /// long as can be: the first update then needs no forward for them, nor their logits, as many of these as fit where
+    /// gradients will lie. Nothing else changes, not a bit. It takes the memory of a forward of as many tokens. Absent, `training.micro_batch_tokens`, which takes no more than training does
     /// anyway; 0 keeps nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reuse_forward_tokens: Option<usize>,
