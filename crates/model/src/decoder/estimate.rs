@@ -61,7 +61,7 @@ impl Estimate {
             kept += 2 * d;
         }
         let stream = (layers + 1) * d;
-        let shared = 5 * d + (q + 2 * kv) + q + 2 * mlp + if config.sandwich_norms { d } else { 0 };
+        let shared = 5 * d + (q + 2 * kv) + q + mlp + if config.sandwich_norms { d } else { 0 };
         let logits = match vocabulary {
             0 => 0,
             size => chunk_rows(size, rows).min(rows) * (size + 2 * d),
