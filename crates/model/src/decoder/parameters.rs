@@ -142,12 +142,12 @@ impl Gradients {
         self.input_embedding.clear();
     }
 
-    /// The gradient of parameter `index`, in the order of `Decoder::parameters`.
+    /// The gradient of parameter `index`, in the order of `Decoder::parameters`; after [`Gradients::finish`].
     pub fn grad(&self, index: usize) -> &[f32] {
         &self.data[self.layout.entries[index].range.clone()]
     }
 
-    /// All gradients, in the order of `Decoder::parameters`.
+    /// All gradients, in the order of `Decoder::parameters`; after [`Gradients::finish`].
     pub fn flat(&self) -> &[f32] {
         &self.data
     }
