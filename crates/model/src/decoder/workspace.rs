@@ -190,7 +190,6 @@ impl Workspace {
         if config.sandwich_norms {
             resize(&mut scratch.branch, rows * config.hidden_size);
         }
-        resize(&mut scratch.gated, rows * config.intermediate_size);
         resize(&mut scratch.d_normed, rows * config.hidden_size);
         resize(&mut scratch.d_attention, rows * config.q_size());
         resize(&mut scratch.d_qkv, rows * (config.q_size() + 2 * config.kv_size()));
@@ -209,7 +208,6 @@ impl Workspace {
             &scratch.normed,
             &scratch.inverse_rms,
             &scratch.branch,
-            &scratch.gated,
             &scratch.gated,
             &scratch.d_normed,
             &scratch.d_attention,
