@@ -49,6 +49,11 @@ impl Isa {
         }
     }
 
+    /// Whether one instruction multiplies pairs of bfloat16.
+    pub(crate) fn multiplies_pairs(self) -> bool {
+        self == Isa::Avx512Bf16
+    }
+
     /// The instruction set that kernels called from this thread use.
     ///
     /// # Panics
@@ -68,7 +73,8 @@ impl Isa {
         })
     }
 
-    /// Runs `work` with the kernels that it calls from this thread compiled for this instruction set.
+    /// Runs `work` with the kernels that it calls from this thread compiled for this instruction set. A
+    /// [`PackedMatrix`](crate::PackedMatrix) stays with the one it was made under.
     ///
     /// # Panics
     /// If the processor does not have it.

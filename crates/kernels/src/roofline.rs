@@ -147,7 +147,7 @@ unsafe fn chains_of<S: Simd>(pairs: bool, rounds: usize) -> usize {
         let mut sums = [S::zero(); CHAINS];
         for _ in 0..rounds {
             for sum in &mut sums {
-                *sum = if pairs { S::multiply_add_pairs(a, b, *sum) } else { S::multiply_add(a, b, *sum) };
+                *sum = if pairs && S::PAIRS { S::multiply_add_pairs(a, b, *sum) } else { S::multiply_add(a, b, *sum) };
             }
         }
         for sum in sums {
@@ -155,6 +155,6 @@ unsafe fn chains_of<S: Simd>(pairs: bool, rounds: usize) -> usize {
             black_box(&left);
         }
     }
-    let per_element = if pairs { 4 } else { 2 };
+    let per_element = if pairs && S::PAIRS { 4 } else { 2 };
     rounds * CHAINS * S::LANES * per_element
 }

@@ -11,6 +11,8 @@ pub(crate) trait Simd {
     const LANES: usize;
     /// Rows of the largest tile that the registers hold, with two vectors in each row.
     const ROWS: usize;
+    /// Whether one instruction multiplies pairs of bfloat16.
+    const PAIRS: bool = false;
 
     /// All elements zero.
     unsafe fn zero() -> Self::Vector;
@@ -29,8 +31,11 @@ pub(crate) trait Simd {
     unsafe fn splat(from: *const f32) -> Self::Vector;
     /// `a * b + c`, rounded once.
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
-    /// Each element of `a` and `b` is a pair of bfloat16 (the first in the low half): `c` plus both products.
-    unsafe fn multiply_add_pairs(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// Each element of `a` and `b` is a pair of bfloat16 (the first in the low half): `c` plus the second product, then the first. Only
+    /// where [`Simd::PAIRS`] says so.
+    unsafe fn multiply_add_pairs(_: Self::Vector, _: Self::Vector, _: Self::Vector) -> Self::Vector {
+        unreachable!("no instruction multiplies pairs")
+    }
 }
 
 /// Asks for the cache line at `from` to come into the second-level cache; any address will do.
@@ -188,21 +193,12 @@ mod x86 {
 
     impl Simd for Avx512 {
         avx512_operations!();
-        #[inline(always)]
-        unsafe fn multiply_add_pairs(a: __m512, b: __m512, c: __m512) -> __m512 {
-            // SAFETY: as above.
-            unsafe {
-                let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-                let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
-                let first = |x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
-                let second = |x| _mm512_castsi512_ps(_mm512_and_si512(x, high));
-                _mm512_fmadd_ps(first(a), first(b), _mm512_fmadd_ps(second(a), second(b), c))
-            }
-        }
     }
 
     impl Simd for Avx512Bf16 {
         avx512_operations!();
+        const PAIRS: bool = true;
+
         #[inline(always)]
         unsafe fn multiply_add_pairs(a: __m512, b: __m512, c: __m512) -> __m512 {
             // SAFETY: as above; the two vector types differ in name only.
@@ -298,17 +294,6 @@ mod x86 {
             // SAFETY: as above.
             unsafe { _mm256_fmadd_ps(a, b, c) }
         }
-        #[inline(always)]
-        unsafe fn multiply_add_pairs(a: __m256, b: __m256, c: __m256) -> __m256 {
-            // SAFETY: as above.
-            unsafe {
-                let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-                let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
-                let first = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
-                let second = |x| _mm256_castsi256_ps(_mm256_and_si256(x, high));
-                _mm256_fmadd_ps(first(a), first(b), _mm256_fmadd_ps(second(a), second(b), c))
-            }
-        }
     }
 }
 
@@ -347,11 +332,5 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
-    }
-    #[inline(always)]
-    unsafe fn multiply_add_pairs(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
-        let first = |x: f32| f32::from_bits(x.to_bits() << 16);
-        let second = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
-        std::array::from_fn(|i| first(a[i]).mul_add(first(b[i]), second(a[i]).mul_add(second(b[i]), c[i])))
     }
 }

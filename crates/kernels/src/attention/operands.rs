@@ -3,9 +3,8 @@
 use super::{AttentionShape, Segment};
 use crate::isa::Isa;
 use crate::matrix::Matrix;
-use crate::matrix::Precision;
 use crate::matrix::kernel::PANEL;
-use crate::matrix::pack::pack_panel;
+use crate::matrix::pack::{Storage, pack_panel};
 
 /// A run of neighbouring rows whose keys follow those of the run before.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +73,7 @@ impl Head<'_> {
         let data = &self.rows[start * self.width + self.column..];
         let columns = Matrix::new(data, len, self.head_dim).with_row_stride(self.width).transposed();
         for (panel, out) in (0..len).step_by(PANEL).zip(out.chunks_exact_mut(PANEL * self.head_dim)) {
-            pack_panel(isa, Precision::F32, columns.block(0, panel, self.head_dim, PANEL.min(len - panel)), out);
+            pack_panel(isa, Storage::Floats, columns.block(0, panel, self.head_dim, PANEL.min(len - panel)), out);
         }
     }
 

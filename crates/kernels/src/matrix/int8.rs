@@ -9,7 +9,7 @@
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
 use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
-use crate::matrix::pack::{pack_tiles, steps};
+use crate::matrix::pack::{Storage, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each};
 use crate::simd::Lines;
@@ -96,8 +96,9 @@ impl Int8Matrix {
         if c.rows == 0 || c.cols == 0 || self.k == 0 {
             return;
         }
-        let (isa, precision, threads) = (Isa::current(), self.precision, rayon::current_num_threads());
-        let stride = self.k.div_ceil(BLOCK) * steps(precision, BLOCK);
+        let (isa, threads) = (Isa::current(), rayon::current_num_threads());
+        let storage = Storage::of(isa, self.precision);
+        let stride = self.k.div_ceil(BLOCK) * storage.steps(BLOCK);
         with_scratch([a.rows * stride], |[left]| {
             let shared = SharedMut::new(left);
             let rows = a.rows.div_ceil(4 * threads);
@@ -105,11 +106,12 @@ impl Int8Matrix {
                 for row in task * rows..a.rows.min((task + 1) * rows) {
                     // SAFETY: row `row` belongs to this task alone.
                     let row_of_left = unsafe { shared.slice(row * stride, stride) };
-                    row_of_left[steps(precision, self.k)..].fill(0.0);
-                    pack_tiles(isa, precision, a.block(row, 0, 1, a.cols), 1, row_of_left);
+                    row_of_left[storage.steps(self.k)..].fill(0.0);
+                    pack_tiles(isa, storage, a.block(row, 0, 1, a.cols), 1, row_of_left);
                 }
             });
-            let task = Task { isa, left, stride, rows: a.rows, c: SharedMut::new(c.data), c_stride: c.row_stride };
+            let task =
+                Task { isa, storage, left, stride, rows: a.rows, c: SharedMut::new(c.data), c_stride: c.row_stride };
             let panels = self.n.div_ceil(PANEL);
             let run = panels.div_ceil(4 * threads);
             each(panels.div_ceil(run), c.rows * c.cols * self.k, |index| {
@@ -122,8 +124,7 @@ impl Int8Matrix {
 
     /// Adds the product with one panel.
     fn add_panel(&self, task: &Task<'_>, panel: usize) {
-        let (blocks, pairs) = (self.k.div_ceil(BLOCK), self.precision == Precision::Bf16);
-        let steps = steps(self.precision, BLOCK);
+        let (blocks, steps) = (self.k.div_ceil(BLOCK), task.storage.steps(BLOCK));
         let (column, columns) = (panel * PANEL, PANEL.min(self.n - panel * PANEL));
         with_scratch([steps * PANEL, BLOCK_ROWS * PANEL], |[right, sums]| {
             for first in (0..task.rows).step_by(BLOCK_ROWS) {
@@ -131,9 +132,10 @@ impl Int8Matrix {
                 for block in 0..blocks {
                     let place = panel * blocks + block;
                     let integers = &self.integers[place * BLOCK_BYTES..][..BLOCK_BYTES];
-                    match pairs {
-                        true => expand_bf16(task.isa, integers, right),
-                        false => expand_f32(task.isa, integers, right),
+                    match task.storage {
+                        Storage::Floats => expand(task.isa, integers, right),
+                        Storage::Pairs => expand_pairs(task.isa, integers, right),
+                        Storage::Halves => expand_swapped(task.isa, integers, right),
                     }
                     let product = Product {
                         rows,
@@ -141,7 +143,10 @@ impl Int8Matrix {
                         steps,
                         a: task.left[first * task.stride + block * steps..].as_ptr(),
                         left: Left::Rows { stride: task.stride },
-                        b: Right::packed(self.precision, right),
+                        b: match task.storage {
+                            Storage::Pairs => Right::Pairs(right.as_ptr()),
+                            Storage::Floats | Storage::Halves => Right::Floats(right.as_ptr()),
+                        },
                         panel_stride: steps * PANEL,
                         step_stride: PANEL,
                         c: sums.as_mut_ptr(),
@@ -177,6 +182,7 @@ impl Int8Matrix {
 /// What the tasks of one product share.
 struct Task<'a> {
     isa: Isa,
+    storage: Storage,
     /// The packed rows of the left operand, `stride` apart.
     left: &'a [f32],
     stride: usize,
@@ -216,7 +222,7 @@ multiversion! {
 
 multiversion! {
     /// The integers of a block as pairs of bfloat16.
-    fn expand_bf16(integers: &[i8], out: &mut [f32]) {
+    fn expand_pairs(integers: &[i8], out: &mut [f32]) {
         for (pair, out) in integers.chunks_exact(2 * PANEL).zip(out.chunks_exact_mut(PANEL)) {
             let (first, second) = pair.split_at(PANEL);
             for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
@@ -229,9 +235,21 @@ multiversion! {
 
 multiversion! {
     /// The integers of a block as they are.
-    fn expand_f32(integers: &[i8], out: &mut [f32]) {
+    fn expand(integers: &[i8], out: &mut [f32]) {
         for (out, &integer) in out.iter_mut().zip(integers) {
             *out = f32::from(integer);
+        }
+    }
+}
+
+multiversion! {
+    /// The same with the second element of each pair before the first, as [`Storage::Halves`] has the left operand.
+    fn expand_swapped(integers: &[i8], out: &mut [f32]) {
+        for (pair, out) in integers.chunks_exact(2 * PANEL).zip(out.chunks_exact_mut(2 * PANEL)) {
+            let (first, second) = pair.split_at(PANEL);
+            for (out, &integer) in out.iter_mut().zip(second.iter().chain(first)) {
+                *out = f32::from(integer);
+            }
         }
     }
 }

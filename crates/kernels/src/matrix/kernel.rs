@@ -4,7 +4,6 @@
 //! over the reduced index, so that a product cut anywhere along that index is the same product.
 
 use crate::isa::Isa;
-use crate::matrix::Precision;
 use crate::simd::{Lines, Portable, Simd, prefetch};
 
 /// Columns of a panel: the right operand is stored as panels of this many columns, one step of the reduced index after
@@ -13,7 +12,7 @@ pub(crate) const PANEL: usize = 32;
 /// Rows of the largest tile of any instruction set.
 const MAX_ROWS: usize = 12;
 
-/// How the left operand lies in memory. A step is one element of the reduced index, or one pair of bfloat16.
+/// How the left operand lies in memory. A step is one f32: an element of the reduced index, or a pair of bfloat16.
 #[derive(Clone, Copy)]
 pub(crate) enum Left {
     /// Tiles of `height` rows (fewer in the last) one after the other, each step by step.
@@ -33,16 +32,6 @@ pub(crate) enum Right {
     Pairs(*const f32),
     /// bfloat16, widened as they are read; the left operand is f32.
     Halves(*const u16),
-}
-
-impl Right {
-    /// Panels packed for a precision.
-    pub(crate) fn packed(precision: Precision, panels: &[f32]) -> Self {
-        match precision {
-            Precision::F32 => Self::Floats(panels.as_ptr()),
-            Precision::Bf16 => Self::Pairs(panels.as_ptr()),
-        }
-    }
 }
 
 /// What the sums of a product start from.
@@ -232,8 +221,11 @@ unsafe fn panels<S: Simd>(product: Product) {
         match (product.b, product.left) {
             (Right::Floats(b), Left::Rows { .. }) => tiles::<S, f32, true>(product, b),
             (Right::Floats(b), _) => tiles::<S, f32, false>(product, b),
-            (Right::Pairs(b), Left::Rows { .. }) => tiles::<S, Pair, true>(product, b.cast()),
-            (Right::Pairs(b), _) => tiles::<S, Pair, false>(product, b.cast()),
+            (Right::Pairs(b), Left::Rows { .. }) if S::PAIRS => tiles::<S, Pair, true>(product, b.cast()),
+            (Right::Pairs(b), _) if S::PAIRS => tiles::<S, Pair, false>(product, b.cast()),
+            (Right::Pairs(_), _) => {
+                unreachable!("operands are packed as pairs only where an instruction multiplies them")
+            }
             (Right::Halves(b), Left::Rows { .. }) => tiles::<S, u16, true>(product, b),
             (Right::Halves(b), _) => tiles::<S, u16, false>(product, b),
         }

@@ -15,6 +15,7 @@ pub use packed::PackedMatrix;
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
 use crate::matrix::kernel::Start;
+use crate::matrix::pack::Storage;
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
@@ -232,6 +233,7 @@ fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, 
         return onto.fill(&mut c);
     }
     let isa = Isa::current();
+    let storage = Storage::of(isa, precision);
     for column in (0..b.cols).step_by(PACKED_COLUMNS) {
         let columns = PACKED_COLUMNS.min(b.cols - column);
         let padded = columns.next_multiple_of(kernel::PANEL);
@@ -239,19 +241,19 @@ fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, 
         let depth = (PACKED_ELEMENTS / padded).next_multiple_of(2 * packed::BLOCK_STEPS);
         for k in (0..a.cols).step_by(depth) {
             let depth = depth.min(a.cols - k);
-            let steps = pack::steps(precision, depth);
-            with_scratch([padded * steps], |[panels]| {
-                let shared = SharedMut::new(panels);
-                each(padded / kernel::PANEL, depth * columns, |panel| {
+            let (panels, len) = (columns.div_ceil(kernel::PANEL), storage.panel_len(storage.steps(depth)));
+            with_scratch([panels * len], |[packed]| {
+                let shared = SharedMut::new(packed);
+                each(panels, depth * columns, |panel| {
                     // SAFETY: panel `panel` belongs to this call alone.
-                    let out = unsafe { shared.slice(panel * kernel::PANEL * steps, kernel::PANEL * steps) };
+                    let out = unsafe { shared.slice(panel * len, len) };
                     let first = panel * kernel::PANEL;
                     let count = kernel::PANEL.min(columns - first);
-                    pack::pack_panel(isa, precision, b.block(k, column + first, depth, count), out);
+                    pack::pack_panel(isa, storage, b.block(k, column + first, depth, count), out);
                 });
                 let a = a.block(0, k, a.rows, depth);
                 let onto = if k > 0 { Onto::Held } else { onto.columns(column, columns) };
-                packed::multiply_packed(isa, precision, a, panels, onto, c.columns(column, columns));
+                packed::multiply_packed(isa, storage, a, packed, onto, c.columns(column, columns));
             });
         }
     }

@@ -1,37 +1,217 @@
 //! Operands in the order in which the inner loops read them, rounded to bfloat16 on the way if asked for.
 
-use crate::half::bfloat16;
-use crate::isa::multiversion;
-use crate::matrix::kernel::PANEL;
+use std::marker::PhantomData;
+
+use crate::half::{bfloat16, widened};
+use crate::isa::{Isa, multiversion};
+use crate::matrix::kernel::{PANEL, Right};
 use crate::matrix::{Matrix, Precision};
 use crate::simd::{Lines, prefetch, write_columns};
 
-/// Steps of the reduced index `k` are elements, or pairs of bfloat16.
-pub(crate) fn steps(precision: Precision, k: usize) -> usize {
-    match precision {
-        Precision::F32 => k,
-        Precision::Bf16 => k.div_ceil(2),
+/// How packed operands hold the elements of the reduced index. A step of a product is one f32 of the left operand, and what it meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    /// One element a step, in f32.
+    Floats,
+    /// Two bfloat16 a step on either side, for the instruction that multiplies pairs.
+    Pairs,
+    /// One bfloat16 a step, where there is no such instruction: the left operand's are widened already, as they meet many columns, and the
+    /// right operand's as they are read. Of each pair the second comes first, as [`Precision::Bf16`] adds them.
+    Halves,
+}
+
+impl Storage {
+    /// What products of this precision are made of.
+    pub(crate) fn of(isa: Isa, precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::Floats,
+            Precision::Bf16 if isa.multiplies_pairs() => Self::Pairs,
+            Precision::Bf16 => Self::Halves,
+        }
+    }
+
+    /// The steps of `k` elements: the f32 that a row of a packed left operand takes.
+    pub(crate) fn steps(self, k: usize) -> usize {
+        match self {
+            Self::Floats => k,
+            Self::Pairs => k.div_ceil(2),
+            Self::Halves => k.next_multiple_of(2),
+        }
+    }
+
+    /// The elements of `steps` steps.
+    pub(crate) fn elements(self, steps: usize) -> usize {
+        if self == Self::Pairs { 2 * steps } else { steps }
+    }
+
+    /// The f32 that `steps` steps of a panel take.
+    pub(crate) fn panel_len(self, steps: usize) -> usize {
+        if self == Self::Halves { PANEL * steps / 2 } else { PANEL * steps }
+    }
+
+    /// Panels as the inner loops take them.
+    pub(crate) fn right(self, panels: &[f32]) -> Right {
+        match self {
+            Self::Floats => Right::Floats(panels.as_ptr()),
+            Self::Pairs => Right::Pairs(panels.as_ptr()),
+            Self::Halves => Right::Halves(panels.as_ptr().cast()),
+        }
+    }
+}
+
+/// The bfloat16 of panels that hold [`Storage::Halves`].
+pub(crate) fn halves(panels: &mut [f32]) -> &mut [u16] {
+    // SAFETY: an f32 is two u16, whatever they are, and lies where a u16 may.
+    unsafe { std::slice::from_raw_parts_mut(panels.as_mut_ptr().cast(), 2 * panels.len()) }
+}
+
+/// Places that are handled at a time where a vector's elements are neighbours: those of a cache line.
+const BLOCK: usize = Lines::FLOATS;
+
+/// How elements are written: what goes to each of the places that follow each other.
+trait Format {
+    /// What stands in a place.
+    type Place: Place;
+    /// Elements that share a place.
+    const ELEMENTS: usize;
+    /// Places of `k` elements.
+    fn places(k: usize) -> usize;
+    /// The place where the elements from `Self::ELEMENTS * index` on go.
+    #[inline(always)]
+    fn place(index: usize) -> usize {
+        index
+    }
+    /// What is written for an element and, if two share a place, the one after it.
+    fn one(elements: [f32; 2]) -> Self::Place;
+    /// What is written for the first elements of `source`, place by place.
+    fn block(source: &[f32]) -> [Self::Place; BLOCK];
+}
+
+/// As many blocks, of a vector each, as a block has places.
+type Blocks<T> = [[T; BLOCK]; BLOCK];
+
+/// What stands in a place.
+trait Place: Copy + Default {
+    /// A bfloat16, given by its bits.
+    fn of(half: u16) -> Self;
+
+    /// Writes the first `count` blocks side by side, their places `width` apart. `TURN` is for processors with AVX-512, which turn blocks
+    /// in their registers.
+    fn write<const TURN: bool>(blocks: &Blocks<Self>, count: usize, out: &mut [Self], width: usize);
+}
+
+impl Place for u16 {
+    #[inline(always)]
+    fn of(half: u16) -> u16 {
+        half
+    }
+    #[inline(always)]
+    fn write<const TURN: bool>(blocks: &Blocks<u16>, count: usize, out: &mut [u16], width: usize) {
+        write_apart(blocks, count, out, width);
+    }
+}
+
+impl Place for f32 {
+    #[inline(always)]
+    fn of(half: u16) -> f32 {
+        widened(half)
+    }
+    #[inline(always)]
+    fn write<const TURN: bool>(blocks: &Blocks<f32>, count: usize, out: &mut [f32], width: usize) {
+        if TURN {
+            // SAFETY: `TURN` says that the processor can.
+            return unsafe { write_columns(blocks, count, out, width) };
+        }
+        write_apart(blocks, count, out, width);
     }
 }
 
 #[inline(always)]
-fn pair(first: f32, second: f32) -> f32 {
-    f32::from_bits(u32::from(bfloat16(first)) | u32::from(bfloat16(second)) << 16)
+fn write_apart<T: Copy>(blocks: &Blocks<T>, count: usize, out: &mut [T], width: usize) {
+    for (i, block) in blocks.iter().enumerate().take(count) {
+        let out = &mut out[i..][..(BLOCK - 1) * width + 1];
+        for (place, &value) in block.iter().enumerate() {
+            out[place * width] = value;
+        }
+    }
 }
 
-/// Steps that are handled at a time where a vector's elements are neighbours: those of a cache line.
-const BLOCK: usize = Lines::FLOATS;
+/// Elements as they are.
+struct Floats;
 
-/// All elements are rounded before they are paired: that way the loop runs in vectors.
+impl Format for Floats {
+    type Place = f32;
+    const ELEMENTS: usize = 1;
+    #[inline(always)]
+    fn places(k: usize) -> usize {
+        k
+    }
+    #[inline(always)]
+    fn one([element, _]: [f32; 2]) -> f32 {
+        element
+    }
+    #[inline(always)]
+    fn block(source: &[f32]) -> [f32; BLOCK] {
+        *source.first_chunk().expect("a block of elements")
+    }
+}
+
+/// Pairs of bfloat16 in the place of an f32.
+struct Pairs;
+
+impl Format for Pairs {
+    type Place = f32;
+    const ELEMENTS: usize = 2;
+    #[inline(always)]
+    fn places(k: usize) -> usize {
+        k.div_ceil(2)
+    }
+    #[inline(always)]
+    fn one([first, second]: [f32; 2]) -> f32 {
+        f32::from_bits(u32::from(bfloat16(first)) | u32::from(bfloat16(second)) << 16)
+    }
+    /// All elements are rounded before they are paired: that way the loop runs in vectors.
+    #[inline(always)]
+    fn block(source: &[f32]) -> [f32; BLOCK] {
+        let rounded = source.first_chunk::<{ 2 * BLOCK }>().expect("a block of pairs").map(bfloat16);
+        std::array::from_fn(|i| f32::from_bits(u32::from(rounded[2 * i]) | u32::from(rounded[2 * i + 1]) << 16))
+    }
+}
+
+/// The place of an element where the second of each pair comes before the first, and the element of a place.
 #[inline(always)]
-fn pair_block(elements: &[f32; 2 * BLOCK]) -> [f32; BLOCK] {
-    let rounded = elements.map(bfloat16);
-    std::array::from_fn(|step| f32::from_bits(u32::from(rounded[2 * step]) | u32::from(rounded[2 * step + 1]) << 16))
+fn swapped(index: usize) -> usize {
+    index ^ 1
 }
 
-/// Steps ahead for which sources are asked for whose steps lie apart: the processor sees no stream in a few lines of each row.
-const STEPS_AHEAD: usize = 8;
-/// Blocks of steps ahead for which sources are asked for whose steps are neighbours.
+/// A bfloat16 in each place, as [`Storage::Halves`] has them on either side.
+struct Swapped<T>(PhantomData<T>);
+
+impl<T: Place> Format for Swapped<T> {
+    type Place = T;
+    const ELEMENTS: usize = 1;
+    #[inline(always)]
+    fn places(k: usize) -> usize {
+        k.next_multiple_of(2)
+    }
+    #[inline(always)]
+    fn place(index: usize) -> usize {
+        swapped(index)
+    }
+    #[inline(always)]
+    fn one([element, _]: [f32; 2]) -> T {
+        T::of(bfloat16(element))
+    }
+    #[inline(always)]
+    fn block(source: &[f32]) -> [T; BLOCK] {
+        let rounded = source.first_chunk::<BLOCK>().expect("a block of elements").map(|x| T::of(bfloat16(x)));
+        std::array::from_fn(|i| rounded[swapped(i)])
+    }
+}
+
+/// Places ahead for which sources are asked for whose elements lie apart: the processor sees no stream in a few lines of each row.
+const PLACES_AHEAD: usize = 8;
+/// Blocks of places ahead for which sources are asked for whose elements are neighbours.
 const BLOCKS_AHEAD: usize = 2;
 
 /// Asks for `count` elements of `data` from `start` on, which may lie beyond its end.
@@ -42,204 +222,212 @@ fn ask_for(data: &[f32], start: usize, count: usize) {
     }
 }
 
-/// Asks for what stands [`STEPS_AHEAD`] steps behind the `count` elements at `start`; a step is `per_step` rows, `stride` apart.
+/// Asks for what stands [`PLACES_AHEAD`] places behind the `count` elements at `start`; a place is `rows` rows, `stride` apart.
 #[inline(always)]
-fn ask_ahead(data: &[f32], start: usize, count: usize, per_step: usize, stride: usize) {
-    for row in STEPS_AHEAD * per_step..(STEPS_AHEAD + 1) * per_step {
+fn ask_ahead(data: &[f32], start: usize, count: usize, rows: usize, stride: usize) {
+    for row in PLACES_AHEAD * rows..(PLACES_AHEAD + 1) * rows {
         ask_for(data, start + row * stride, count);
     }
 }
 
-/// `count` vectors of length `k`: element `step` of vector `i` is `data[i * stride + step * step_stride]`.
+/// `count` vectors of length `k`: element `index` of vector `i` is `data[i * stride + index * element_stride]`.
 #[derive(Clone, Copy)]
 struct Vectors<'a> {
     data: &'a [f32],
     count: usize,
     k: usize,
     stride: usize,
-    step_stride: usize,
+    element_stride: usize,
 }
 
-/// Writes `vectors` step by step, `width` elements a step. `TURN` is for processors with AVX-512, which turn blocks in their registers.
+impl<'a> Vectors<'a> {
+    /// The rows of a matrix.
+    fn rows(a: Matrix<'a>) -> Self {
+        let Matrix { data, rows, cols, row_stride, col_stride } = a;
+        Self { data, count: rows, k: cols, stride: row_stride, element_stride: col_stride }
+    }
+
+    /// An element, or zero beyond the end.
+    #[inline(always)]
+    fn at(&self, i: usize, index: usize) -> f32 {
+        if index < self.k { self.data[i * self.stride + index * self.element_stride] } else { 0.0 }
+    }
+}
+
+/// Writes `vectors` place by place, `width` of them in each.
 #[inline(always)]
-fn interleave<const PAIRS: bool, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-    let Vectors { data, count, k, stride, step_stride } = vectors;
-    let per_step = if PAIRS { 2 } else { 1 };
-    let (whole, steps) = (k / per_step, k.div_ceil(per_step));
-    let out = &mut out[..steps * width];
+fn interleave<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
+    let Vectors { data, count, k, stride, element_stride } = vectors;
+    let (whole, places) = (k / F::ELEMENTS, F::places(k));
+    let out = &mut out[..places * width];
     if count < width {
-        out.fill(0.0);
+        out.fill(F::Place::default());
     }
+    let mut done = 0;
     if stride == 1 {
-        for (step, out) in out.chunks_exact_mut(width).enumerate().take(whole) {
-            ask_ahead(data, step * per_step * step_stride, count, per_step, step_stride);
-            let first = &data[step * per_step * step_stride..][..count];
-            if PAIRS {
-                let second = &data[(step * 2 + 1) * step_stride..][..count];
-                for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
-                    *out = pair(first, second);
-                }
-            } else {
-                out[..count].copy_from_slice(first);
+        done = whole;
+        for index in 0..done {
+            let start = index * F::ELEMENTS * element_stride;
+            ask_ahead(data, start, count, F::ELEMENTS, element_stride);
+            let first = &data[start..][..count];
+            let second = &data[start + (F::ELEMENTS - 1) * element_stride..][..count];
+            let out = &mut out[F::place(index) * width..][..width];
+            for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
+                *out = F::one([first, second]);
             }
         }
-    } else if step_stride == 1 {
-        // Some steps of one vector at a time: they share a cache line of the source, and the stores stay near.
-        let blocks = whole - whole % BLOCK;
-        let block = |start: usize, i: usize| -> [f32; BLOCK] {
-            let source = &data[i * stride + start * per_step..];
-            ask_for(source, BLOCKS_AHEAD * BLOCK * per_step, BLOCK * per_step);
-            if PAIRS {
-                pair_block(source.first_chunk().expect("a block of pairs"))
-            } else {
-                *source.first_chunk().expect("a block of elements")
-            }
-        };
-        for start in (0..blocks).step_by(BLOCK) {
-            if TURN {
-                for first in (0..count).step_by(BLOCK) {
-                    let here = BLOCK.min(count - first);
-                    let mut rows = [[0.0; BLOCK]; BLOCK];
-                    for (i, row) in rows.iter_mut().enumerate().take(here) {
-                        *row = block(start, first + i);
-                    }
-                    let out = &mut out[start * width + first..][..(BLOCK - 1) * width + here];
-                    // SAFETY: `TURN` says that the processor can.
-                    unsafe { write_columns(&rows, here, out, width) };
+    } else if element_stride == 1 {
+        // Some places of one vector at a time: they share a cache line of the source, and the stores stay near.
+        done = whole - whole % BLOCK;
+        for start in (0..done).step_by(BLOCK) {
+            for first in (0..count).step_by(BLOCK) {
+                let here = BLOCK.min(count - first);
+                let mut blocks = [[F::Place::default(); BLOCK]; BLOCK];
+                for (i, block) in blocks.iter_mut().enumerate().take(here) {
+                    let source = &data[(first + i) * stride + start * F::ELEMENTS..];
+                    ask_for(source, BLOCKS_AHEAD * BLOCK * F::ELEMENTS, BLOCK * F::ELEMENTS);
+                    *block = F::block(source);
                 }
-            } else {
-                for i in 0..count {
-                    let out = &mut out[start * width + i..][..(BLOCK - 1) * width + 1];
-                    for (step, value) in block(start, i).into_iter().enumerate() {
-                        out[step * width] = value;
-                    }
-                }
-            }
-        }
-        for step in blocks..whole {
-            for i in 0..count {
-                let source = &data[i * stride + step * per_step..];
-                out[step * width + i] = if PAIRS { pair(source[0], source[1]) } else { source[0] };
-            }
-        }
-    } else {
-        for step in 0..whole {
-            for i in 0..count {
-                let at = |element: usize| data[i * stride + element * step_stride];
-                out[step * width + i] = if PAIRS { pair(at(2 * step), at(2 * step + 1)) } else { at(step) };
+                let out = &mut out[start * width + first..][..(BLOCK - 1) * width + here];
+                F::Place::write::<TURN>(&blocks, here, out, width);
             }
         }
     }
-    if whole < steps {
+    for index in done..places {
         for i in 0..count {
-            out[whole * width + i] = pair(data[i * stride + (k - 1) * step_stride], 0.0);
+            let element = |offset| vectors.at(i, index * F::ELEMENTS + offset);
+            out[F::place(index) * width + i] = F::one([element(0), element(F::ELEMENTS - 1)]);
         }
     }
 }
 
 /// [`interleave`] for any width.
 #[inline(always)]
-fn interleave_any<const PAIRS: bool, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
+fn interleave_any<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
     // A panel's width as a constant lets its copies become plain vector moves.
     if width == PANEL && vectors.count == PANEL {
-        interleave::<PAIRS, TURN>(Vectors { count: PANEL, ..vectors }, PANEL, out);
+        interleave::<F, TURN>(Vectors { count: PANEL, ..vectors }, PANEL, out);
     } else {
-        interleave::<PAIRS, TURN>(vectors, width, out);
+        interleave::<F, TURN>(vectors, width, out);
+    }
+}
+
+#[inline(always)]
+fn panel<const TURN: bool>(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
+    match storage {
+        Storage::Floats => interleave_any::<Floats, TURN>(columns, PANEL, out),
+        Storage::Pairs => interleave_any::<Pairs, TURN>(columns, PANEL, out),
+        Storage::Halves => interleave_any::<Swapped<u16>, TURN>(columns, PANEL, halves(out)),
+    }
+}
+
+#[inline(always)]
+fn tile<const TURN: bool>(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
+    let height = rows.count;
+    match storage {
+        Storage::Floats => interleave::<Floats, TURN>(rows, height, out),
+        Storage::Pairs => interleave::<Pairs, TURN>(rows, height, out),
+        Storage::Halves => interleave::<Swapped<f32>, TURN>(rows, height, out),
     }
 }
 
 multiversion! {
-    fn interleave_f32(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-        interleave_any::<false, false>(vectors, width, out);
+    fn panel_plain(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
+        panel::<false>(storage, columns, out);
     }
 }
 
 multiversion! {
-    fn interleave_bf16(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-        interleave_any::<true, false>(vectors, width, out);
+    fn tile_plain(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
+        tile::<false>(storage, rows, out);
     }
 }
 
-/// [`interleave_f32`] or [`interleave_bf16`] for the neighbouring steps of several vectors.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn turn_avx512<const PAIRS: bool>(vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-    interleave_any::<PAIRS, true>(vectors, width, out);
+fn panel_turning(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
+    panel::<true>(storage, columns, out);
 }
 
-/// Writes `vectors` as the precision says.
-fn write_steps(isa: crate::Isa, precision: Precision, vectors: Vectors<'_>, width: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if matches!(isa, crate::Isa::Avx512Bf16 | crate::Isa::Avx512) && vectors.step_stride == 1 && vectors.count > 1 {
-        // SAFETY: `Isa::current` returns only what the processor was seen to have.
-        return unsafe {
-            match precision {
-                Precision::F32 => turn_avx512::<false>(vectors, width, out),
-                Precision::Bf16 => turn_avx512::<true>(vectors, width, out),
-            }
-        };
-    }
-    match precision {
-        Precision::F32 => interleave_f32(isa, vectors, width, out),
-        Precision::Bf16 => interleave_bf16(isa, vectors, width, out),
-    }
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn tile_turning(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
+    tile::<true>(storage, rows, out);
 }
 
-multiversion! {
-    /// Writes a row as pairs; an odd element at its end is paired with zero.
-    fn pair_row(row: &[f32], out: &mut [f32]) {
-        let (blocks, rest) = row.as_chunks::<{ 2 * BLOCK }>();
-        let (outs, rest_out) = out.split_at_mut(blocks.len() * BLOCK);
-        for (out, block) in outs.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks) {
-            *out = pair_block(block);
-        }
-        for (out, elements) in rest_out.iter_mut().zip(rest.chunks(2)) {
-            *out = pair(elements[0], elements.get(1).copied().unwrap_or(0.0));
-        }
-    }
+/// Whether to turn blocks in registers: where that can be done, and vectors are neighbouring elements.
+#[cfg(target_arch = "x86_64")]
+fn turns(isa: Isa, vectors: Vectors<'_>) -> bool {
+    matches!(isa, Isa::Avx512Bf16 | Isa::Avx512) && vectors.element_stride == 1 && vectors.count > 1
 }
 
 /// Packs the columns of `b` (at most [`PANEL`] of them) as one panel.
-pub(crate) fn pack_panel(isa: crate::Isa, precision: Precision, b: Matrix<'_>, out: &mut [f32]) {
-    let vectors = Vectors { data: b.data, count: b.cols, k: b.rows, stride: b.col_stride, step_stride: b.row_stride };
-    write_steps(isa, precision, vectors, PANEL, out);
+pub(crate) fn pack_panel(isa: Isa, storage: Storage, b: Matrix<'_>, out: &mut [f32]) {
+    let columns = Vectors::rows(b.transposed());
+    #[cfg(target_arch = "x86_64")]
+    if turns(isa, columns) {
+        // SAFETY: `Isa::current` returns only what the processor was seen to have.
+        return unsafe { panel_turning(storage, columns, out) };
+    }
+    panel_plain(isa, storage, columns, out);
 }
 
-/// Writes the columns of `source` (`rows` neighbours each, one step or pair of steps after the other) as tiles of `height`
-/// rows. Goes along each row of the source once, where [`interleave`] would come back for every tile.
+/// Writes one vector of neighbouring elements.
 #[inline(always)]
-fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]) {
+fn write_row<F: Format>(row: &[f32], out: &mut [F::Place]) {
+    let (blocks, rest) = row.split_at(row.len() - row.len() % (BLOCK * F::ELEMENTS));
+    let (outs, rest_out) = out.split_at_mut(blocks.len() / F::ELEMENTS);
+    for (out, block) in outs.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks.chunks_exact(BLOCK * F::ELEMENTS)) {
+        *out = F::block(block);
+    }
+    let element = |index: usize| rest.get(index).copied().unwrap_or(0.0);
+    for index in 0..F::places(rest.len()) {
+        rest_out[F::place(index)] = F::one([element(index * F::ELEMENTS), element((index + 1) * F::ELEMENTS - 1)]);
+    }
+}
+
+multiversion! {
+    /// A tile of one row of neighbouring elements, in which there is nothing to interleave.
+    fn row(storage: Storage, row: &[f32], out: &mut [f32]) {
+        match storage {
+            Storage::Floats => write_row::<Floats>(row, out),
+            Storage::Pairs => write_row::<Pairs>(row, out),
+            Storage::Halves => write_row::<Swapped<f32>>(row, out),
+        }
+    }
+}
+
+/// Writes rows whose neighbours are neighbours as tiles of `height`. Goes along each column once, where [`interleave`] would come back for
+/// every tile.
+#[inline(always)]
+fn spread<F: Format<Place = f32>>(rows: Vectors<'_>, height: usize, out: &mut [f32]) {
     /// Rows that are rounded before they go to their tiles; a multiple of every whole tile's height.
     const RUN: usize = 144;
-    let Vectors { data, count, k, step_stride, .. } = source;
-    let per_step = if PAIRS { 2 } else { 1 };
-    let steps = k.div_ceil(per_step);
+    let Vectors { data, count, k, element_stride, .. } = rows;
+    let places = F::places(k);
     let zeros = [0.0; RUN];
     let mut run = [0.0; RUN];
     let whole = RUN / height * height;
     for start in (0..count).step_by(whole) {
         let len = whole.min(count - start);
         let run = &mut run[..len];
-        for step in 0..steps {
-            let element = step * per_step;
-            ask_ahead(data, element * step_stride + start, len, per_step, step_stride);
-            let first = &data[element * step_stride + start..][..len];
-            if PAIRS {
-                let second = match element + 1 < k {
-                    true => &data[(element + 1) * step_stride + start..][..len],
-                    false => &zeros[..len],
-                };
-                for ((run, &first), &second) in run.iter_mut().zip(first).zip(second) {
-                    *run = pair(first, second);
-                }
-            } else {
-                run.copy_from_slice(first);
+        for index in 0..places {
+            let element = index * F::ELEMENTS;
+            ask_ahead(data, element * element_stride + start, len, F::ELEMENTS, element_stride);
+            let column = |element: usize| match element < k {
+                true => &data[element * element_stride + start..][..len],
+                false => &zeros[..len],
+            };
+            let second = column(element + F::ELEMENTS - 1);
+            for ((run, &first), &second) in run.iter_mut().zip(column(element)).zip(second) {
+                *run = F::one([first, second]);
             }
             for (tile, rows) in run.chunks(height).enumerate() {
-                let out = &mut out[(start + tile * height) * steps + step * rows.len()..][..rows.len()];
-                // The usual height as a constant lets the copy become a few vector moves.
-                match (out.first_chunk_mut::<12>(), rows.first_chunk::<12>()) {
-                    (Some(out), Some(rows)) if height == 12 => *out = *rows,
+                let out = &mut out[(start + tile * height) * places + F::place(index) * rows.len()..][..rows.len()];
+                // The usual heights as constants let the copy become a few vector moves.
+                match height {
+                    12 if rows.len() == 12 => copy::<12>(rows, out),
+                    6 if rows.len() == 6 => copy::<6>(rows, out),
                     _ => out.copy_from_slice(rows),
                 }
             }
@@ -247,39 +435,42 @@ fn spread<const PAIRS: bool>(source: Vectors<'_>, height: usize, out: &mut [f32]
     }
 }
 
-multiversion! {
-    fn spread_f32(source: Vectors<'_>, height: usize, out: &mut [f32]) {
-        spread::<false>(source, height, out);
+#[inline(always)]
+fn copy<const COUNT: usize>(from: &[f32], to: &mut [f32]) {
+    if let (Some(from), Some(to)) = (from.first_chunk::<COUNT>(), to.first_chunk_mut::<COUNT>()) {
+        *to = *from;
     }
 }
 
 multiversion! {
-    fn spread_bf16(source: Vectors<'_>, height: usize, out: &mut [f32]) {
-        spread::<true>(source, height, out);
+    fn spread_tiles(storage: Storage, rows: Vectors<'_>, height: usize, out: &mut [f32]) {
+        match storage {
+            Storage::Floats => spread::<Floats>(rows, height, out),
+            Storage::Pairs => spread::<Pairs>(rows, height, out),
+            Storage::Halves => spread::<Swapped<f32>>(rows, height, out),
+        }
     }
 }
 
 /// Packs the rows of `a` as tiles of `height` rows, fewer in the last.
-pub(crate) fn pack_tiles(isa: crate::Isa, precision: Precision, a: Matrix<'_>, height: usize, out: &mut [f32]) {
-    let steps = steps(precision, a.cols);
-    let vectors = |a| {
-        let Matrix { data, rows, cols, row_stride, col_stride } = a;
-        Vectors { data, count: rows, k: cols, stride: row_stride, step_stride: col_stride }
-    };
+pub(crate) fn pack_tiles(isa: Isa, storage: Storage, a: Matrix<'_>, height: usize, out: &mut [f32]) {
     if a.row_stride == 1 {
-        return match precision {
-            Precision::F32 => spread_f32(isa, vectors(a), height, out),
-            Precision::Bf16 => spread_bf16(isa, vectors(a), height, out),
-        };
+        return spread_tiles(isa, storage, Vectors::rows(a), height, out);
     }
-    for row in (0..a.rows).step_by(height) {
-        let count = height.min(a.rows - row);
-        let tile = vectors(a.block(row, 0, count, a.cols));
-        let out = &mut out[row * steps..][..count * steps];
-        match precision {
-            // Of one row there is nothing to interleave.
-            Precision::Bf16 if count == 1 && a.col_stride == 1 => pair_row(isa, &tile.data[..a.cols], out),
-            _ => write_steps(isa, precision, tile, count, out),
+    let steps = storage.steps(a.cols);
+    for first in (0..a.rows).step_by(height) {
+        let rows = Vectors::rows(a.block(first, 0, height.min(a.rows - first), a.cols));
+        let out = &mut out[first * steps..][..rows.count * steps];
+        if rows.count == 1 && rows.element_stride == 1 {
+            row(isa, storage, &rows.data[..rows.k], out);
+            continue;
         }
+        #[cfg(target_arch = "x86_64")]
+        if turns(isa, rows) {
+            // SAFETY: `Isa::current` returns only what the processor was seen to have.
+            unsafe { tile_turning(storage, rows, out) };
+            continue;
+        }
+        tile_plain(isa, storage, rows, out);
     }
 }

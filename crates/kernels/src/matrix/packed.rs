@@ -1,9 +1,11 @@
 //! Products with a packed right operand.
 
+use std::ops::Range;
+
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply, tile_height};
-use crate::matrix::pack::{pack_panel, pack_tiles, steps};
+use crate::matrix::pack::{Storage, halves, pack_panel, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
@@ -24,6 +26,7 @@ const FEW_ROWS: usize = 48;
 /// Several matrices may lie side by side in one (query, key and value projections).
 #[derive(Clone, Debug)]
 pub struct PackedMatrix {
+    isa: Isa,
     precision: Precision,
     k: usize,
     n: usize,
@@ -33,7 +36,20 @@ pub struct PackedMatrix {
 impl PackedMatrix {
     /// A matrix of zeros.
     pub fn new(precision: Precision, k: usize, n: usize) -> Self {
-        Self { precision, k, n, panels: Buffer::zeros(n.div_ceil(PANEL) * PANEL * steps(precision, k)) }
+        let isa = Isa::current();
+        let storage = Storage::of(isa, precision);
+        let panels = Buffer::zeros(n.div_ceil(PANEL) * storage.panel_len(storage.steps(k)));
+        Self { isa, precision, k, n, panels }
+    }
+
+    /// How the panels hold the matrix.
+    fn storage(&self) -> Storage {
+        Storage::of(self.isa, self.precision)
+    }
+
+    /// The f32 of a panel.
+    fn panel_len(&self) -> usize {
+        self.storage().panel_len(self.storage().steps(self.k))
     }
 
     /// Packs `b` into the columns from `first_column` on.
@@ -43,33 +59,39 @@ impl PackedMatrix {
     pub fn pack(&mut self, first_column: usize, b: Matrix<'_>) {
         assert_eq!(b.rows, self.k, "pack: the matrix has {} rows, the packed one {}", b.rows, self.k);
         assert!(first_column + b.cols <= self.n, "pack: columns {first_column}+{} of {}", b.cols, self.n);
-        let isa = Isa::current();
-        let steps = steps(self.precision, self.k);
         if !first_column.is_multiple_of(PANEL) || (first_column + b.cols < self.n && !b.cols.is_multiple_of(PANEL)) {
-            return self.pack_inside_panels(isa, first_column, b);
+            return self.pack_inside_panels(first_column, b);
         }
-        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column * steps..]);
+        let (isa, storage, len) = (self.isa, self.storage(), self.panel_len());
+        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column / PANEL * len..]);
         each(b.cols.div_ceil(PANEL), b.rows * b.cols, |panel| {
             // SAFETY: panel `panel` belongs to this call alone.
-            let out = unsafe { panels.slice(panel * PANEL * steps, PANEL * steps) };
+            let out = unsafe { panels.slice(panel * len, len) };
             let column = panel * PANEL;
-            pack_panel(isa, self.precision, b.block(0, column, b.rows, PANEL.min(b.cols - column)), out);
+            pack_panel(isa, storage, b.block(0, column, b.rows, PANEL.min(b.cols - column)), out);
         });
     }
 
     /// Packs columns that share panels with their neighbours: each panel is packed aside and its columns copied over.
-    fn pack_inside_panels(&mut self, isa: Isa, first_column: usize, b: Matrix<'_>) {
-        let steps = steps(self.precision, self.k);
+    fn pack_inside_panels(&mut self, first_column: usize, b: Matrix<'_>) {
+        fn copy<T: Copy>(from: &[T], to: &mut [T], columns: Range<usize>) {
+            for (to, from) in to.chunks_exact_mut(PANEL).zip(from.chunks_exact(PANEL)) {
+                to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+            }
+        }
+        let (isa, storage, len) = (self.isa, self.storage(), self.panel_len());
         let panels = self.panels.as_mut_slice();
-        with_scratch([PANEL * steps], |[aside]| {
+        with_scratch([len], |[aside]| {
+            let aside = &mut aside[..len];
             let mut column = 0;
             while column < b.cols {
                 let place = (first_column + column) % PANEL;
                 let count = (PANEL - place).min(b.cols - column);
-                pack_panel(isa, self.precision, b.block(0, column, b.rows, count), &mut aside[..PANEL * steps]);
-                let panel = &mut panels[(first_column + column - place) * steps..][..PANEL * steps];
-                for (to, from) in panel.chunks_exact_mut(PANEL).zip(aside.chunks_exact(PANEL)) {
-                    to[place..place + count].copy_from_slice(&from[..count]);
+                pack_panel(isa, storage, b.block(0, column, b.rows, count), aside);
+                let panel = &mut panels[(first_column + column) / PANEL * len..][..len];
+                match storage {
+                    Storage::Halves => copy(halves(aside), halves(panel), place..place + count),
+                    Storage::Floats | Storage::Pairs => copy(aside, panel, place..place + count),
                 }
                 column += count;
             }
@@ -106,7 +128,7 @@ impl PackedMatrix {
             c.cols
         );
         let _call = Call::start(Kind::Product, 2 * a.rows * self.k * self.n);
-        multiply_packed(Isa::current(), self.precision, a, self.panels.as_slice(), onto, c);
+        multiply_packed(self.isa, self.storage(), a, self.panels.as_slice(), onto, c);
     }
 
     /// The precision it was packed for.
@@ -123,7 +145,7 @@ impl PackedMatrix {
 /// `c = start + a b` with `b` as whole panels over the whole of `a`'s columns.
 pub(super) fn multiply_packed(
     isa: Isa,
-    precision: Precision,
+    storage: Storage,
     a: Matrix<'_>,
     panels: &[f32],
     onto: Onto<'_>,
@@ -132,16 +154,16 @@ pub(super) fn multiply_packed(
     if c.rows == 0 || c.cols == 0 {
         return;
     }
-    let steps = steps(precision, a.cols);
+    let steps = storage.steps(a.cols);
     if steps == 0 {
         return onto.fill(&mut c);
     }
-    assert!(panels.len() >= c.cols.div_ceil(PANEL) * PANEL * steps, "the panels cover the product");
+    assert!(panels.len() >= c.cols.div_ceil(PANEL) * storage.panel_len(steps), "the panels cover the product");
     // Of a large result nothing is left in a cache when it is read next, and what is read once only pushes out the operands.
     let past_caches = c.rows * c.cols >= LARGE_RESULT && steps <= BLOCK_STEPS && !matches!(onto, Onto::Held);
     let (c_stride, c_rows, c_cols) = (c.row_stride, c.rows, c.cols);
     let c = SharedMut::new(c.data);
-    let task = Task { isa, precision, a, panels, steps, onto, c, c_stride, past_caches };
+    let task = Task { isa, storage, a, panels, steps, onto, c, c_stride, past_caches };
     let work = c_rows * c_cols * a.cols;
     let threads = rayon::current_num_threads();
     if c_rows <= FEW_ROWS {
@@ -160,7 +182,7 @@ pub(super) fn multiply_packed(
 /// What the tasks of one product share.
 struct Task<'a> {
     isa: Isa,
-    precision: Precision,
+    storage: Storage,
     a: Matrix<'a>,
     panels: &'a [f32],
     steps: usize,
@@ -171,16 +193,17 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The panels from element `start` on.
-    fn right(&self, start: usize) -> Right {
-        Right::packed(self.precision, &self.panels[start..])
+    /// The panels from `panel` on, from step `step` of each.
+    fn right(&self, panel: usize, step: usize) -> Right {
+        let start = panel * self.storage.panel_len(self.steps) + self.storage.panel_len(step);
+        self.storage.right(&self.panels[start..])
     }
 
     /// A product of few rows: the left operand is read where it lies, or rounded by each thread for itself, which is sooner done than
     /// waiting for another thread's; tasks take runs of panels.
     fn few_rows(&self, columns: usize, work: usize, threads: usize) {
         let (a, isa) = (self.a, self.isa);
-        let in_place = self.precision == Precision::F32 && a.col_stride == 1;
+        let in_place = self.storage == Storage::Floats && a.col_stride == 1;
         let panels = columns.div_ceil(PANEL);
         each_part(panels, panels.div_ceil(8 * threads), work, |runs| {
             let mut runs = runs.peekable();
@@ -192,7 +215,7 @@ impl Task<'_> {
                     (Left::Rows { stride: a.row_stride }, a.data)
                 } else {
                     // A tile of one row is that row.
-                    pack_tiles(isa, self.precision, a, 1, scratch);
+                    pack_tiles(isa, self.storage, a, 1, scratch);
                     (Left::Rows { stride: self.steps }, scratch)
                 };
                 // A run's last panel asks for the first of the next.
@@ -204,7 +227,7 @@ impl Task<'_> {
                         steps: self.steps,
                         a: data.as_ptr(),
                         left,
-                        b: self.right(column * self.steps),
+                        b: self.right(panels.start, 0),
                         panel_stride: PANEL * self.steps,
                         step_stride: PANEL,
                         // SAFETY: the columns from `column` on lie inside the rows of `c`.
@@ -224,21 +247,20 @@ impl Task<'_> {
 
     /// Some rows of the product, in blocks of the reduced index.
     fn block(&self, row: usize, rows: usize, columns: usize) {
-        let per_step = if self.precision == Precision::Bf16 { 2 } else { 1 };
         let height = tile_height(self.isa, rows);
         with_scratch([rows * BLOCK_STEPS.min(self.steps)], |[packed]| {
             for step in (0..self.steps).step_by(BLOCK_STEPS) {
                 let steps = BLOCK_STEPS.min(self.steps - step);
-                let k = step * per_step;
-                let a = self.a.block(row, k, rows, (steps * per_step).min(self.a.cols - k));
-                pack_tiles(self.isa, self.precision, a, height, packed);
+                let k = self.storage.elements(step);
+                let a = self.a.block(row, k, rows, self.storage.elements(steps).min(self.a.cols - k));
+                pack_tiles(self.isa, self.storage, a, height, packed);
                 let product = Product {
                     rows,
                     columns,
                     steps,
                     a: packed.as_ptr(),
                     left: Left::Tiles { height },
-                    b: self.right(step * PANEL),
+                    b: self.right(0, step),
                     panel_stride: PANEL * self.steps,
                     step_stride: PANEL,
                     // SAFETY: row `row` is a row of `c`.
