@@ -173,15 +173,13 @@ impl Format for Pairs {
     /// All elements are rounded before they are paired: that way the loop runs in vectors.
     #[inline(always)]
     fn block(source: &[f32]) -> [f32; BLOCK] {
-        let rounded = source.first_chunk::<{ 2 * BLOCK }>().expect("a block of pairs").map(bfloat16);
-        std::array::from_fn(|i| f32::from_bits(u32::from(rounded[2 * i]) | u32::from(rounded[2 * i + 1]) << 16))
+        let rounded: [u16; 2 * BLOCK] = rounded(source);
+        let mut pairs = [0.0; BLOCK];
+        for (pair, numbers) in pairs.iter_mut().zip(rounded.as_chunks::<2>().0) {
+            *pair = f32::from_bits(u32::from(numbers[0]) | u32::from(numbers[1]) << 16);
+        }
+        pairs
     }
-}
-
-/// The place of an element where the second of each pair comes before the first, and the element of a place.
-#[inline(always)]
-fn swapped(index: usize) -> usize {
-    index ^ 1
 }
 
 /// A bfloat16 in each place, as [`Storage::Halves`] has them on either side.
@@ -196,7 +194,7 @@ impl<T: Place> Format for Swapped<T> {
     }
     #[inline(always)]
     fn place(index: usize) -> usize {
-        swapped(index)
+        index ^ 1
     }
     #[inline(always)]
     fn one([element, _]: [f32; 2]) -> T {
@@ -204,9 +202,23 @@ impl<T: Place> Format for Swapped<T> {
     }
     #[inline(always)]
     fn block(source: &[f32]) -> [T; BLOCK] {
-        let rounded = source.first_chunk::<BLOCK>().expect("a block of elements").map(|x| T::of(bfloat16(x)));
-        std::array::from_fn(|i| rounded[swapped(i)])
+        let mut halves: [T; BLOCK] = rounded(source);
+        for pair in halves.as_chunks_mut::<2>().0 {
+            pair.reverse();
+        }
+        halves
     }
+}
+
+/// The first elements of `source` as bfloat16. A loop, because what `array::map` calls is not always inlined, and then compiled for the
+/// target's baseline.
+#[inline(always)]
+fn rounded<T: Place, const COUNT: usize>(source: &[f32]) -> [T; COUNT] {
+    let mut halves = [T::default(); COUNT];
+    for (half, &element) in halves.iter_mut().zip(&source[..COUNT]) {
+        *half = T::of(bfloat16(element));
+    }
+    halves
 }
 
 /// Places ahead for which sources are asked for whose elements lie apart: the processor sees no stream in a few lines of each row.
