@@ -1,10 +1,11 @@
 """Runs both sides of a comparison alternately on this machine and writes bench/results/CASE.json.
 
-    python3 bench/compare.py [--python VENV/bin/python] [--device cuda] [--rounds N] [CASE ...]
+    python3 bench/compare.py [--python VENV/bin/python] [--device cuda] [--float32] [--rounds N] [CASE ...]
 
 Every measurement is a fresh process, ours and the peer's in turn; the ratio is that of the medians over all of them. What a
 case does stands in bench/README.md. Models and data that the cases share are made on the first run, in bench/work/.
-With `--device cuda` both sides compute on the GPU, and results go to bench/results/cuda/.
+With `--device cuda` both sides compute on the GPU, and results go to bench/results/cuda/. With `--float32` peers compute in float32 in
+every case, as is best for them on a processor without instructions for bfloat16, and results go to bench/results/float32/.
 """
 
 import argparse
@@ -31,6 +32,7 @@ arguments.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
 arguments.add_argument("--python", default=sys.executable, help="the Python with the packages of bench/requirements.txt")
 arguments.add_argument("--rounds", type=int, help="processes of each side [default: the case's own]")
 arguments.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [default: cpu]")
+arguments.add_argument("--float32", action="store_true", help="peers in float32, for processors without instructions for bfloat16")
 arguments.add_argument("--threads", type=int, default=os.cpu_count())
 arguments.add_argument("--prefix", default="", help="a command that runs each measured process, `nice -n -5` for example")
 arguments.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -91,7 +93,12 @@ def both():
 
 def peer(script, *flags):
     """A script that prints its measurements."""
-    return lambda: last_json(run([options.python, BENCH / "peers" / script, *flags, *both()]))
+
+    def measure():
+        wanted = [flag for flag in flags if not (options.float32 and flag in ("--autocast", "--bf16"))]
+        return last_json(run([options.python, BENCH / "peers" / script, *wanted, *both()]))
+
+    return measure
 
 
 def train(recipe, *assignments):
@@ -205,14 +212,14 @@ CASES = {
     "lora-bf16": Case(speed("train", "--lora"), peer("train_step.py", "--lora", "--autocast"), "tokens_per_second", 1.5, 0.5, shared=False),
     "generate-f32": Case(speed("generate", "--precision", "f32"), peer("generate.py"), "tokens_per_second", 5.0, shared=False),
     "generate-bf16": Case(speed("generate"), peer("generate.py", "--bf16"), "tokens_per_second", 5.0, shared=False),
-    "grpo": Case(our_step(GRPO, MODEL), peer("grpo.py"), "seconds", 6.0, 0.5, rounds=2),
+    "grpo": Case(our_step(GRPO, MODEL), peer("grpo.py", "--bf16"), "seconds", 6.0, 0.5, rounds=2),
     "grpo-reference": Case(
-        our_step(GRPO, MODEL, "grpo.objective.beta=0.04"), peer("grpo.py", "--beta", "0.04"), "seconds", 6.0, 0.5, rounds=2
+        our_step(GRPO, MODEL, "grpo.objective.beta=0.04"), peer("grpo.py", "--bf16", "--beta", "0.04"), "seconds", 6.0, 0.5, rounds=2
     ),
-    "sft-e2e": Case(our_wall("sft.toml", MODEL), wall(peer("sft.py")), "seconds", 1.35, 0.6),
-    "dpo-e2e": Case(our_wall("dpo.toml", MODEL), wall(peer("dpo.py")), "seconds", 1.35, 0.6),
-    "start": Case(our_start("sft.toml", MODEL, "sft.training.max_steps=1"), start(peer("sft.py", "--steps", "1")), "seconds", 20.0),
-    "generate-e2e": Case(our_generate, wall(peer("generate_file.py")), "seconds", 5.0),
+    "sft-e2e": Case(our_wall("sft.toml", MODEL), wall(peer("sft.py", "--autocast")), "seconds", 1.35, 0.6),
+    "dpo-e2e": Case(our_wall("dpo.toml", MODEL), wall(peer("dpo.py", "--autocast")), "seconds", 1.35, 0.6),
+    "start": Case(our_start("sft.toml", MODEL, "sft.training.max_steps=1"), start(peer("sft.py", "--autocast", "--steps", "1")), "seconds", 20.0),
+    "generate-e2e": Case(our_generate, wall(peer("generate_file.py", "--bf16")), "seconds", 5.0),
     "decode-1-q8": Case(
         speed("decode", "--sequences", 1), peer("llama_cpp.py"), "weight_bytes_per_second", 1.0, gpu=False
     ),
@@ -292,7 +299,7 @@ def compare(name, case, commit):
     result["memory_ratio"] = memory[0] / memory[1] if all(memory) else None
     result["targets"] = {"speed_ratio_at_least": case.speed_target, "memory_ratio_at_most": case.memory_target}
     result |= {"threads": options.threads, "rounds": rounds, "device": options.device, "machine": machine(), "commit": commit}
-    folder = BENCH / "results" / ("" if options.device == "cpu" else "cuda")
+    folder = BENCH / "results" / ("cuda" if options.device != "cpu" else "float32" if options.float32 else "")
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     line = f"{name:16} ours {ours:.4g}  peer {peer:.4g} {case.unit}  {result['speed_ratio']:.2f}x (target {case.speed_target}x)"

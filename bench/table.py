@@ -16,7 +16,7 @@ CASES = {
     "generate-f32": ("generate 16 x 128 tokens, f32", "transformers float32"),
     "generate-bf16": ("generate 16 x 128 tokens, bf16", "transformers bfloat16"),
     "grpo": ("GRPO step, 4 x 8 x 64 tokens, bf16", "TRL bfloat16"),
-    "grpo-reference": ("the same with a reference model", "TRL bfloat16"),
+    "grpo-reference": ("GRPO step with a reference model, bf16", "TRL bfloat16"),
     "sft-e2e": ("SFT of ten steps, start to model on disk, bf16", "TRL autocast"),
     "dpo-e2e": ("DPO of ten steps, start to model on disk, bf16", "TRL autocast"),
     "start": ("start to first training step", "TRL"),
@@ -26,8 +26,8 @@ CASES = {
 }
 
 
-def load(name):
-    path = RESULTS / f"{name}.json"
+def load(name, folder=""):
+    path = RESULTS / folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -50,11 +50,13 @@ def mark(reached):
 # ---- Sections ----
 
 
-def comparisons(results):
+def comparisons(results, precision=None):
+    """The table of both sides; with a precision, the one in which peers computed instead of the case's own."""
     yield "| work | posttrain | peer | times as fast | target | peak memory | of the peer's | target |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, result in results.items():
         work, peer = CASES[name]
+        peer = f"{peer.split()[0]} {precision}" if precision else peer
         unit, targets = result["unit"], result["targets"]
         ours, theirs = result["ours"], result["peer"]
         speed, speed_target = result["speed_ratio"], targets["speed_ratio_at_least"]
@@ -211,7 +213,11 @@ def main():
     if found := load("determinism"):
         lines += ["## The price of determinism", "", notes["Determinism"], "", "| what | fixed order | free order | price |", "| --- | --- | --- | --- |"]
         lines += [f"| {row['what']} | {row['fixed']} | {row['free']} | {row['price']} |" for row in found["rows"]] + [""]
-    lines += ["## Processors", "", notes["Processors"]]
+    lines += ["## Processors", "", notes["Processors"], ""]
+    if found := {name: result for name in CASES if (result := load(name, "float32"))}:
+        lines += ["## Without instructions for bfloat16", "", notes["Float32"], "", *comparisons(found, "float32"), ""]
+        if machine := load("roofline", "float32"):
+            lines += [*roofline(machine)]
     (DOCS / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

@@ -6,6 +6,7 @@ from trl import DPOConfig, DPOTrainer
 
 parser = common.arguments()
 parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--autocast", action="store_true", help="bfloat16 by autocast, its default")
 arguments = parser.parse_args()
 common.setup(arguments.threads)
 
@@ -17,7 +18,7 @@ trainer = DPOTrainer(
         max_length=256,
         max_steps=arguments.steps,
         learning_rate=1e-6,
-        bf16=True,
+        bf16=arguments.autocast,
         model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
         use_cpu=arguments.device == "cpu",
@@ -29,4 +30,4 @@ trainer = DPOTrainer(
 )
 trainer.train()
 trainer.save_model()
-common.report(setting="autocast")
+common.report(setting="autocast" if arguments.autocast else "float32")

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer from start to the trained model on disk: ten steps of 8 rows of 256 tokens, autocast to bfloat16."""
+"""TRL's SFTTrainer from start to the trained model on disk: ten steps of 8 rows of 256 tokens."""
 
 import time
 
@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 parser = common.arguments()
 parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--autocast", action="store_true", help="bfloat16 by autocast, its default")
 arguments = parser.parse_args()
 common.setup(arguments.threads)
 
@@ -29,7 +30,7 @@ trainer = SFTTrainer(
         max_length=256,
         max_steps=arguments.steps,
         learning_rate=1e-5,
-        bf16=True,
+        bf16=arguments.autocast,
         model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
         use_cpu=arguments.device == "cpu",
@@ -42,4 +43,4 @@ trainer = SFTTrainer(
 )
 trainer.train()
 trainer.save_model()
-common.report(first_step_at=first_step_at, setting="autocast")
+common.report(first_step_at=first_step_at, setting="autocast" if arguments.autocast else "float32")
