@@ -165,24 +165,47 @@ fn views_may_be_strided_and_transposed() {
 
 #[test]
 fn matrices_side_by_side_equal_each_alone() {
-    let k = 50;
+    let k = 51;
     let parts = [40, 7, 64, 20];
     let n: usize = parts.iter().sum();
     let a = noise(3, 9 * k);
-    for precision in [Precision::F32, Precision::Bf16] {
-        let mut together = PackedMatrix::new(precision, k, n);
-        let mut first = 0;
-        let mut expected = vec![0.0; 9 * n];
-        for (index, width) in parts.into_iter().enumerate() {
-            let b = noise(index as u64 + 10, k * width);
-            together.pack(first, Matrix::new(&b, k, width));
-            let target = MatrixMut::new(&mut expected[first..], 9, width).with_row_stride(n);
-            matmul(precision, Matrix::new(&a, 9, k), Matrix::new(&b, k, width), target, false);
-            first += width;
+    for isa in available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            isa.with(|| {
+                let mut together = PackedMatrix::new(precision, k, n);
+                let mut first = 0;
+                let mut expected = vec![0.0; 9 * n];
+                for (index, width) in parts.into_iter().enumerate() {
+                    let b = noise(index as u64 + 10, k * width);
+                    together.pack(first, Matrix::new(&b, k, width));
+                    let target = MatrixMut::new(&mut expected[first..], 9, width).with_row_stride(n);
+                    matmul(precision, Matrix::new(&a, 9, k), Matrix::new(&b, k, width), target, false);
+                    first += width;
+                }
+                let mut c = vec![0.0; 9 * n];
+                together.matmul(Matrix::new(&a, 9, k), MatrixMut::new(&mut c, 9, n), false);
+                assert_eq!(bits(&c), bits(&expected), "{precision:?} on {isa}");
+            });
         }
-        let mut c = vec![0.0; 9 * n];
-        together.matmul(Matrix::new(&a, 9, k), MatrixMut::new(&mut c, 9, n), false);
-        assert_eq!(bits(&c), bits(&expected));
+    }
+}
+
+#[test]
+fn a_packed_matrix_stays_with_its_instruction_set() {
+    let (m, n, k) = (13, 70, 51);
+    let (a, b) = (noise(1, m * k), noise(2, k * n));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut products = Vec::new();
+        for [packed_for, called_under] in available().flat_map(|one| available().map(move |other| [one, other])) {
+            let mut right = packed_for.with(|| PackedMatrix::new(precision, k, n));
+            let mut c = vec![0.0; m * n];
+            called_under.with(|| {
+                right.pack(0, Matrix::new(&b, k, n));
+                right.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), false);
+            });
+            products.push(bits(&c));
+        }
+        assert!(products.windows(2).all(|pair| pair[0] == pair[1]), "{precision:?}");
     }
 }
 
