@@ -138,6 +138,7 @@ unsafe fn chains_avx2(pairs: bool, rounds: usize) -> usize {
 unsafe fn chains_of<S: Simd>(pairs: bool, rounds: usize) -> usize {
     /// Enough to hide the latency of two units, few enough for sixteen registers.
     const CHAINS: usize = 12;
+    let pairs = pairs && S::PAIRS;
     // Small and normal also as a pair of bfloat16, so that no sum overflows or becomes subnormal.
     let operand = [f32::from_bits(0x3a80_3a80); 16];
     let mut left = [0.0f32; 16];
@@ -147,7 +148,7 @@ unsafe fn chains_of<S: Simd>(pairs: bool, rounds: usize) -> usize {
         let mut sums = [S::zero(); CHAINS];
         for _ in 0..rounds {
             for sum in &mut sums {
-                *sum = if pairs && S::PAIRS { S::multiply_add_pairs(a, b, *sum) } else { S::multiply_add(a, b, *sum) };
+                *sum = if pairs { S::multiply_add_pairs(a, b, *sum) } else { S::multiply_add(a, b, *sum) };
             }
         }
         for sum in sums {
@@ -155,6 +156,6 @@ unsafe fn chains_of<S: Simd>(pairs: bool, rounds: usize) -> usize {
             black_box(&left);
         }
     }
-    let per_element = if pairs && S::PAIRS { 4 } else { 2 };
+    let per_element = if pairs { 4 } else { 2 };
     rounds * CHAINS * S::LANES * per_element
 }

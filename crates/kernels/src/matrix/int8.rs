@@ -132,21 +132,27 @@ impl Int8Matrix {
                 for block in 0..blocks {
                     let place = panel * blocks + block;
                     let integers = &self.integers[place * BLOCK_BYTES..][..BLOCK_BYTES];
-                    match task.storage {
-                        Storage::Floats => expand(task.isa, integers, right),
-                        Storage::Pairs => expand_pairs(task.isa, integers, right),
-                        Storage::Halves => expand_swapped(task.isa, integers, right),
-                    }
+                    let b = match task.storage {
+                        Storage::Floats => {
+                            expand(task.isa, integers, right);
+                            Right::Floats(right.as_ptr())
+                        }
+                        Storage::Pairs => {
+                            expand_pairs(task.isa, integers, right);
+                            Right::Pairs(right.as_ptr())
+                        }
+                        Storage::Halves => {
+                            expand_swapped(task.isa, integers, right);
+                            Right::Floats(right.as_ptr())
+                        }
+                    };
                     let product = Product {
                         rows,
                         columns: PANEL,
                         steps,
                         a: task.left[first * task.stride + block * steps..].as_ptr(),
                         left: Left::Rows { stride: task.stride },
-                        b: match task.storage {
-                            Storage::Pairs => Right::Pairs(right.as_ptr()),
-                            Storage::Floats | Storage::Halves => Right::Floats(right.as_ptr()),
-                        },
+                        b,
                         panel_stride: steps * PANEL,
                         step_stride: PANEL,
                         c: sums.as_mut_ptr(),

@@ -236,12 +236,12 @@ fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, 
     let storage = Storage::of(isa, precision);
     for column in (0..b.cols).step_by(PACKED_COLUMNS) {
         let columns = PACKED_COLUMNS.min(b.cols - column);
-        let padded = columns.next_multiple_of(kernel::PANEL);
+        let panels = columns.div_ceil(kernel::PANEL);
         // A whole number of blocks, and of pairs.
-        let depth = (PACKED_ELEMENTS / padded).next_multiple_of(2 * packed::BLOCK_STEPS);
+        let depth = (PACKED_ELEMENTS / (panels * kernel::PANEL)).next_multiple_of(2 * packed::BLOCK_STEPS);
         for k in (0..a.cols).step_by(depth) {
             let depth = depth.min(a.cols - k);
-            let (panels, len) = (columns.div_ceil(kernel::PANEL), storage.panel_len(storage.steps(depth)));
+            let len = storage.panel_len(storage.steps(depth));
             with_scratch([panels * len], |[packed]| {
                 let shared = SharedMut::new(packed);
                 each(panels, depth * columns, |panel| {

@@ -33,9 +33,9 @@ impl Storage {
     /// The steps of `k` elements: the f32 that a row of a packed left operand takes.
     pub(crate) fn steps(self, k: usize) -> usize {
         match self {
-            Self::Floats => k,
-            Self::Pairs => k.div_ceil(2),
-            Self::Halves => k.next_multiple_of(2),
+            Self::Floats => Floats::places(k),
+            Self::Pairs => Pairs::places(k),
+            Self::Halves => Swapped::<f32>::places(k),
         }
     }
 
@@ -75,7 +75,10 @@ trait Format {
     /// Elements that share a place.
     const ELEMENTS: usize;
     /// Places of `k` elements.
-    fn places(k: usize) -> usize;
+    #[inline(always)]
+    fn places(k: usize) -> usize {
+        k.div_ceil(Self::ELEMENTS)
+    }
     /// The place where the elements from `Self::ELEMENTS * index` on go.
     #[inline(always)]
     fn place(index: usize) -> usize {
@@ -97,17 +100,16 @@ trait Place: Copy + Default {
 
     /// Writes the first `count` blocks side by side, their places `width` apart. `TURN` is for processors with AVX-512, which turn blocks
     /// in their registers.
-    fn write<const TURN: bool>(blocks: &Blocks<Self>, count: usize, out: &mut [Self], width: usize);
+    #[inline(always)]
+    fn write<const TURN: bool>(blocks: &Blocks<Self>, count: usize, out: &mut [Self], width: usize) {
+        write_apart(blocks, count, out, width);
+    }
 }
 
 impl Place for u16 {
     #[inline(always)]
     fn of(half: u16) -> u16 {
         half
-    }
-    #[inline(always)]
-    fn write<const TURN: bool>(blocks: &Blocks<u16>, count: usize, out: &mut [u16], width: usize) {
-        write_apart(blocks, count, out, width);
     }
 }
 
@@ -126,6 +128,7 @@ impl Place for f32 {
     }
 }
 
+/// [`Place::write`] number by number.
 #[inline(always)]
 fn write_apart<T: Copy>(blocks: &Blocks<T>, count: usize, out: &mut [T], width: usize) {
     for (i, block) in blocks.iter().enumerate().take(count) {
@@ -143,10 +146,6 @@ impl Format for Floats {
     type Place = f32;
     const ELEMENTS: usize = 1;
     #[inline(always)]
-    fn places(k: usize) -> usize {
-        k
-    }
-    #[inline(always)]
     fn one([element, _]: [f32; 2]) -> f32 {
         element
     }
@@ -163,23 +162,25 @@ impl Format for Pairs {
     type Place = f32;
     const ELEMENTS: usize = 2;
     #[inline(always)]
-    fn places(k: usize) -> usize {
-        k.div_ceil(2)
-    }
-    #[inline(always)]
     fn one([first, second]: [f32; 2]) -> f32 {
-        f32::from_bits(u32::from(bfloat16(first)) | u32::from(bfloat16(second)) << 16)
+        pair([bfloat16(first), bfloat16(second)])
     }
     /// All elements are rounded before they are paired: that way the loop runs in vectors.
     #[inline(always)]
     fn block(source: &[f32]) -> [f32; BLOCK] {
         let rounded: [u16; 2 * BLOCK] = rounded(source);
         let mut pairs = [0.0; BLOCK];
-        for (pair, numbers) in pairs.iter_mut().zip(rounded.as_chunks::<2>().0) {
-            *pair = f32::from_bits(u32::from(numbers[0]) | u32::from(numbers[1]) << 16);
+        for (to, &numbers) in pairs.iter_mut().zip(rounded.as_chunks::<2>().0) {
+            *to = pair(numbers);
         }
         pairs
     }
+}
+
+/// Two bfloat16 in the place of an f32, the first in the low half.
+#[inline(always)]
+fn pair([first, second]: [u16; 2]) -> f32 {
+    f32::from_bits(u32::from(first) | u32::from(second) << 16)
 }
 
 /// A bfloat16 in each place, as [`Storage::Halves`] has them on either side.
@@ -437,9 +438,9 @@ fn spread<F: Format<Place = f32>>(rows: Vectors<'_>, height: usize, out: &mut [f
             for (tile, rows) in run.chunks(height).enumerate() {
                 let out = &mut out[(start + tile * height) * places + F::place(index) * rows.len()..][..rows.len()];
                 // The usual heights as constants let the copy become a few vector moves.
-                match height {
-                    12 if rows.len() == 12 => copy::<12>(rows, out),
-                    6 if rows.len() == 6 => copy::<6>(rows, out),
+                match rows.len() {
+                    12 => copy::<12>(rows, out),
+                    6 => copy::<6>(rows, out),
                     _ => out.copy_from_slice(rows),
                 }
             }
