@@ -9,7 +9,7 @@
 
 use std::time::Instant;
 
-use kernels::{Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use kernels::{Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 use posttrain_kernels as kernels;
 use rayon::prelude::*;
 
@@ -72,7 +72,7 @@ fn main() {
             packed
         };
         let whole = packed(0, k);
-        let fixed = best(operations, || whole.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), false));
+        let fixed = best(operations, || whole.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), Onto::Zero));
         // Even parts, so that no pair of bf16 is cut.
         let part = k.div_ceil(threads).next_multiple_of(2);
         let parts: Vec<(usize, PackedMatrix)> =
@@ -81,7 +81,7 @@ fn main() {
         let free = best(operations, || {
             sums.par_iter_mut().zip(&parts).for_each(|(sums, (from, right))| {
                 let left = Matrix::new(&a[*from..], m, part.min(k - from)).with_row_stride(k);
-                right.matmul(left, MatrixMut::new(sums, m, n), false);
+                right.matmul(left, MatrixMut::new(sums, m, n), Onto::Zero);
             });
             add(&mut c, &sums);
         });
@@ -93,7 +93,7 @@ fn main() {
     let operations = 2.0 * (m * k * n) as f64;
     let fixed = best(operations, || {
         let left = Matrix::new(&a, k, m).transposed();
-        matmul(precision, left, Matrix::new(&b, k, n), MatrixMut::new(&mut c, m, n), true);
+        matmul(precision, left, Matrix::new(&b, k, n), MatrixMut::new(&mut c, m, n), Onto::Held);
     });
     let part = k / threads;
     let mut sums = vec![vec![0.0f32; m * n]; threads];
@@ -101,7 +101,7 @@ fn main() {
         sums.par_iter_mut().enumerate().for_each(|(index, sums)| {
             let left = Matrix::new(&a[index * part * m..], part, m).transposed();
             let right = Matrix::new(&b[index * part * n..], part, n);
-            matmul(precision, left, right, MatrixMut::new(sums, m, n), false);
+            matmul(precision, left, right, MatrixMut::new(sums, m, n), Onto::Zero);
         });
         add(&mut c, &sums);
     });
@@ -112,7 +112,13 @@ fn main() {
     let mut attend = |precision| {
         best(2.0 * (tokens * tokens * head) as f64, || {
             let keys = Matrix::new(&k, tokens, head).transposed();
-            matmul(precision, Matrix::new(&q, tokens, head), keys, MatrixMut::new(&mut scores, tokens, tokens), false);
+            matmul(
+                precision,
+                Matrix::new(&q, tokens, head),
+                keys,
+                MatrixMut::new(&mut scores, tokens, tokens),
+                Onto::Zero,
+            );
         })
     };
     let (exact, rounded) = (attend(Precision::F32), attend(Precision::Bf16));

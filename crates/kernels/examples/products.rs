@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use kernels::{Int8Matrix, Isa, Matrix, MatrixMut, PackedMatrix, Precision, matmul};
+use kernels::{Int8Matrix, Isa, Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 use posttrain_kernels as kernels;
 
 /// The shortest of several runs of `work`, in seconds.
@@ -31,7 +31,7 @@ fn main() {
         let mut right = PackedMatrix::new(precision, k, n);
         right.pack(0, Matrix::new(&b, k, n));
         let operations = 2.0 * (m * n * k) as f64;
-        let multiply = || right.matmul(Matrix::new(black_box(&a), m, k), MatrixMut::new(&mut c, m, n), false);
+        let multiply = || right.matmul(Matrix::new(black_box(&a), m, k), MatrixMut::new(&mut c, m, n), Onto::Zero);
         operations / best(operations, multiply) / 1e9
     };
     let peaks = [Precision::F32, Precision::Bf16].map(peak);
@@ -60,13 +60,13 @@ fn main() {
             let left = Matrix::new(&a, m, k);
             // Weights are stored as outputs x inputs.
             let right = Matrix::new(&b, n, k).transposed();
-            let plain = best(operations, || matmul(precision, left, right, MatrixMut::new(&mut c, m, n), false));
+            let plain = best(operations, || matmul(precision, left, right, MatrixMut::new(&mut c, m, n), Onto::Zero));
             let mut weights = PackedMatrix::new(precision, k, n);
             weights.pack(0, right);
-            let packed = best(operations, || weights.matmul(left, MatrixMut::new(&mut c, m, n), false));
+            let packed = best(operations, || weights.matmul(left, MatrixMut::new(&mut c, m, n), Onto::Zero));
             let mut weights = Int8Matrix::new(precision, k, n);
             weights.pack(right);
-            let int8 = best(operations, || weights.matmul(left, MatrixMut::new(&mut c, m, n), false));
+            let int8 = best(operations, || weights.matmul(left, MatrixMut::new(&mut c, m, n), Onto::Zero));
             for time in [plain, packed, int8] {
                 print!(" {:>14.0}", operations / time / 1e9);
             }
@@ -81,7 +81,7 @@ fn main() {
         for precision in [Precision::F32, Precision::Bf16] {
             let left = Matrix::new(&a, k, m).transposed();
             let right = Matrix::new(&b, k, n);
-            let time = best(operations, || matmul(precision, left, right, MatrixMut::new(&mut c, m, n), true));
+            let time = best(operations, || matmul(precision, left, right, MatrixMut::new(&mut c, m, n), Onto::Held));
             print!(" {:>14.0} {:>14}", operations / time / 1e9, "");
         }
         println!();

@@ -47,7 +47,7 @@ pub use half::round_to_bf16;
 pub use head::{Normalizer, RowStats, log_softmax_backward_row, log_softmax_row, softmax_weights};
 pub use isa::Isa;
 pub use math::{exp, ln};
-pub use matrix::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul, matmul_onto};
+pub use matrix::{Int8Matrix, Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 pub use norm::{head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 pub use parallel::on_each;
 pub use profile::{Profile, Profiler, Share};

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bits, noise};
-use kernels::{Int8Matrix, Isa, Matrix, MatrixMut, Precision};
+use kernels::{Int8Matrix, Isa, Matrix, MatrixMut, Onto, Precision};
 use posttrain_kernels as kernels;
 
 const BLOCK: usize = 32;
@@ -53,8 +53,8 @@ fn product(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b:
     let mut weights = Int8Matrix::new(precision, k, n);
     weights.pack(b);
     let mut apart = vec![f32::NAN; m * n];
-    weights.matmul_onto(Some(Matrix::new(c, m, n)), Matrix::new(a, m, k), MatrixMut::new(&mut apart, m, n));
-    weights.matmul(Matrix::new(a, m, k), MatrixMut::new(c, m, n), true);
+    weights.matmul(Matrix::new(a, m, k), MatrixMut::new(&mut apart, m, n), Onto::Rows(Matrix::new(c, m, n)));
+    weights.matmul(Matrix::new(a, m, k), MatrixMut::new(c, m, n), Onto::Held);
     assert_eq!(bits(&apart), bits(c), "onto rows elsewhere");
 }
 
@@ -109,7 +109,7 @@ fn rows_do_not_depend_on_each_other_nor_on_threads() {
         weights.pack(Matrix::new(&b, k, n));
         for row in [0, 77, 199] {
             let mut alone = vec![f32::NAN; n];
-            weights.matmul(Matrix::new(&a[row * k..], 1, k), MatrixMut::new(&mut alone, 1, n), false);
+            weights.matmul(Matrix::new(&a[row * k..], 1, k), MatrixMut::new(&mut alone, 1, n), Onto::Zero);
             assert_eq!(bits(&alone), bits(&together[row * n..][..n]), "{precision:?}, row {row}");
         }
     }

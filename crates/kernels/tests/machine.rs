@@ -1,7 +1,7 @@
 //! What the machine can do, and where the time goes.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-use posttrain_kernels::{Matrix, MatrixMut, PackedMatrix, Precision, Profiler, bandwidth, matmul, matrix_peak};
+use posttrain_kernels::{Matrix, MatrixMut, Onto, PackedMatrix, Precision, Profiler, bandwidth, matmul, matrix_peak};
 
 #[test]
 fn the_roofline_has_a_height() {
@@ -23,8 +23,8 @@ fn a_profiler_counts_while_it_lives() {
     let mut packed = PackedMatrix::new(Precision::F32, k, n);
     packed.pack(0, Matrix::new(&b, k, n));
     let mut multiply = || {
-        matmul(Precision::F32, Matrix::new(&a, m, k), Matrix::new(&b, k, n), MatrixMut::new(&mut c, m, n), false);
-        packed.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), true);
+        matmul(Precision::F32, Matrix::new(&a, m, k), Matrix::new(&b, k, n), MatrixMut::new(&mut c, m, n), Onto::Zero);
+        packed.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), Onto::Held);
     };
     let (outer, first) = {
         let outer = Profiler::start();

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bits, noise};
-use kernels::{Floats, Isa, Matrix, MatrixMut, PackedMatrix, Precision, matmul, matmul_onto};
+use kernels::{Floats, Isa, Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 use posttrain_kernels as kernels;
 use proptest::prelude::*;
 
@@ -72,18 +72,18 @@ fn every_product_is_the_naive_fold() {
             for (index, &shape) in SHAPES.iter().enumerate() {
                 let (m, n, k) = shape;
                 let (a, b, c) = (noise(index as u64 + 1, m * k), noise(index as u64 + 99, k * n), noise(7, m * n));
-                for accumulate in [false, true] {
+                for onto in [Onto::Zero, Onto::Held] {
                     let mut expected = c.clone();
-                    naive(precision, shape, &a, &b, &mut expected, accumulate);
+                    naive(precision, shape, &a, &b, &mut expected, matches!(onto, Onto::Held));
                     let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
                     let mut plain = c.clone();
-                    isa.with(|| matmul(precision, left, right, MatrixMut::new(&mut plain, m, n), accumulate));
+                    isa.with(|| matmul(precision, left, right, MatrixMut::new(&mut plain, m, n), onto));
                     assert_eq!(bits(&plain), bits(&expected), "matmul {shape:?} {precision:?} on {isa}");
                     let mut packed = c.clone();
                     isa.with(|| {
                         let mut weights = PackedMatrix::new(precision, k, n);
                         weights.pack(0, right);
-                        weights.matmul(left, MatrixMut::new(&mut packed, m, n), accumulate);
+                        weights.matmul(left, MatrixMut::new(&mut packed, m, n), onto);
                     });
                     assert_eq!(bits(&packed), bits(&expected), "packed {shape:?} {precision:?} on {isa}");
                 }
@@ -91,16 +91,16 @@ fn every_product_is_the_naive_fold() {
                 let mut expected = c.clone();
                 naive(precision, shape, &a, &b, &mut expected, true);
                 let spread: Vec<f32> = c.chunks(n).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
-                let start = Some(Matrix::new(&spread[..spread.len() - 3], m, n).with_row_stride(n + 3));
+                let onto = Onto::Rows(Matrix::new(&spread[..spread.len() - 3], m, n).with_row_stride(n + 3));
                 let (left, right) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
                 let (mut plain, mut packed) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 isa.with(|| {
-                    matmul_onto(precision, start, left, right, MatrixMut::new(&mut plain, m, n));
+                    matmul(precision, left, right, MatrixMut::new(&mut plain, m, n), onto);
                     let mut weights = PackedMatrix::new(precision, k, n);
                     weights.pack(0, right);
-                    weights.matmul_onto(start, left, MatrixMut::new(&mut packed, m, n));
+                    weights.matmul(left, MatrixMut::new(&mut packed, m, n), onto);
                 });
-                assert_eq!(bits(&plain), bits(&expected), "matmul_onto {shape:?} {precision:?} on {isa}");
+                assert_eq!(bits(&plain), bits(&expected), "matmul onto {shape:?} {precision:?} on {isa}");
                 assert_eq!(bits(&packed), bits(&expected), "packed onto {shape:?} {precision:?} on {isa}");
             }
         }
@@ -116,16 +116,16 @@ fn a_large_result_is_the_same_wherever_it_lies() {
     let mut memory = Floats::zeros(9 << 20);
     for isa in available() {
         for precision in [Precision::F32, Precision::Bf16] {
-            for (accumulate, first, extra) in
-                [(false, 0, 0), (false, 0, 16), (false, 1, 0), (false, 0, 1), (true, 0, 0)]
+            for (onto, first, extra) in
+                [(Onto::Zero, 0, 0), (Onto::Zero, 0, 16), (Onto::Zero, 1, 0), (Onto::Zero, 0, 1), (Onto::Held, 0, 0)]
             {
                 let mut expected = held.clone();
-                naive(precision, (m, n, k), &a, &b, &mut expected, accumulate);
+                naive(precision, (m, n, k), &a, &b, &mut expected, matches!(onto, Onto::Held));
                 let width = n + extra;
                 let c = &mut memory[first..first + m * width];
                 c.chunks_mut(width).zip(held.chunks(n)).for_each(|(to, from)| to[..n].copy_from_slice(from));
                 let target = MatrixMut::new(c, m, n).with_row_stride(width);
-                isa.with(|| matmul(precision, left, right, target, accumulate));
+                isa.with(|| matmul(precision, left, right, target, onto));
                 let rows = memory[first..].chunks(width).zip(expected.chunks(n)).take(m);
                 for (row, (found, expected)) in rows.enumerate() {
                     assert_eq!(bits(&found[..n]), bits(expected), "row {row}, {precision:?} on {isa}, {first} {extra}");
@@ -155,7 +155,7 @@ fn views_may_be_strided_and_transposed() {
         let left = Matrix::new(&a_t, k, m).with_row_stride(m + 3).transposed();
         let right = Matrix::new(&b_t, n, k).with_row_stride(k + 5).transposed();
         let mut c = vec![5.0; m * (n + 2)];
-        matmul(precision, left, right, MatrixMut::new(&mut c, m, n).with_row_stride(n + 2), false);
+        matmul(precision, left, right, MatrixMut::new(&mut c, m, n).with_row_stride(n + 2), Onto::Zero);
         for i in 0..m {
             assert_eq!(bits(&c[i * (n + 2)..][..n]), bits(&expected[i * n..][..n]));
             assert_eq!(c[i * (n + 2) + n..][..2], [5.0, 5.0], "what lies between the rows is left alone");
@@ -178,11 +178,11 @@ fn matrices_side_by_side_equal_each_alone() {
                     let b = noise(index as u64 + 10, k * width);
                     together.pack(first, Matrix::new(&b, k, width));
                     let target = MatrixMut::new(&mut expected[first..], 9, width).with_row_stride(n);
-                    matmul(precision, Matrix::new(&a, 9, k), Matrix::new(&b, k, width), target, false);
+                    matmul(precision, Matrix::new(&a, 9, k), Matrix::new(&b, k, width), target, Onto::Zero);
                     first += width;
                 }
                 let mut c = vec![0.0; 9 * n];
-                together.matmul(Matrix::new(&a, 9, k), MatrixMut::new(&mut c, 9, n), false);
+                together.matmul(Matrix::new(&a, 9, k), MatrixMut::new(&mut c, 9, n), Onto::Zero);
                 assert_eq!(bits(&c), bits(&expected), "{precision:?} on {isa}");
             });
         }
@@ -200,7 +200,7 @@ fn a_packed_matrix_stays_with_its_instruction_set() {
             let mut c = vec![0.0; m * n];
             called_under.with(|| {
                 right.pack(0, Matrix::new(&b, k, n));
-                right.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), false);
+                right.matmul(Matrix::new(&a, m, k), MatrixMut::new(&mut c, m, n), Onto::Zero);
             });
             products.push(bits(&c));
         }
@@ -219,7 +219,7 @@ fn bfloat16_keeps_nan_and_infinity() {
                     Matrix::new(&[value], 1, 1),
                     Matrix::new(&[1.0], 1, 1),
                     MatrixMut::new(&mut c, 1, 1),
-                    false,
+                    Onto::Zero,
                 )
             });
             assert!(c[0].is_nan(), "{isa}");
@@ -231,7 +231,7 @@ fn bfloat16_keeps_nan_and_infinity() {
                 Matrix::new(&[f32::INFINITY], 1, 1),
                 Matrix::new(&[-2.0], 1, 1),
                 MatrixMut::new(&mut c, 1, 1),
-                false,
+                Onto::Zero,
             )
         });
         assert_eq!(c[0], f32::NEG_INFINITY, "{isa}");
@@ -241,12 +241,12 @@ fn bfloat16_keeps_nan_and_infinity() {
 #[test]
 fn an_empty_sum_is_zero_or_what_was_there() {
     let mut c = [3.0, 4.0];
-    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), true);
+    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), Onto::Held);
     assert_eq!(c, [3.0, 4.0]);
-    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), false);
+    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), Onto::Zero);
     assert_eq!(c, [0.0, 0.0]);
-    let start = Some(Matrix::new(&[5.0, 6.0], 1, 2));
-    matmul_onto(Precision::F32, start, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2));
+    let onto = Onto::Rows(Matrix::new(&[5.0, 6.0], 1, 2));
+    matmul(Precision::F32, Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2), MatrixMut::new(&mut c, 1, 2), onto);
     assert_eq!(c, [5.0, 6.0]);
 }
 
@@ -254,7 +254,13 @@ fn an_empty_sum_is_zero_or_what_was_there() {
 #[should_panic(expected = "matmul: 2x3 times 2x3 into 2x3")]
 fn shapes_that_do_not_fit_are_refused() {
     let x = [0.0; 6];
-    matmul(Precision::F32, Matrix::new(&x, 2, 3), Matrix::new(&x, 2, 3), MatrixMut::new(&mut [0.0; 6], 2, 3), false);
+    matmul(
+        Precision::F32,
+        Matrix::new(&x, 2, 3),
+        Matrix::new(&x, 2, 3),
+        MatrixMut::new(&mut [0.0; 6], 2, 3),
+        Onto::Zero,
+    );
 }
 
 #[test]
@@ -265,7 +271,7 @@ fn a_view_beyond_its_data_is_refused() {
 
 fn product(precision: Precision, (m, n, k): (usize, usize, usize), a: &[f32], b: &[f32]) -> Vec<f32> {
     let mut c = vec![0.0; m * n];
-    matmul(precision, Matrix::new(a, m, k), Matrix::new(b, k, n), MatrixMut::new(&mut c, m, n), false);
+    matmul(precision, Matrix::new(a, m, k), Matrix::new(b, k, n), MatrixMut::new(&mut c, m, n), Onto::Zero);
     c
 }
 
@@ -290,8 +296,8 @@ proptest! {
         let whole = product(precision, (m, n, k), &a, &b);
         let mut c = vec![0.0; m * n];
         let left = |from: usize, len: usize| Matrix::new(&a[from..], m, len).with_row_stride(k);
-        matmul(precision, left(0, cut), Matrix::new(&b, cut, n), MatrixMut::new(&mut c, m, n), false);
-        matmul(precision, left(cut, rest), Matrix::new(&b[cut * n..], rest, n), MatrixMut::new(&mut c, m, n), true);
+        matmul(precision, left(0, cut), Matrix::new(&b, cut, n), MatrixMut::new(&mut c, m, n), Onto::Zero);
+        matmul(precision, left(cut, rest), Matrix::new(&b[cut * n..], rest, n), MatrixMut::new(&mut c, m, n), Onto::Held);
         prop_assert_eq!(bits(&whole), bits(&c));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use kernels::{Matrix, MatrixMut, PackedMatrix};
+use kernels::{Matrix, MatrixMut, Onto, PackedMatrix};
 use model::ModelConfig;
 use model::decoder::Estimate;
 
@@ -251,7 +251,7 @@ fn matrix_rate(precision: kernels::Precision, inner: usize, outer: usize) -> f64
     let mut c = vec![0.0; ROWS * outer];
     let mut packed = PackedMatrix::new(precision, inner, outer);
     packed.pack(0, Matrix::new(&b, inner, outer));
-    let mut multiply = || packed.matmul(Matrix::new(&a, ROWS, inner), MatrixMut::new(&mut c, ROWS, outer), false);
+    let mut multiply = || packed.matmul(Matrix::new(&a, ROWS, inner), MatrixMut::new(&mut c, ROWS, outer), Onto::Zero);
     multiply();
     let started = Instant::now();
     let mut times = 0;

@@ -10,10 +10,9 @@ use super::softmax::{inner, score_stride, softmax_backward};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
-use crate::simd::Lines;
 
 /// The gradient of [`attention`](super::attention) with respect to `qkv`, from that of its output; overwrites `d_qkv`.
 ///
@@ -192,8 +191,7 @@ impl Task<'_> {
                 c: c[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 start: Start::Zero,
-                past_caches: false,
-                ahead: Lines::NONE,
+                hints: Hints::NONE,
             };
             // SAFETY: the rows lie inside `a`, the panels were packed whole, and `c` is this task's own.
             unsafe { multiply(self.isa, product) };
@@ -236,8 +234,7 @@ impl Task<'_> {
                 c: self.gradient(start, head),
                 c_stride: width,
                 start: onto,
-                past_caches: false,
-                ahead: Lines::NONE,
+                hints: Hints::NONE,
             };
             onto = Start::Held;
             let by_rows = |left: &[f32], right: &[f32], head: usize| Product {
@@ -252,8 +249,7 @@ impl Task<'_> {
                 c: self.gradient(run.start + skipped, head),
                 c_stride: width,
                 start: Start::Held,
-                past_caches: false,
-                ahead: Lines::NONE,
+                hints: Hints::NONE,
             };
             for product in
                 [d_queries, by_rows(d_scores, queries, self.key_head()), by_rows(scores, d_outs, self.value_head())]

@@ -9,7 +9,7 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
 use crate::matrix::Precision;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
@@ -325,8 +325,7 @@ impl Lanes<'_, '_> {
                     c: scores[place..].as_mut_ptr(),
                     c_stride: score_width,
                     start: Start::Zero,
-                    past_caches: false,
-                    ahead: ahead.next().unwrap_or(Lines::NONE),
+                    hints: Hints { ahead: ahead.next().unwrap_or(Lines::NONE), ..Hints::NONE },
                 };
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
                 unsafe { multiply(isa, product) };
@@ -361,8 +360,7 @@ impl Lanes<'_, '_> {
                     c: unsafe { self.out.get().add(out_start) },
                     c_stride: out_stride,
                     start: onto,
-                    past_caches: false,
-                    ahead: ahead.next().unwrap_or(Lines::NONE),
+                    hints: Hints { ahead: ahead.next().unwrap_or(Lines::NONE), ..Hints::NONE },
                 };
                 // SAFETY: the scores cover the lanes, the block holds `needed` tokens from `skipped` on, and these heads of
                 // these rows of the result belong to this task alone.

@@ -5,10 +5,9 @@ use super::softmax::{normalise, score_stride, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
-use crate::simd::Lines;
 
 /// Rows of one task.
 const TASK_ROWS: usize = 128;
@@ -128,8 +127,7 @@ impl Task<'_> {
                 c: scores[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 start: Start::Zero,
-                past_caches: false,
-                ahead: Lines::NONE,
+                hints: Hints::NONE,
             };
             // SAFETY: the rows are rows of `qkv`, the panels were packed whole, and the scores are this task's own.
             unsafe { multiply(self.isa, product) };
@@ -167,8 +165,7 @@ impl Task<'_> {
                 c: unsafe { self.out.get().add(out_start) },
                 c_stride: out_width,
                 start: onto,
-                past_caches: false,
-                ahead: Lines::NONE,
+                hints: Hints::NONE,
             };
             // SAFETY: the scores cover `rows` rows, the values were packed for the run, and this head of these rows of
             // `out` belongs to this task alone.

@@ -8,11 +8,10 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
 use crate::matrix::pack::{Storage, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each};
-use crate::simd::Lines;
 
 /// Elements of a column that share a scale.
 const BLOCK: usize = 32;
@@ -65,23 +64,11 @@ impl Int8Matrix {
         });
     }
 
-    /// `c = a self`, or `c += a self`. The bits of a row do not depend on the other rows.
+    /// `c = onto + a self`. The bits of a row do not depend on the other rows.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
-        self.multiply(a, Onto::held(accumulate), c);
-    }
-
-    /// `c = start + a self`, with the bits of [`Int8Matrix::matmul`] where `c` holds `start` before; without a start the sums begin at zero.
-    ///
-    /// # Panics
-    /// If the shapes do not fit.
-    pub fn matmul_onto(&self, start: Option<Matrix<'_>>, a: Matrix<'_>, c: MatrixMut<'_>) {
-        self.multiply(a, Onto::rows(start, &c), c);
-    }
-
-    fn multiply(&self, a: Matrix<'_>, onto: Onto<'_>, mut c: MatrixMut<'_>) {
+    pub fn matmul(&self, a: Matrix<'_>, mut c: MatrixMut<'_>, onto: Onto<'_>) {
         assert!(
             a.cols == self.k && c.rows == a.rows && c.cols == self.n,
             "matmul: {}x{} times {}x{} into {}x{}",
@@ -92,6 +79,7 @@ impl Int8Matrix {
             c.rows,
             c.cols
         );
+        onto.check(&c);
         onto.fill(&mut c);
         if c.rows == 0 || c.cols == 0 || self.k == 0 {
             return;
@@ -158,8 +146,7 @@ impl Int8Matrix {
                         c: sums.as_mut_ptr(),
                         c_stride: PANEL,
                         start: Start::Zero,
-                        past_caches: false,
-                        ahead: Lines::NONE,
+                        hints: Hints::NONE,
                     };
                     // SAFETY: the rows were packed in full, the block is a whole panel high, the sums are ours.
                     unsafe { multiply(task.isa, product) };

@@ -62,11 +62,22 @@ pub(crate) struct Product {
     pub c: *mut f32,
     pub c_stride: usize,
     pub start: Start,
+    pub hints: Hints,
+}
+
+/// What the caches are to hold during and after a product; no bit depends on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Hints {
     /// Whether to write past the caches, where `c` lies at cache lines: for results too large to be found in a cache again. What is
     /// written is there for other threads after [`crate::simd::fence`].
     pub past_caches: bool,
     /// What will be wanted after this product, to be asked for while few rows are multiplied.
     pub ahead: Lines,
+}
+
+impl Hints {
+    /// Nothing out of the ordinary.
+    pub(crate) const NONE: Self = Self { past_caches: false, ahead: Lines::NONE };
 }
 
 /// A number of the right operand.
@@ -145,7 +156,7 @@ impl Ahead {
         let neighbours = |from, lines| Self { from, lines, stride: lines * Lines::FLOATS };
         let lone = product.rows <= height;
         let (after, share) =
-            product.ahead.share(panel * product.steps, product.columns.div_ceil(PANEL) * product.steps);
+            product.hints.ahead.share(panel * product.steps, product.columns.div_ceil(PANEL) * product.steps);
         match row / height {
             0 if lone && share > 0 => neighbours(after, share.min(2)),
             // Steps that are apart hold all panels: each asks for its own columns of the steps that follow.
@@ -248,7 +259,7 @@ unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *c
     };
     // Then every row of every tile lies at cache lines, as panels are two of them wide at least.
     let at_lines = p.c.addr().is_multiple_of(Lines::BYTES) && p.c_stride.is_multiple_of(Lines::FLOATS);
-    let past_caches = p.past_caches && at_lines;
+    let past_caches = p.hints.past_caches && at_lines;
     for (panel, column) in (0..p.columns).step_by(PANEL).enumerate() {
         for row in (0..p.rows).step_by(height) {
             let rows = height.min(p.rows - row);

@@ -133,9 +133,10 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
-/// What the sums of a product start from.
-#[derive(Clone, Copy)]
-enum Onto<'a> {
+/// What a product is added to: its sums start from there, so that the bits are those of one sum.
+#[derive(Clone, Copy, Debug)]
+pub enum Onto<'a> {
+    /// Nothing.
     Zero,
     /// What the destination holds.
     Held,
@@ -143,24 +144,18 @@ enum Onto<'a> {
     Rows(Matrix<'a>),
 }
 
-impl<'a> Onto<'a> {
-    /// What the destination holds, or zero.
-    fn held(held: bool) -> Self {
-        if held { Self::Held } else { Self::Zero }
-    }
-
-    /// These rows, or zero.
-    fn rows(start: Option<Matrix<'a>>, c: &MatrixMut<'_>) -> Self {
-        let Some(start) = start else { return Self::Zero };
-        assert!(
-            start.rows == c.rows && start.cols == c.cols && start.col_stride == 1,
-            "matmul: {}x{} as the start of {}x{}",
-            start.rows,
-            start.cols,
-            c.rows,
-            c.cols
-        );
-        Self::Rows(start)
+impl Onto<'_> {
+    fn check(self, c: &MatrixMut<'_>) {
+        if let Self::Rows(start) = self {
+            assert!(
+                start.rows == c.rows && start.cols == c.cols && start.col_stride == 1,
+                "matmul: {}x{} as the start of {}x{}",
+                start.rows,
+                start.cols,
+                c.rows,
+                c.cols
+            );
+        }
     }
 
     /// The same for the columns `first..first + count` of the destination.
@@ -201,23 +196,11 @@ const PACKED_ELEMENTS: usize = 1 << 21;
 /// Columns of the right operand that are packed at a time.
 const PACKED_COLUMNS: usize = 3072;
 
-/// `c = a b`, or `c += a b`.
+/// `c = onto + a b`.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
-    multiply(precision, a, b, Onto::held(accumulate), c);
-}
-
-/// `c = start + a b`, with the bits of [`matmul`] where `c` holds `start` before; without a start the sums begin at zero.
-///
-/// # Panics
-/// If the shapes do not fit.
-pub fn matmul_onto(precision: Precision, start: Option<Matrix<'_>>, a: Matrix<'_>, b: Matrix<'_>, c: MatrixMut<'_>) {
-    multiply(precision, a, b, Onto::rows(start, &c), c);
-}
-
-fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, mut c: MatrixMut<'_>) {
+pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixMut<'_>, onto: Onto<'_>) {
     assert!(
         a.cols == b.rows && c.rows == a.rows && c.cols == b.cols,
         "matmul: {}x{} times {}x{} into {}x{}",
@@ -228,6 +211,7 @@ fn multiply(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, onto: Onto<'_>, 
         c.rows,
         c.cols
     );
+    onto.check(&c);
     let _call = Call::start(Kind::Product, 2 * a.rows * a.cols * b.cols);
     if a.cols == 0 {
         return onto.fill(&mut c);

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
-use crate::matrix::kernel::{Left, PANEL, Product, Right, Start, multiply, tile_height};
+use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply, tile_height};
 use crate::matrix::pack::{Storage, halves, pack_panel, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
 use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
-use crate::simd::{Lines, fence};
+use crate::simd::fence;
 
 /// Steps of the reduced index in one block. Each block reads and writes the destination once more; the left operand's has to stay in
 /// the second-level cache.
@@ -98,25 +98,13 @@ impl PackedMatrix {
         });
     }
 
-    /// `c = a self`, or `c += a self`.
+    /// `c = onto + a self`.
     ///
     /// The bits are those of [`matmul`](crate::matmul) with the same operands, and a row's do not depend on the others.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, accumulate: bool) {
-        self.multiply(a, Onto::held(accumulate), c);
-    }
-
-    /// `c = start + a self`, with the bits of [`PackedMatrix::matmul`] where `c` holds `start` before; without a start the sums begin at zero.
-    ///
-    /// # Panics
-    /// If the shapes do not fit.
-    pub fn matmul_onto(&self, start: Option<Matrix<'_>>, a: Matrix<'_>, c: MatrixMut<'_>) {
-        self.multiply(a, Onto::rows(start, &c), c);
-    }
-
-    fn multiply(&self, a: Matrix<'_>, onto: Onto<'_>, c: MatrixMut<'_>) {
+    pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, onto: Onto<'_>) {
         assert!(
             a.cols == self.k && c.rows == a.rows && c.cols == self.n,
             "matmul: {}x{} times {}x{} into {}x{}",
@@ -127,6 +115,7 @@ impl PackedMatrix {
             c.rows,
             c.cols
         );
+        onto.check(&c);
         let _call = Call::start(Kind::Product, 2 * a.rows * self.k * self.n);
         multiply_packed(self.isa, self.storage(), a, self.panels.as_slice(), onto, c);
     }
@@ -234,8 +223,7 @@ impl Task<'_> {
                         c: unsafe { self.c.get().add(column) },
                         c_stride: self.c_stride,
                         start: self.onto.start(0, column),
-                        past_caches: false,
-                        ahead: Lines::NONE,
+                        hints: Hints::NONE,
                     };
                     // SAFETY: `a` was checked by its view or packed in full, the panels are whole, and these columns of
                     // `c` belong to this task alone.
@@ -267,8 +255,7 @@ impl Task<'_> {
                     c: unsafe { self.c.get().add(row * self.c_stride) },
                     c_stride: self.c_stride,
                     start: if step > 0 { Start::Held } else { self.onto.start(row, 0) },
-                    past_caches: self.past_caches,
-                    ahead: Lines::NONE,
+                    hints: Hints { past_caches: self.past_caches, ..Hints::NONE },
                 };
                 // SAFETY: the tiles were just packed, the panels are whole, and these rows of `c` belong to this task alone.
                 unsafe { multiply(self.isa, product) };

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::ops::Range;
 
-use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, RowStats, matmul};
+use kernels::{Int8Matrix, Matrix, MatrixMut, Onto, PackedMatrix, Precision, RowStats, matmul};
 
 use super::linear::{Products, multiply, pack, pack_int8};
 use super::parameters::Gradients;
@@ -112,7 +112,7 @@ impl Head {
         let rows = hidden.len() / self.hidden;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.vocabulary, self.hidden).transposed();
         let (hidden, logits) = (Matrix::new(hidden, rows, self.hidden), MatrixMut::new(logits, rows, self.vocabulary));
-        multiply(products, &self.packed, &self.int8, hidden, weight, None, logits);
+        multiply(products, &self.packed, &self.int8, hidden, weight, logits, Onto::Zero);
     }
 
     /// Checks targets against the batch and the vocabulary.
@@ -257,7 +257,13 @@ impl Head {
             let d_logits = Matrix::new(&scratch.logits, slots.len(), vocabulary);
             let weight = Matrix::new(&products.base[self.weight.clone()], vocabulary, d);
             resize(&mut scratch.d_hidden, slots.len() * d);
-            matmul(products.precision, d_logits, weight, MatrixMut::new(&mut scratch.d_hidden, slots.len(), d), false);
+            matmul(
+                products.precision,
+                d_logits,
+                weight,
+                MatrixMut::new(&mut scratch.d_hidden, slots.len(), d),
+                Onto::Zero,
+            );
             for (slot, gradient) in slots.iter().zip(scratch.d_hidden.chunks_exact(d)) {
                 if let Some(index) = slot {
                     let row = &mut ends.d_hidden[targets[*index].row * d..][..d];
@@ -266,9 +272,9 @@ impl Head {
             }
             if products.trains_base() {
                 let hidden = Matrix::new(&scratch.hidden, slots.len(), d);
-                let (d_weight, accumulate) = ends.gradients.range_to_write(&self.weight);
+                let (d_weight, onto) = ends.gradients.range_to_write(&self.weight);
                 let d_weight = MatrixMut::new(d_weight, vocabulary, d);
-                matmul(products.precision, d_logits.transposed(), hidden, d_weight, accumulate);
+                matmul(products.precision, d_logits.transposed(), hidden, d_weight, onto);
             }
         }
         Ok(())

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use kernels::{Int8Matrix, Matrix, MatrixMut, PackedMatrix, Precision, matmul, matmul_onto};
+use kernels::{Int8Matrix, Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -192,8 +192,8 @@ impl Linear {
         let rows = x.len() / self.inputs;
         let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs).transposed();
         let (x_rows, y_rows) = (Matrix::new(x, rows, self.inputs), MatrixMut::new(y, rows, self.outputs));
-        let onto = onto.map(|onto| Matrix::new(onto, rows, self.outputs));
-        multiply(products, &self.packed, &self.int8, x_rows, weight, onto, y_rows);
+        let onto = onto.map_or(Onto::Zero, |onto| Onto::Rows(Matrix::new(onto, rows, self.outputs)));
+        multiply(products, &self.packed, &self.int8, x_rows, weight, y_rows, onto);
         if let Some(bias) = &self.bias {
             kernels::add_bias(y, &products.base[bias.clone()]);
         }
@@ -205,7 +205,7 @@ impl Linear {
                     Matrix::new(&low_rank[index * adapter.rank..], rows, adapter.rank).with_row_stride(width);
                 let y = MatrixMut::new(&mut y[part.columns.start..], rows, part.columns.len())
                     .with_row_stride(self.outputs);
-                prepared(&part.packed_b).matmul(low_rank, y, true);
+                prepared(&part.packed_b).matmul(low_rank, y, Onto::Held);
             }
         }
     }
@@ -216,7 +216,7 @@ impl Linear {
             let rows = x.len() / self.inputs;
             let low_rank = &mut low_rank[..rows * adapter.width()];
             let product = MatrixMut::new(low_rank, rows, adapter.width());
-            prepared(&adapter.packed_a).matmul(Matrix::new(x, rows, self.inputs), product, false);
+            prepared(&adapter.packed_a).matmul(Matrix::new(x, rows, self.inputs), product, Onto::Zero);
             kernels::scale(low_rank, adapter.scale);
         }
     }
@@ -230,7 +230,7 @@ impl Linear {
         if let Some(dx) = dx.as_deref_mut() {
             let d_outputs = Matrix::new(dy, rows, self.outputs);
             let weight = Matrix::new(&products.base[self.weight.clone()], self.outputs, self.inputs);
-            matmul(precision, d_outputs, weight, MatrixMut::new(dx, rows, self.inputs), false);
+            matmul(precision, d_outputs, weight, MatrixMut::new(dx, rows, self.inputs), Onto::Zero);
         }
         let (Some(parameters), Some(adapter)) = (products.adapter, &self.adapter) else { return };
         let (rank, width) = (adapter.rank, adapter.width());
@@ -240,13 +240,13 @@ impl Linear {
             let dy = Matrix::new(&dy[part.columns.start..], rows, outputs).with_row_stride(self.outputs);
             let b = Matrix::new(&parameters[part.b.clone()], outputs, rank);
             let d_low_rank = MatrixMut::new(&mut d_low_rank[index * rank..], rows, rank).with_row_stride(width);
-            matmul(precision, dy, b, d_low_rank, false);
+            matmul(precision, dy, b, d_low_rank, Onto::Zero);
         }
         kernels::scale(d_low_rank, adapter.scale);
         if let Some(dx) = dx {
             let d_low_rank = Matrix::new(d_low_rank, rows, width);
             let a = Matrix::new(&parameters[adapter.a.clone()], width, self.inputs);
-            matmul(precision, d_low_rank, a, MatrixMut::new(dx, rows, self.inputs), true);
+            matmul(precision, d_low_rank, a, MatrixMut::new(dx, rows, self.inputs), Onto::Held);
         }
     }
 
@@ -266,9 +266,9 @@ impl Linear {
         let x = Matrix::new(x, rows, self.inputs);
         if products.trains_base() {
             let d_outputs = Matrix::new(dy, rows, self.outputs);
-            let (d_weight, accumulate) = gradients.range_to_write(&self.weight);
+            let (d_weight, onto) = gradients.range_to_write(&self.weight);
             let d_weight = MatrixMut::new(d_weight, self.outputs, self.inputs);
-            matmul(precision, d_outputs.transposed(), x, d_weight, accumulate);
+            matmul(precision, d_outputs.transposed(), x, d_weight, onto);
             if let Some(bias) = &self.bias {
                 kernels::bias_backward(dy, gradients.range_mut(bias));
             }
@@ -281,11 +281,11 @@ impl Linear {
             let dy = Matrix::new(&dy[part.columns.start..], rows, outputs).with_row_stride(self.outputs);
             let low_rank = Matrix::new(&low_rank[index * rank..], rows, rank).with_row_stride(width);
             let d_b = MatrixMut::new(gradients.range_mut(&part.b), outputs, rank);
-            matmul(precision, dy.transposed(), low_rank, d_b, true);
+            matmul(precision, dy.transposed(), low_rank, d_b, Onto::Held);
         }
         let d_low_rank = Matrix::new(&d_low_rank[..rows * width], rows, width);
         let d_a = MatrixMut::new(gradients.range_mut(&adapter.a), width, self.inputs);
-        matmul(precision, d_low_rank.transposed(), x, d_a, true);
+        matmul(precision, d_low_rank.transposed(), x, d_a, Onto::Held);
     }
 
     /// Adds `scale · B A` to the weight and drops the adapter. Always in f32.
@@ -299,7 +299,7 @@ impl Linear {
             let a = &parameters[adapter.a.clone()][index * adapter.rank * self.inputs..][..adapter.rank * self.inputs];
             let a = Matrix::new(a, adapter.rank, self.inputs);
             let rows = &mut weight[part.columns.start * self.inputs..part.columns.end * self.inputs];
-            matmul(Precision::F32, b, a, MatrixMut::new(rows, outputs, self.inputs), true);
+            matmul(Precision::F32, b, a, MatrixMut::new(rows, outputs, self.inputs), Onto::Held);
         }
     }
 }
@@ -333,13 +333,13 @@ pub(super) fn multiply(
     int8: &Option<Int8Matrix>,
     a: Matrix<'_>,
     b: Matrix<'_>,
-    onto: Option<Matrix<'_>>,
     c: MatrixMut<'_>,
+    onto: Onto<'_>,
 ) {
     match (products.format, packed) {
-        (WeightFormat::Int8, _) => prepared(int8).matmul_onto(onto, a, c),
-        (WeightFormat::Full, Some(packed)) => packed.matmul_onto(onto, a, c),
-        (WeightFormat::Full, None) => matmul_onto(products.precision, onto, a, b, c),
+        (WeightFormat::Int8, _) => prepared(int8).matmul(a, c, onto),
+        (WeightFormat::Full, Some(packed)) => packed.matmul(a, c, onto),
+        (WeightFormat::Full, None) => matmul(products.precision, a, b, c, onto),
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::Floats;
+use kernels::{Floats, Onto};
 
 use super::kept_logits::KeptLogits;
 use super::{Decoder, NonFinite, PackedTokens, WeightsId};
@@ -180,16 +180,16 @@ impl Gradients {
         &mut self.data[range.clone()]
     }
 
-    /// The storage of a range of the layout, and whether it holds gradients that are to be added to; otherwise, all of it is to be
-    /// written.
-    pub(super) fn range_to_write(&mut self, range: &Range<usize>) -> (&mut [f32], bool) {
+    /// The storage of a range of the layout, all of which is to be written, and what is to be added to: the gradients that it holds, if
+    /// there are any.
+    pub(super) fn range_to_write(&mut self, range: &Range<usize>) -> (&mut [f32], Onto<'static>) {
         let gaps = self.written.insert(range);
-        let accumulate = gaps.first() != Some(range);
-        for gap in gaps.into_iter().filter(|_| accumulate) {
+        let untouched = gaps.first() == Some(range);
+        for gap in gaps.into_iter().filter(|_| !untouched) {
             set_to_zero(&mut self.data[gap]);
         }
         self.forget_logits(range);
-        (&mut self.data[range.clone()], accumulate)
+        (&mut self.data[range.clone()], if untouched { Onto::Zero } else { Onto::Held })
     }
 
     /// Forgets kept logits if they may lie in a range.

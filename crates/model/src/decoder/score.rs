@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use kernels::{Matrix, MatrixMut, Precision, matmul};
+use kernels::{Matrix, MatrixMut, Onto, Precision, matmul};
 
 use super::parameters::{Gradients, Layout};
 use crate::config::ScoreHead;
@@ -109,7 +109,7 @@ impl Score {
         let mut scores = vec![0.0; rows.len() * self.outputs];
         let weight = Matrix::new(&values[self.weight.clone()], self.outputs, self.hidden).transposed();
         let chosen = Matrix::new(&chosen, rows.len(), self.hidden);
-        matmul(Precision::F32, chosen, weight, MatrixMut::new(&mut scores, rows.len(), self.outputs), false);
+        matmul(Precision::F32, chosen, weight, MatrixMut::new(&mut scores, rows.len(), self.outputs), Onto::Zero);
         if let Some(bias) = &self.bias {
             kernels::add_bias(&mut scores, &values[bias.clone()]);
         }
@@ -123,7 +123,7 @@ impl Score {
         for ((&row, &block), scores) in rows.iter().zip(blocks.of_rows).zip(scores.chunks_exact_mut(width)) {
             let weight = Matrix::new(&values[self.weight_of(block, width)], width, d).transposed();
             let chosen = Matrix::new(&hidden[row * d..][..d], 1, d);
-            matmul(Precision::F32, chosen, weight, MatrixMut::new(scores, 1, width), false);
+            matmul(Precision::F32, chosen, weight, MatrixMut::new(scores, 1, width), Onto::Zero);
             if let Some(bias) = &self.bias {
                 kernels::add_bias(scores, &values[bias.start + block * width..][..width]);
             }
@@ -153,13 +153,13 @@ impl Score {
         let d_scores = Matrix::new(gradients.d_scores, rows, self.outputs);
         let mut d_chosen = vec![0.0; rows * d];
         let weight = Matrix::new(&values[self.weight.clone()], self.outputs, d);
-        matmul(Precision::F32, d_scores, weight, MatrixMut::new(&mut d_chosen, rows, d), false);
+        matmul(Precision::F32, d_scores, weight, MatrixMut::new(&mut d_chosen, rows, d), Onto::Zero);
         for (&row, gradient) in gradients.rows.iter().zip(d_chosen.chunks_exact(d)) {
             kernels::add(&mut d_hidden[row * d..][..d], gradient);
         }
         let chosen = self.gather(hidden, gradients.rows);
         let d_weight = MatrixMut::new(parameters.range_mut(&self.weight), self.outputs, d);
-        matmul(Precision::F32, d_scores.transposed(), Matrix::new(&chosen, rows, d), d_weight, true);
+        matmul(Precision::F32, d_scores.transposed(), Matrix::new(&chosen, rows, d), d_weight, Onto::Held);
         if let Some(bias) = &self.bias {
             kernels::bias_backward(gradients.d_scores, parameters.range_mut(bias));
         }
@@ -181,11 +181,11 @@ impl Score {
             let weight = self.weight_of(block, width);
             let d_scores = Matrix::new(own, 1, width);
             let of_block = Matrix::new(&values[weight.clone()], width, d);
-            matmul(Precision::F32, d_scores, of_block, MatrixMut::new(&mut d_chosen, 1, d), false);
+            matmul(Precision::F32, d_scores, of_block, MatrixMut::new(&mut d_chosen, 1, d), Onto::Zero);
             kernels::add(&mut d_hidden[row * d..][..d], &d_chosen);
             let chosen = Matrix::new(&hidden[row * d..][..d], 1, d);
             let d_weight = MatrixMut::new(parameters.range_mut(&weight), width, d);
-            matmul(Precision::F32, d_scores.transposed(), chosen, d_weight, true);
+            matmul(Precision::F32, d_scores.transposed(), chosen, d_weight, Onto::Held);
             if let Some(bias) = &self.bias {
                 let start = bias.start + block * width;
                 kernels::add(parameters.range_mut(&(start..start + width)), own);
