@@ -10,7 +10,7 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
 use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
 use crate::matrix::pack::{Storage, pack_tiles};
-use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
+use crate::matrix::{Matrix, MatrixMut, Onto, Precision, check_shapes};
 use crate::parallel::{SharedMut, each};
 
 /// Elements of a column that share a scale.
@@ -69,17 +69,7 @@ impl Int8Matrix {
     /// # Panics
     /// If the shapes do not fit.
     pub fn matmul(&self, a: Matrix<'_>, mut c: MatrixMut<'_>, onto: Onto<'_>) {
-        assert!(
-            a.cols == self.k && c.rows == a.rows && c.cols == self.n,
-            "matmul: {}x{} times {}x{} into {}x{}",
-            a.rows,
-            a.cols,
-            self.k,
-            self.n,
-            c.rows,
-            c.cols
-        );
-        onto.check(&c);
+        check_shapes(a, (self.k, self.n), &c, onto);
         onto.fill(&mut c);
         if c.rows == 0 || c.cols == 0 || self.k == 0 {
             return;

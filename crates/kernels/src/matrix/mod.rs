@@ -145,19 +145,6 @@ pub enum Onto<'a> {
 }
 
 impl Onto<'_> {
-    fn check(self, c: &MatrixMut<'_>) {
-        if let Self::Rows(start) = self {
-            assert!(
-                start.rows == c.rows && start.cols == c.cols && start.col_stride == 1,
-                "matmul: {}x{} as the start of {}x{}",
-                start.rows,
-                start.cols,
-                c.rows,
-                c.cols
-            );
-        }
-    }
-
     /// The same for the columns `first..first + count` of the destination.
     fn columns(self, first: usize, count: usize) -> Self {
         match self {
@@ -191,6 +178,16 @@ impl Onto<'_> {
     }
 }
 
+/// Checks the shapes of a product with a `k x n` right operand.
+fn check_shapes(a: Matrix<'_>, (k, n): (usize, usize), c: &MatrixMut<'_>, onto: Onto<'_>) {
+    let (m, inner, rows, cols) = (a.rows, a.cols, c.rows, c.cols);
+    assert!(inner == k && rows == m && cols == n, "matmul: {m}x{inner} times {k}x{n} into {rows}x{cols}");
+    if let Onto::Rows(start) = onto {
+        let fits = start.rows == rows && start.cols == cols && start.col_stride == 1;
+        assert!(fits, "matmul: {}x{} as the start of {rows}x{cols}", start.rows, start.cols);
+    }
+}
+
 /// Elements of the right operand that are packed at a time.
 const PACKED_ELEMENTS: usize = 1 << 21;
 /// Columns of the right operand that are packed at a time.
@@ -201,17 +198,7 @@ const PACKED_COLUMNS: usize = 3072;
 /// # Panics
 /// If the shapes do not fit.
 pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixMut<'_>, onto: Onto<'_>) {
-    assert!(
-        a.cols == b.rows && c.rows == a.rows && c.cols == b.cols,
-        "matmul: {}x{} times {}x{} into {}x{}",
-        a.rows,
-        a.cols,
-        b.rows,
-        b.cols,
-        c.rows,
-        c.cols
-    );
-    onto.check(&c);
+    check_shapes(a, (b.rows, b.cols), &c, onto);
     let _call = Call::start(Kind::Product, 2 * a.rows * a.cols * b.cols);
     if a.cols == 0 {
         return onto.fill(&mut c);

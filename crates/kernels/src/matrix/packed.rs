@@ -6,7 +6,7 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply, tile_height};
 use crate::matrix::pack::{Storage, halves, pack_panel, pack_tiles};
-use crate::matrix::{Matrix, MatrixMut, Onto, Precision};
+use crate::matrix::{Matrix, MatrixMut, Onto, Precision, check_shapes};
 use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
 use crate::simd::fence;
@@ -105,17 +105,7 @@ impl PackedMatrix {
     /// # Panics
     /// If the shapes do not fit.
     pub fn matmul(&self, a: Matrix<'_>, c: MatrixMut<'_>, onto: Onto<'_>) {
-        assert!(
-            a.cols == self.k && c.rows == a.rows && c.cols == self.n,
-            "matmul: {}x{} times {}x{} into {}x{}",
-            a.rows,
-            a.cols,
-            self.k,
-            self.n,
-            c.rows,
-            c.cols
-        );
-        onto.check(&c);
+        check_shapes(a, (self.k, self.n), &c, onto);
         let _call = Call::start(Kind::Product, 2 * a.rows * self.k * self.n);
         multiply_packed(self.isa, self.storage(), a, self.panels.as_slice(), onto, c);
     }

@@ -108,9 +108,7 @@ impl Tokenizer {
         }
         if !added.is_empty() {
             for inner in std::iter::once(&mut self.inner).chain(self.continuing.as_deref_mut()) {
-                inner
-                    .add_special_tokens(added.iter().cloned())
-                    .map_err(|error| Error::malformed(TOKENIZER, error))?;
+                inner.add_special_tokens(added.iter().cloned()).map_err(|error| Error::malformed(TOKENIZER, error))?;
             }
             let special =
                 self.inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special).collect();
