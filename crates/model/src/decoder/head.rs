@@ -257,13 +257,8 @@ impl Head {
             let d_logits = Matrix::new(&scratch.logits, slots.len(), vocabulary);
             let weight = Matrix::new(&products.base[self.weight.clone()], vocabulary, d);
             resize(&mut scratch.d_hidden, slots.len() * d);
-            matmul(
-                products.precision,
-                d_logits,
-                weight,
-                MatrixMut::new(&mut scratch.d_hidden, slots.len(), d),
-                Onto::Zero,
-            );
+            let d_rows = MatrixMut::new(&mut scratch.d_hidden, slots.len(), d);
+            matmul(products.precision, d_logits, weight, d_rows, Onto::Zero);
             for (slot, gradient) in slots.iter().zip(scratch.d_hidden.chunks_exact(d)) {
                 if let Some(index) = slot {
                     let row = &mut ends.d_hidden[targets[*index].row * d..][..d];

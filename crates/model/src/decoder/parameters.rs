@@ -184,12 +184,16 @@ impl Gradients {
     /// there are any.
     pub(super) fn range_to_write(&mut self, range: &Range<usize>) -> (&mut [f32], Onto<'static>) {
         let gaps = self.written.insert(range);
-        let untouched = gaps.first() == Some(range);
-        for gap in gaps.into_iter().filter(|_| !untouched) {
-            set_to_zero(&mut self.data[gap]);
-        }
+        let onto = if gaps.first() == Some(range) {
+            Onto::Zero
+        } else {
+            for gap in gaps {
+                set_to_zero(&mut self.data[gap]);
+            }
+            Onto::Held
+        };
         self.forget_logits(range);
-        (&mut self.data[range.clone()], if untouched { Onto::Zero } else { Onto::Held })
+        (&mut self.data[range.clone()], onto)
     }
 
     /// Forgets kept logits if they may lie in a range.
