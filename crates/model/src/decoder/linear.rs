@@ -80,6 +80,13 @@ pub(super) struct Products<'a> {
     pub adapter: Option<&'a [f32]>,
 }
 
+impl Products<'_> {
+    /// Whether the base weights are what is trained.
+    pub fn trains_base(&self) -> bool {
+        self.adapter.is_none()
+    }
+}
+
 impl Linear {
     /// Lays out the weights and then the biases of `modules`, given as (name, outputs).
     pub fn new(layout: &mut Layout, modules: Vec<(String, usize)>, inputs: usize, bias: bool) -> Self {

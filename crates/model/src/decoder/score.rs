@@ -5,10 +5,12 @@
 
 use std::ops::Range;
 
+use base::{Purpose, Random};
 use kernels::{Matrix, MatrixMut, Onto, Precision, matmul};
 
 use super::parameters::{Gradients, Layout};
-use crate::config::ScoreHead;
+use super::{Decoder, NonFinite, Workspace, fill};
+use crate::config::{ModelConfig, ScoreHead};
 use crate::error::{Error, Result};
 
 /// A score head's place in one flat storage: the base's, or an adapter's own copy of it.
@@ -198,8 +200,147 @@ impl Score {
     }
 }
 
+impl Decoder {
+    /// Adds a score head with weights drawn from a normal distribution of this deviation (0: all zero) and a bias of zero.
+    /// A head that scores sequences or tokens takes the place of the language model's.
+    ///
+    /// # Errors
+    /// A head that is none, or one on top of another; a decoder with an adapter, whose part the head would have to be.
+    pub fn add_score(&mut self, head: ScoreHead, deviation: f64, seed: u64) -> Result<()> {
+        if self.config.score.is_some() || self.adapter.is_some() {
+            let what = if self.adapter.is_some() { "an adapter" } else { "a score head" };
+            return Err(Error::Invalid(format!("a score head cannot be added to a decoder that has {what} already")));
+        }
+        self.check_whole();
+        let mut decoder = Self::zeros(ModelConfig { score: Some(head), ..self.config.clone() })?;
+        for entry in &decoder.layout.entries {
+            let values = &mut decoder.base[entry.range.clone()];
+            if let Some(own) = self.layout.get(&entry.name) {
+                values.copy_from_slice(&self.base[own.range.clone()]);
+            } else if entry.shape.len() > 1 {
+                let random = Random::new(seed, Purpose::Init).step(2);
+                fill(values, |i| (random.normal(i) * deviation) as f32);
+            }
+        }
+        decoder.device = self.device.take();
+        *self = decoder;
+        Ok(())
+    }
+
+    /// Leaves the first of the score head's outputs and drops the others; the adapter's copy of the head, if there is one, likewise.
+    ///
+    /// # Errors
+    /// A decoder without a score head.
+    pub fn keep_first_score(&mut self) -> Result<()> {
+        let head = self.config.score.ok_or_else(no_score_head)?;
+        self.check_whole();
+        let adapter = self.adapter_config().cloned().zip(Some(self.adapter_tensors()));
+        let mut decoder =
+            Self::zeros(ModelConfig { score: Some(ScoreHead { outputs: 1, ..head }), ..self.config.clone() })?;
+        for entry in &decoder.layout.entries {
+            let Some(own) = self.layout.get(&entry.name) else { continue };
+            // The rows of the head's tensors are its outputs.
+            let own = &self.base[own.range.clone()];
+            decoder.base[entry.range.clone()].copy_from_slice(&own[..entry.range.len()]);
+        }
+        decoder.device = self.device.take();
+        if let Some((config, mut tensors)) = adapter {
+            for (name, tensor) in &mut tensors {
+                if name.contains("score.") {
+                    tensor.data.truncate(tensor.data.len() / head.outputs);
+                    tensor.shape[0] = 1;
+                }
+            }
+            decoder.load_adapter(&config, tensors)?;
+        }
+        *self = decoder;
+        Ok(())
+    }
+
+    /// The weights of the score head that counts, outputs × width of the hidden states.
+    ///
+    /// # Errors
+    /// A decoder without a score head.
+    pub fn score_weight(&self) -> Result<&[f32]> {
+        let (score, values) = self.score()?;
+        Ok(score.weight(values))
+    }
+
+    /// Adds a gradient of [`Decoder::score_weight`], of a loss of the weights themselves, to `gradients`.
+    ///
+    /// # Errors
+    /// A decoder without a score head; a gradient of another length; an adapter that is switched off.
+    pub fn add_score_weight_gradient(&self, gradient: &[f32], gradients: &mut Gradients) -> Result<()> {
+        self.check_adapter_is_on()?;
+        self.score()?.0.add_weight_gradient(gradient, gradients)
+    }
+
+    /// The score head that counts, with the storage it lies in: the adapter's while the adapter is on.
+    fn score(&self) -> Result<(&Score, &[f32])> {
+        let adapted = self.adapter.as_ref().filter(|adapter| adapter.on);
+        let adapted = adapted.and_then(|adapter| Some((adapter.score.as_ref()?, &adapter.values[..])));
+        let own = || self.score.as_ref().map(|score| (score, &self.base[..]));
+        adapted.or_else(own).ok_or_else(no_score_head)
+    }
+
+    /// The outputs of the score head at the given rows, ascending, of the last forward or decode: rows × outputs.
+    ///
+    /// # Errors
+    /// A model without such a head, weights that are not prepared, rows outside the batch or out of order, and the first
+    /// score that is not finite.
+    pub fn scores(&self, workspace: &Workspace, rows: &[usize]) -> Result<Vec<f32>> {
+        self.scores_of(workspace, rows, |score, values| Ok(score.forward(values, &workspace.hidden, rows)))
+    }
+
+    /// One block of the outputs of the score head at each of the given rows, with the bits that [`Decoder::scores`] gives it: rows × width.
+    ///
+    /// # Errors
+    /// As [`Decoder::scores`], and blocks that the head does not have.
+    pub fn block_scores(&self, workspace: &Workspace, rows: &[usize], blocks: Blocks<'_>) -> Result<Vec<f32>> {
+        self.scores_of(workspace, rows, |score, values| {
+            score.check_blocks(rows, blocks)?;
+            Ok(score.forward_blocks(values, &workspace.hidden, rows, blocks))
+        })
+    }
+
+    fn scores_of(
+        &self,
+        workspace: &Workspace,
+        rows: &[usize],
+        forward: impl FnOnce(&Score, &[f32]) -> Result<Vec<f32>>,
+    ) -> Result<Vec<f32>> {
+        match &self.device {
+            Some(device) => device.check_ready(self)?,
+            None => drop(self.ready()?),
+        }
+        let (score, values) = self.score()?;
+        check_rows(rows, workspace.rows)?;
+        let scores = forward(score, values)?;
+        match NonFinite::find(None, "score", &scores, scores.len() / rows.len().max(1)) {
+            Some(found) => Err(NonFinite { row: rows[found.row], ..found }.into()),
+            None => Ok(scores),
+        }
+    }
+
+    pub(super) fn backward_score_head(
+        &self,
+        workspace: &Workspace,
+        scores: ScoreGradients<'_>,
+        d_hidden: &mut [f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if scores.rows.is_empty() {
+            return Ok(());
+        }
+        let (score, values) = self.score()?;
+        score.check(scores, workspace.rows)?;
+        score.backward(values, &workspace.hidden, scores, d_hidden, gradients);
+        Ok(())
+    }
+}
+
 /// Checks that rows are rows of a batch and go up.
-pub(super) fn check_rows(chosen: &[usize], rows: usize) -> Result<()> {
+fn check_rows(chosen: &[usize], rows: usize) -> Result<()> {
     if let Some(row) = chosen.iter().find(|&&row| row >= rows) {
         return Err(Error::Invalid(format!("a score of row {row} is asked for, but the batch has {rows} rows")));
     }
@@ -207,4 +348,8 @@ pub(super) fn check_rows(chosen: &[usize], rows: usize) -> Result<()> {
         return Err(Error::Invalid(format!("scores of rows {} and {}: expected ascending rows", pair[0], pair[1])));
     }
     Ok(())
+}
+
+fn no_score_head() -> Error {
+    Error::Invalid("the model has no score head".into())
 }
