@@ -1,5 +1,4 @@
 //! What the audit finds in rows with planted faults, and that it leaves sound ones alone.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::path::Path;
 

@@ -1,5 +1,4 @@
 //! Rendering samples to tokens and masks.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use base::Hint;
 use model::chat::ChatTemplate;

@@ -1,5 +1,4 @@
 //! Reading and recognising rows.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::collections::BTreeMap;
 use std::path::Path;

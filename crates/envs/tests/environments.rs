@@ -1,5 +1,4 @@
 //! Environments: perfect play, no leakage, determinism, and turns that no sane player would make.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::collections::{BTreeMap, HashSet};
 

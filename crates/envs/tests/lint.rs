@@ -1,5 +1,4 @@
 //! What the lint finds in rewards that can be cheated, and that it leaves the built-in ones alone.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

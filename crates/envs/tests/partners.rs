@@ -1,5 +1,4 @@
 //! Partners against a scripted server on the loopback interface, and judges.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

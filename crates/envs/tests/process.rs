@@ -1,6 +1,5 @@
 //! External reward commands that behave and that do not.
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::time::{Duration, Instant};
 

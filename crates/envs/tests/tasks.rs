@@ -1,5 +1,4 @@
 //! Tasks: correct answers, no leakage, determinism.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::collections::HashSet;
 

@@ -1,5 +1,4 @@
 //! Verifiers and combinations of rewards: what they accept, refuse and survive.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::time::{Duration, Instant};
 

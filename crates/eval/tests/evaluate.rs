@@ -1,5 +1,4 @@
 //! Evaluations: the counting, and a tiny random model end to end.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::sync::Arc;
 

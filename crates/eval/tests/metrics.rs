@@ -1,5 +1,4 @@
 //! Metrics against closed forms and values computed elsewhere; `tests/reference/metrics.py` prints the constants.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use posttrain_eval::interval::{Interval, bootstrap_deviation, bootstrap_mean, quantile, student, wilson};
 use posttrain_eval::metrics::{

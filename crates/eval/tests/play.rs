@@ -1,5 +1,4 @@
 //! Models in environments: what is played is what the environment says, and scores are its rewards.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use base::{Hint, Purpose, Random};
 use data::{Prompt, RenderOptions, Renderer, Row, Source};

@@ -1,5 +1,4 @@
 //! Strategies at test time: what is chosen is what the judge, or the vote, chooses; nothing else matters.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::sync::Arc;
 

@@ -1,5 +1,4 @@
 //! The measures of unlearning against SciPy and Google's ROUGE: tests/reference/unlearning.py.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use posttrain_eval::kolmogorov_smirnov::{asymptotic_p_value, kolmogorov_smirnov};
 use posttrain_eval::unlearning::{harmonic_mean, rouge_l_recall};

@@ -1,12 +1,10 @@
 //! AdamW with moments in bfloat16: unbiased, and a function of its inputs alone.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
-use common::{bits, noise};
 use kernels::{AdamW, AdamWStep, Isa};
 use posttrain_kernels as kernels;
+
+use crate::common::{bits, noise};
 
 const METHOD: AdamW = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
 

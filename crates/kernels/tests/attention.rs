@@ -1,14 +1,13 @@
 //! Attention against a naive f64 one, its gradient against finite differences, and the equalities that sampling and
 //! training rely on.
 
-mod common;
-
-use common::{bits, noise};
 use kernels::{
     AttentionShape, DecodeQuery, Isa, KvBlock, Precision, Segment, attention, attention_backward, attention_decode,
     round_to_bf16,
 };
 use posttrain_kernels as kernels;
+
+use crate::common::{bits, noise};
 
 fn available() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.available())

@@ -1,10 +1,9 @@
 //! Products with weights in 8 bits against the plain chain that the crate promises.
 
-mod common;
-
-use common::{bits, noise};
 use kernels::{Int8Matrix, Isa, Matrix, MatrixMut, Onto, Precision};
 use posttrain_kernels as kernels;
+
+use crate::common::{bits, noise};
 
 const BLOCK: usize = 32;
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];

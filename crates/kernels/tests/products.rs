@@ -1,11 +1,10 @@
 //! Matrix products against the naive fold, and the properties that everything above relies on.
 
-mod common;
-
-use common::{bits, noise};
 use kernels::{Floats, Isa, Matrix, MatrixMut, Onto, PackedMatrix, Precision, matmul};
 use posttrain_kernels as kernels;
 use proptest::prelude::*;
+
+use crate::common::{bits, noise};
 
 fn available() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.available())

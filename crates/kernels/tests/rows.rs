@@ -1,10 +1,9 @@
 //! The row kernels against f64 references and finite differences, on every instruction set.
 
-mod common;
-
-use common::{bits, noise};
 use kernels::{Activation, AdamW, AdamWStep, HeadRange, Isa, RopeTable, RowStats};
 use posttrain_kernels as kernels;
+
+use crate::common::{bits, noise};
 
 fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()

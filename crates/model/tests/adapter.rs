@@ -1,11 +1,7 @@
 //! Adapters against PEFT: files written by `tests/reference/adapter.py`.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::path::{Path, PathBuf};
 
-use engine::distance;
 use kernels::Precision;
 use posttrain_model::decoder::{Decoder, PackedTokens, Workspace};
 use posttrain_model::lora::LoraConfig;
@@ -13,6 +9,8 @@ use posttrain_model::tokenizer::Tokenizer;
 use posttrain_model::weights::safetensors;
 use posttrain_model::{ModelConfig, save};
 use serde_json::Value;
+
+use crate::engine::distance;
 
 fn reference(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference").join(path)

@@ -1,5 +1,4 @@
 //! Chat templates against Jinja2 (tests/reference/templates.py), and what content cannot do to them.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::path::{Path, PathBuf};
 

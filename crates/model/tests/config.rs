@@ -1,7 +1,5 @@
 //! `config.json` in and out: what released models write, what is refused, and every preset there and back.
 
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
 use base::Hint;
 use posttrain_model::config::{Activation, RopeConfig, RopeScaling};
 use posttrain_model::{Family, ModelConfig};

@@ -1,13 +1,9 @@
 //! The decoder on a device of candle's against the engine: log-probs, every gradient, generation, errors. The device is candle's
 //! processor; what a GPU adds to it is candle's own kernels, and with `POSTTRAIN_TEST_DEVICE=cuda` these tests run on one.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::sync::Arc;
 
 use candle_core::Device;
-use engine::*;
 use kernels::Precision;
 use posttrain_model::config::ScoreHead;
 use posttrain_model::decoder::{
@@ -15,6 +11,8 @@ use posttrain_model::decoder::{
 };
 use posttrain_model::lora::{LoraConfig, TargetModule};
 use posttrain_model::{DeviceName, Error, Family, ModelConfig};
+
+use crate::engine::*;
 
 const TEMPERATURE: f32 = 0.7;
 

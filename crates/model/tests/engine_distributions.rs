@@ -1,16 +1,14 @@
 //! Losses of whole distributions, seen one chunk of logits at a time, and changes of the input embeddings.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::convert::Infallible;
 
 use candle_core::{D, DType, Device, Tensor};
-use engine::*;
 use kernels::Precision;
 use posttrain_model::decoder::{Decoder, Gradients, LogitRow, PackedTokens, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
 use posttrain_model::reference::ReferenceDecoder;
+
+use crate::engine::*;
 
 /// The distribution that the row of target `index` is held against.
 fn other(index: usize) -> Vec<f64> {

@@ -1,15 +1,13 @@
 //! The engine's promises bit by bit: threads, micro-batches, neighbours, decode against forward; f32 and bf16.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::sync::Arc;
 
-use engine::*;
 use kernels::Precision;
 use posttrain_model::ModelConfig;
 use posttrain_model::decoder::{DecodeRow, Decoder, Gradients, PackedTokens, SequenceCache, Target, Workspace};
 use posttrain_model::lora::LoraConfig;
+
+use crate::engine::*;
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 

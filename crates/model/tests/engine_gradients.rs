@@ -1,14 +1,12 @@
 //! Gradients against finite differences of the whole engine, bf16 against f32, and the naming of values that are no numbers.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use base::{Purpose, Random};
-use engine::*;
 use kernels::Precision;
 use posttrain_model::decoder::{Decoder, Estimate, Gradients, PackedTokens, Workspace};
 use posttrain_model::lora::LoraConfig;
 use posttrain_model::{Error, ModelConfig};
+
+use crate::engine::*;
 
 /// The loss `Σ d_log_prob · log_prob + d_entropy · entropy` over [`batch`].
 fn loss(decoder: &mut Decoder, precision: Precision, d_log_prob: &[f32], d_entropy: &[f32]) -> f64 {

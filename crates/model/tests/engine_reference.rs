@@ -1,15 +1,13 @@
 //! The engine against the reference decoder: hidden states, log-probs, entropies and every parameter's gradient.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use candle_core::{DType, Tensor};
-use engine::*;
 use kernels::Precision;
 use posttrain_model::ModelConfig;
 use posttrain_model::decoder::{Decoder, PackedTokens, Workspace};
 use posttrain_model::lora::{LoraConfig, TargetModule};
 use posttrain_model::reference::ReferenceDecoder;
+
+use crate::engine::{self, *};
 
 const TEMPERATURE: f32 = 0.7;
 

@@ -1,5 +1,4 @@
 //! The engine on a real model: SmolLM2-135M-Instruct against transformers, and its own promises at full size.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::path::Path;
 use std::sync::Arc;

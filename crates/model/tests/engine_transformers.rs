@@ -1,15 +1,13 @@
 //! The engine against PyTorch and transformers: files written by `tests/reference/logits.py`.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::path::{Path, PathBuf};
 
-use engine::distance;
 use kernels::Precision;
 use posttrain_model::decoder::{Decoder, PackedTokens, Target, Workspace};
 use posttrain_model::{ModelConfig, weights};
 use serde_json::Value;
+
+use crate::engine::distance;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/logits")

@@ -1,14 +1,12 @@
 //! Reading GGUF: every data type against ggml's values, every family's names and conversions, and files that lie.
 
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod files;
-
 use posttrain_model::config::RopeScaling;
 use posttrain_model::weights::Tensor;
 use posttrain_model::weights::gguf::{self, Gguf, Value};
 use posttrain_model::{Family, ModelConfig};
 use proptest::prelude::*;
+
+use crate::files;
 
 const BLOCKS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/reference/blocks");
 

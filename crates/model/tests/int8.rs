@@ -1,14 +1,12 @@
 //! Generation with weights in 8 bits: near the full ones, the same bits in every batch, and training knows nothing of it.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::sync::Arc;
 
-use engine::*;
 use kernels::Precision;
 use posttrain_model::decoder::{DecodeRow, Decoder, SequenceCache, WeightFormat, Workspace};
 use posttrain_model::lora::LoraConfig;
+
+use crate::engine::*;
 
 fn each_decoder(mut check: impl FnMut(&str, Precision, &mut Decoder)) {
     for (name, config) in configs() {

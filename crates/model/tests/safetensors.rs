@@ -1,7 +1,5 @@
 //! Safetensors there and back, shards, and files that lie.
 
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
 use std::fs;
 use std::sync::LazyLock;
 

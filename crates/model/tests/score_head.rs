@@ -1,12 +1,8 @@
 //! The score head: finite differences, the reference decoder, transformers, splits of a batch, and the way through files.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::path::Path;
 
 use candle_core::DType;
-use engine::*;
 use kernels::Precision;
 use posttrain_model::config::{HeadTask, ModelConfig, ScoreHead};
 use posttrain_model::decoder::{Blocks, Decoder, Gradients, PackedTokens, ScoreGradients, Target, Workspace};
@@ -16,6 +12,8 @@ use posttrain_model::tokenizer::Tokenizer;
 use posttrain_model::weights::safetensors::{self, Dtype};
 use posttrain_model::{save, source};
 use serde_json::Value;
+
+use crate::engine::*;
 
 const HEADS: [ScoreHead; 3] = [ScoreHead::REWARD, ScoreHead { outputs: 3, task: HeadTask::Token }, ScoreHead::VALUE];
 

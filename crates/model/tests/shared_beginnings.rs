@@ -1,14 +1,12 @@
 //! Prompts that begin alike: computed once, with the bits of prompts computed alone, and never with other weights.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod engine;
 
 use std::sync::Arc;
 
-use engine::*;
 use kernels::Precision;
 use posttrain_model::decoder::{DecodeRow, Decoder, Prefill, Prompt, SequenceCache, WeightFormat, Workspace};
 use posttrain_model::lora::LoraConfig;
+
+use crate::engine::*;
 
 /// The bits of a prompt's last hidden state and of three tokens after it.
 fn continued(decoder: &Decoder, prefill: &Prefill, workspace: &mut Workspace) -> Vec<u32> {

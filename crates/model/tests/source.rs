@@ -1,7 +1,5 @@
 //! A model from a name, a folder or a file, and back to a folder.
 
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
 use std::fs;
 use std::path::Path;
 

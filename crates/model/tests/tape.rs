@@ -1,14 +1,12 @@
 //! What sampling records is the forward: the same hidden states and the same gradients, to the last bit.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-mod engine;
-
-use engine::*;
 use kernels::Precision;
 use posttrain_model::decoder::{
     DecodeRow, Decoder, Gradients, KvCache, PackedTokens, Prompt, Recording, SequenceCache, Tape, Workspace,
 };
 use posttrain_model::lora::LoraConfig;
+
+use crate::engine::*;
 
 /// Rows that are left for each sequence: more than it needs.
 const ROOM: usize = 20;

@@ -1,5 +1,4 @@
 //! Sums of task vectors: where they are a model or an average, and what adapters and tied weights add.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use posttrain_model::decoder::{Decoder, TaskVectors};
 use posttrain_model::lora::LoraConfig;

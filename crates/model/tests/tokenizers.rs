@@ -1,5 +1,4 @@
 //! Tokenizers against the `tokenizers` library of Python (tests/reference/tokens.py), and their promises.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::path::Path;
 

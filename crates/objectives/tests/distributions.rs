@@ -1,6 +1,5 @@
 //! Losses of whole distributions: against TRL, transformers and torch, against autodiff and finite differences, at their
 //! limits and extremes.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{D, Device, Tensor, Var};
 use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing};

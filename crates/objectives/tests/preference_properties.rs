@@ -1,6 +1,5 @@
 //! What must hold for any preference batch: gradients equal finite differences, splits and the order of rows change
 //! nothing, limits and extremes.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{

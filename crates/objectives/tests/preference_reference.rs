@@ -1,5 +1,4 @@
 //! The preference objectives against TRL: values and gradients that `tests/reference/trl_preference.py` obtained from it.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{Device, Tensor, Var};
 use objectives::{

@@ -1,5 +1,4 @@
 //! What must hold for any input: gradients equal finite differences, splits change nothing, limits and extremes.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{DType, Device, Tensor, Var};
 use objectives::{

@@ -1,6 +1,5 @@
 //! The objectives against TRL, whose values and gradients `tests/reference/trl_losses.py` wrote down; and where TRL has nothing,
 //! against the formulas of the papers, token by token, in `tests/reference/policy_losses.py`.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{Device, Var};
 use objectives::{

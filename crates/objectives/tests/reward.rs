@@ -1,5 +1,4 @@
 //! Losses of reward models: against TRL, transformers and torch, finite differences, limits and extremes.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use candle_core::{Device, Tensor, Var};
 use objectives::reward::{

@@ -1,11 +1,8 @@
 //! What users read: help and errors, word for word.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::process::{Command, Output, Stdio};
 
-use common::{SMALL, expect, posttrain, root, stderr, stdout, write};
+use crate::common::{SMALL, expect, posttrain, root, stderr, stdout, write};
 
 /// Exit code, standard output and standard error of a command.
 fn shown(output: &Output) -> String {

@@ -1,15 +1,13 @@
 //! Recipes: precedence, round trips, hostile files.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::PathBuf;
 
-use common::{SMALL, root, write};
 use posttrain::config::load::Layers;
 use posttrain::config::tree::Node;
 use posttrain::config::{Config, schema};
 use proptest::prelude::*;
+
+use crate::common::{SMALL, root, write};
 
 /// What every recipe must go through without a panic.
 fn read(text: &str) -> Result<Config, String> {

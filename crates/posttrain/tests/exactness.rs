@@ -1,14 +1,11 @@
 //! Invariants 1 and 3 over the real binary: the same bytes however the run is made, however often it is killed.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{SMALL, assert_same_run, expect, posttrain, stderr, write};
+use crate::common::{SMALL, assert_same_run, expect, posttrain, stderr, write};
 
 fn train(folder: &Path, output: &str, flags: &[&str]) {
     let output = posttrain(folder).args(["train", "small.toml", "--output", output]).args(flags).output().unwrap();

@@ -1,13 +1,10 @@
 //! Bad luck and bad rewards: one clear error, and nothing lost.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use common::{SMALL, assert_same_run, expect, posttrain, stderr, write};
+use crate::common::{SMALL, assert_same_run, expect, posttrain, stderr, write};
 
 /// Trains with an external reward written in shell.
 fn train_with_reward(script: &str, options: &str) -> (Output, Duration) {

@@ -1,16 +1,14 @@
 //! Damaged models, hostile data, wrong numbers, full folders: one clear error each, and nothing lost.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
-use common::{SMALL, assert_same_run, expect, posttrain, stderr, stdout, write};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::common::{SMALL, assert_same_run, expect, posttrain, stderr, stdout, write};
 
 /// A finished run in a folder of its own.
 static RUN: LazyLock<TempDir> = LazyLock::new(|| {

@@ -1,10 +1,9 @@
 //! Invariant 11: dependencies point to lower layers, and `unsafe` lives in one crate.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use crate::common;
 
 /// The crates, lowest first.
 const LAYERS: [&str; 11] =
@@ -39,5 +38,25 @@ fn only_kernels_is_unsafe() {
     }
     for name in LAYERS.iter().filter(|name| **name != "kernels") {
         check(&common::root().join("crates").join(name).join("src"));
+    }
+}
+
+#[test]
+fn every_file_of_tests_is_compiled() {
+    for name in LAYERS {
+        let crate_folder = common::root().join("crates").join(name);
+        let Ok(entries) = fs::read_dir(crate_folder.join("tests")) else { continue };
+        let files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect();
+        let Ok(main) = fs::read_to_string(crate_folder.join("tests/main.rs")) else {
+            assert_eq!(files.len(), 1, "{name}: several programs of tests where one would do");
+            continue;
+        };
+        let manifest = fs::read_to_string(crate_folder.join("Cargo.toml")).unwrap();
+        for file in files {
+            let stem = file.file_stem().unwrap().to_str().unwrap();
+            let found =
+                main.contains(&format!("mod {stem};")) || manifest.contains(&format!("path = \"tests/{stem}.rs\""));
+            assert!(found, "{} belongs to no program of tests", file.display());
+        }
     }
 }

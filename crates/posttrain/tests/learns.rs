@@ -1,9 +1,6 @@
 //! The end-to-end test: a model from scratch learns its task, first from examples, then from rewards.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-mod common;
-
-use common::{expect, posttrain, root, stderr};
+use crate::common::{expect, posttrain, root, stderr};
 
 #[test]
 fn a_tiny_model_learns_from_scratch() {

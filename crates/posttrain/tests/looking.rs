@@ -1,13 +1,11 @@
 //! `data validate` and `reward lint`: what they print, word for word, and how they end.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::process::Output;
 
-use common::{SMALL, expect, posttrain, stderr, stdout, write};
 use serde_json::Value;
+
+use crate::common::{SMALL, expect, posttrain, stderr, stdout, write};
 
 /// Rows with faults of every kind.
 const TRAIN: &str = r#"{"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "completion": [{"role": "assistant", "content": "7"}], "answer": "7"}

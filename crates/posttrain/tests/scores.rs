@@ -1,12 +1,10 @@
 //! Models that score, from recipe to judge: trained, measured, averaged, asked at test time and paid by.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 
-use common::{SMALL, expect, posttrain, stderr, stdout, write};
 use model::weights::{Tensors, safetensors};
+
+use crate::common::{SMALL, expect, posttrain, stderr, stdout, write};
 
 const RECIPE: &str = r#"
 seed = 7

@@ -1,14 +1,12 @@
 //! Several models that answer as one: frontiers and mixtures, on the command line.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::LazyLock;
 
-use common::{SMALL, expect, posttrain, stderr, stdout, write};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::common::{SMALL, expect, posttrain, stderr, stdout, write};
 
 /// A base, and two models that were trained from it.
 static MODELS: LazyLock<TempDir> = LazyLock::new(|| {

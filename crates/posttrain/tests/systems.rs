@@ -1,12 +1,9 @@
 //! `systems`, `reproduce` and the measurements without a recipe, as a user meets them.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-use common::{expect, posttrain, root, stderr, stdout, write};
+use crate::common::{expect, posttrain, root, stderr, stdout, write};
 
 #[test]
 fn the_page_of_systems_is_fresh() {

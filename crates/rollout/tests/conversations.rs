@@ -1,7 +1,4 @@
 //! Conversations: tokens that stay, masks, limits, and independence of everything but the request.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
@@ -19,6 +16,8 @@ use posttrain_rollout::{
     ConversationOptions, Dialogue, Episode, Error, Fidelity, Finish, Generator, LogitsContext, LogitsHook, Opening,
     PromptTokens, Request, Respondent, Response, SamplingOptions, TurnEnd,
 };
+
+use crate::common;
 
 /// Says what it heard, and ends after as many turns as the conversation's number and what was said ask for.
 #[derive(Default)]

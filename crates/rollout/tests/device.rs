@@ -1,7 +1,4 @@
 //! Whole generations by a decoder on a device of candle's, here its processor: the answers of the engine.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
 use candle_core::Device;
@@ -10,6 +7,8 @@ use model::DeviceName;
 use model::decoder::Decoder;
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::{Episode, Generator, PrefixCache, SamplingOptions};
+
+use crate::common;
 
 /// Candle's processor, or what `POSTTRAIN_TEST_DEVICE` names.
 fn device() -> Device {

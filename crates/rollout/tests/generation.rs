@@ -1,8 +1,5 @@
 //! Whole generations with small decoders of every family: the same bits in any batch, order and number of threads, and
 //! the trainer's log-probs.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,6 +11,8 @@ use model::decoder::{Decoder, PackedTokens};
 use model::reference::ReferenceDecoder;
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::{Episode, Error, Finish, Generator, LogitsContext, LogitsHook, Request, SamplingOptions};
+
+use crate::common;
 
 fn sampling() -> Random {
     Random::new(9, Purpose::Sampling).step(3)

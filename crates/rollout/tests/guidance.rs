@@ -1,7 +1,4 @@
 //! Sampling under the guidance of a value model.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
 use kernels::Precision;
@@ -14,6 +11,8 @@ use posttrain_rollout::{
     Episode, Error, Generator, Guidance, GuidanceOptions, Request, Returns, SamplingOptions, ValueHead, ValueOutputs,
     Worth,
 };
+
+use crate::common;
 
 /// A model of the common kind that scores tokens instead.
 fn value_model(outputs: usize) -> Decoder {

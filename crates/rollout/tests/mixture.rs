@@ -1,7 +1,4 @@
 //! Sampling from a mixture of models.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
 use kernels::Precision;
@@ -12,6 +9,8 @@ use posttrain_rollout::mixture::resample;
 use posttrain_rollout::{
     Episode, Generator, LogitsContext, LogitsHook, Mean, Mixture, Request, SamplingOptions, scoring,
 };
+
+use crate::common;
 
 const MEANS: [Mean; 2] = [Mean::Geometric, Mean::Arithmetic];
 

@@ -1,7 +1,4 @@
 //! Prompts that begin alike: what is computed, and that nothing else changes.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::sync::Arc;
 
@@ -12,6 +9,8 @@ use model::decoder::Decoder;
 use model::lora::LoraConfig;
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::{Episode, Generator, PrefixCache, PromptTokens, Request, SamplingOptions};
+
+use crate::common;
 
 fn ids(name: u32, count: u32) -> Vec<u32> {
     let random = Random::new(6, Purpose::Test).prompt(name);

@@ -1,5 +1,4 @@
 //! One row of logits: filters against Hugging Face and against a naive version, frequencies against probabilities.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use base::{Purpose, Random};
 use posttrain_rollout::SamplingOptions;

@@ -1,5 +1,4 @@
 //! Searches against enumeration: a toy whose best path is known, a model's most probable completion, a bandit.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,7 +1,4 @@
 //! The generator on a real model, SmolLM2-135M-Instruct.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::sync::Arc;
 
@@ -11,6 +8,8 @@ use model::chat::Message;
 use model::decoder::Decoder;
 use model::{hub, source};
 use posttrain_rollout::{Finish, Generator, Request, SamplingOptions};
+
+use crate::common;
 
 const NAME: &str = "smollm2-135m-instruct";
 

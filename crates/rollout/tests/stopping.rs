@@ -1,7 +1,4 @@
 //! Where completions end, and the text that is left of them.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
 use kernels::Precision;
@@ -10,6 +7,8 @@ use model::tokenizer::Tokenizer;
 use posttrain_rollout::stop::StopStrings;
 use posttrain_rollout::{Episode, Finish, Generator, LogitsContext, LogitsHook, Request, SamplingOptions};
 use proptest::prelude::*;
+
+use crate::common;
 
 /// Makes the model say exactly these bytes, then end-of-text for ever.
 struct Script(Vec<u8>);

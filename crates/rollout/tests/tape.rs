@@ -1,13 +1,12 @@
 //! What generation leaves on a tape is the forward of its episodes, whatever the batch.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use base::{Purpose, Random};
 use kernels::{Precision, Segment};
 use model::decoder::{PackedTokens, Tape, Target, Workspace};
 use model::tokenizer::Tokenizer;
 use posttrain_rollout::{Episode, Generator, OnTape, Request, SamplingOptions, TapeRows};
+
+use crate::common;
 
 const LONGEST: usize = 20;
 const SAMPLES: usize = 3;

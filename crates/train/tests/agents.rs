@@ -1,12 +1,8 @@
 //! Training in an environment: a random model learns a small text adventure by trial and reward, and every run repeats.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use common::{StopAt, assert_same, metrics, on_threads};
 use data::{Example, Prompt, RenderOptions, Renderer, Row, Source};
 use envs::environment::text_game::Style;
 use envs::environment::{self, EpisodeId, TextGameOptions};
@@ -24,6 +20,8 @@ use train::methods::policy::{Policy, PolicyOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Method, Observer, Outcome, Provenance, Run};
+
+use crate::common::{self, StopAt, assert_same, metrics, on_threads};
 
 /// A game of two or three rooms in one-letter commands, of which a turn has one.
 struct Game {

@@ -1,5 +1,4 @@
 //! Models made of trained ones: how candidates of a frontier are measured, and what the weights of a mixture are found from.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::sync::Arc;
 

@@ -1,19 +1,17 @@
 //! Whole runs on a device of candle's, here its processor, beside the engine's.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use candle_core::Device;
-use common::{Setup, assert_same, metrics};
 use kernels::Precision;
 use model::DeviceName;
 use model::config::Family;
 use posttrain_train as train;
 use serde_json::{Map, Value};
 use train::{Event, Observer, Outcome};
+
+use crate::common::{Setup, assert_same, metrics};
 
 /// Candle's processor, or what `POSTTRAIN_TEST_DEVICE` names.
 fn device() -> Device {

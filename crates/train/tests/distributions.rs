@@ -1,14 +1,10 @@
 //! Methods that learn from whole distributions or from their own kept answers: distillation, unlearning, forms of supervised
 //! fine-tuning, rejection sampling. They learn, and their runs keep the promises of all runs.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
-use common::{Accuracy, Exact, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
 use data::{Example, Prompt};
 use kernels::Precision;
 use model::ModelConfig;
@@ -27,6 +23,8 @@ use train::methods::unlearning::{self, Unlearning, UnlearningOptions};
 use train::methods::{Family as Methods, Preset};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Evaluator, Method, Observer, Outcome, Provenance, Run};
+
+use crate::common::{Accuracy, Exact, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
 
 /// A stage of one of the families.
 #[derive(Clone)]

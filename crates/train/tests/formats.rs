@@ -1,18 +1,16 @@
 //! The files of a run, read by code that shares nothing with the code that writes them, and the optimiser against its formula.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 
 use base::{Purpose, Random};
-use common::{Setup, metrics};
 use model::weights::{Tensors, safetensors};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use posttrain_train as train;
 use train::optimizer::{Optimizer, gradient_norm};
 use train::options::{OptimizerState, TrainingOptions};
+
+use crate::common::{self, Setup, metrics};
 
 /// CRC-32C by a table, as most libraries do it.
 fn crc32c(data: &[u8]) -> u32 {

@@ -1,12 +1,8 @@
 //! Training teaches: a model from scratch learns its task by example, and from scores alone.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use common::{Accuracy, Setup, metrics};
 use kernels::Precision;
 use model::ModelConfig;
 use model::decoder::{Decoder, WeightFormat};
@@ -17,6 +13,8 @@ use train::methods::policy::PolicyOptions;
 use train::methods::sft::SftOptions;
 use train::options::{OptimizerState, RunOptions, TrainingOptions};
 use train::{Error, Evaluator, Outcome};
+
+use crate::common::{Accuracy, Setup, metrics};
 
 fn learning() -> Setup {
     Setup {

@@ -4,6 +4,7 @@
 //! The tests take turns, so that nothing else allocates meanwhile.
 #![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
+#[allow(dead_code, reason = "this file uses a part of the world")]
 mod common;
 
 use std::sync::Mutex;

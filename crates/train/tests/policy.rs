@@ -1,13 +1,9 @@
 //! Every policy gradient by name: it makes steps, it learns, it is cut and stopped without a trace.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use common::{Lower, Setup, StopAt, assert_same, metrics, on_threads, prompts};
 use envs::reward::{Shaped, Shaping};
 use envs::{Answer, Reward, RewardError, Score, SpanScore, Status};
 use kernels::Precision;
@@ -18,6 +14,8 @@ use train::methods::policy::{OldPolicy, PRESETS, Policy, PolicyOptions, ReplayOp
 use train::options::{GradientCheckpointing, RunOptions, TrainingOptions};
 use train::timing::StepTiming;
 use train::{Event, Observer, Outcome};
+
+use crate::common::{self, Lower, Setup, StopAt, assert_same, metrics, on_threads, prompts};
 
 /// The settings of a published method, on a task of a few tokens.
 fn preset(name: &str) -> PolicyOptions {

@@ -1,14 +1,10 @@
 //! Preference methods learn, from pairs, from single judgements and from judging their own answers; and their runs keep the
 //! promises of all runs.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{Exact, StopAt, assert_same, metrics, on_threads, prompts, tokenizer};
 use data::{Example, LabelledExample, PreferencePair, Source};
 use kernels::Precision;
 use model::ModelConfig;
@@ -28,6 +24,8 @@ use train::options::{RunOptions, TrainingOptions};
 use train::order::Order;
 use train::reference::SyncOptions;
 use train::{Method, Observer, Outcome, Provenance, Run};
+
+use crate::common::{self, Exact, StopAt, assert_same, metrics, on_threads, prompts, tokenizer};
 
 /// Prompt `ab>`, the larger digit as the right answer, and a digit that is not.
 fn problems() -> impl Iterator<Item = (u32, String, u32, u32)> {

@@ -1,13 +1,9 @@
 //! The referee: quiet where nothing goes wrong, and right about what does.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{Setup, assert_same, metrics};
 use envs::{Answer, Reward, RewardError, Score, Status};
 use posttrain_train as train;
 use train::methods::policy::PolicyOptions;
@@ -16,6 +12,8 @@ use train::metrics::Metrics;
 use train::options::{RunOptions, TrainingOptions};
 use train::referee::{Action, Alarm, Referee, RefereeOptions, Watch};
 use train::{Event, Observer, Outcome};
+
+use crate::common::{Setup, assert_same, metrics};
 
 const VERIFIER: &str = "rewards/gold/mean";
 

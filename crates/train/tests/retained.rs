@@ -1,9 +1,5 @@
 //! A policy gradient that keeps what the reference says at the tokens of some rows.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
-mod common;
-
-use common::{Lower, examples, on_threads, prompts, tokenizer};
 use data::Example;
 use envs::{Answer, Reward, RewardError, Score};
 use kernels::Precision;
@@ -17,6 +13,8 @@ use train::methods::policy::{Policy, PolicyOptions};
 use train::options::TrainingOptions;
 use train::schedule::SchedulerType;
 use train::{Fit, Method};
+
+use crate::common::{Lower, examples, on_threads, prompts, tokenizer};
 
 fn options(micro_batch_tokens: usize) -> PolicyOptions {
     PolicyOptions {

@@ -1,13 +1,9 @@
 //! Reward models learn, from pairs, labels and steps; their runs keep the promises of all runs; and they judge as they were trained.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{StopAt, assert_same, metrics, on_threads, tokenizer};
 use data::{Example, PreferencePair, ScoredExample, Source, StepwiseExample};
 use envs::{Answer, ModelRewardOptions, Reward};
 use kernels::Precision;
@@ -24,6 +20,8 @@ use train::options::{RunOptions, TrainingOptions};
 use train::scoring::{Batch, Scored, Unit};
 use train::verdicts::{Held, Verdicts};
 use train::{Evaluator, Fit, Method, Observer, Outcome, Provenance, Run};
+
+use crate::common::{StopAt, assert_same, metrics, on_threads, tokenizer};
 
 /// All problems: prompt `ab>`, the larger digit, and a digit that is not.
 fn problems() -> impl Iterator<Item = (String, u32, u32)> {

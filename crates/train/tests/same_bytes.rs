@@ -1,14 +1,10 @@
 //! The same run gives the same bytes, however the work is cut and shared out, and however often it is stopped.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base::files::{self, Manifest};
-use common::{Setup, StopAt, assert_same, metrics, on_threads};
 use kernels::Precision;
 use model::config::Family;
 use model::decoder::WeightFormat;
@@ -16,6 +12,8 @@ use posttrain_train as train;
 use train::methods::policy::Policy;
 use train::options::{GradientCheckpointing, OptimizerState};
 use train::{Error, Event, Fit, Observer, Outcome};
+
+use crate::common::{self, Setup, StopAt, assert_same, metrics, on_threads};
 
 /// The cuts that must not matter: pieces of a batch, sequences decoded at once, threads.
 fn check_cuts(setup: &Setup) {

@@ -1,13 +1,9 @@
 //! Value models learn how their reference goes on, guide it to what is paid, and their runs keep the promises of all runs.
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
-
-mod common;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base::{Purpose, Random};
-use common::{Exact, Lower, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
 use envs::Reward;
 use kernels::Precision;
 use model::ModelConfig;
@@ -21,6 +17,8 @@ use train::methods::sft::{Sft, SftOptions};
 use train::methods::value_model::{ReturnLoss, ValueModel, ValueModelOptions};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Fit, Method, Observer, Outcome, Provenance, Run};
+
+use crate::common::{Exact, Lower, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
 
 const LOSSES: [(ReturnLoss, ValueHead); 5] = [
     (ReturnLoss::Bernoulli, ValueHead::State),

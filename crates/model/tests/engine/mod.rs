@@ -1,5 +1,4 @@
 //! What the engine's tests share: models with weights large enough for every part to matter, and batches.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use base::{Purpose, Random};
 use posttrain_model::config::{Family, ModelConfig};

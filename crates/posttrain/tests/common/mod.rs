@@ -1,6 +1,4 @@
 //! What the tests of the binary share.
-#![allow(dead_code, reason = "every test file uses its own part")]
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::collections::BTreeMap;
 use std::fs;

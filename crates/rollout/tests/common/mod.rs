@@ -1,5 +1,4 @@
 //! Shared by the tests: small decoders, prompts, and the trainer's view of an episode.
-#![allow(dead_code, clippy::unwrap_used, reason = "every test file uses its own part and stops at the first surprise")]
 
 use std::sync::Arc;
 

@@ -1,6 +1,4 @@
 //! A world small enough to train in seconds: given two digits, name the larger one.
-#![allow(dead_code, reason = "each test file uses its own part of the world")]
-#![allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
