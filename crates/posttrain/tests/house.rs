@@ -1,4 +1,4 @@
-//! Invariant 11: dependencies point to lower layers, and `unsafe` lives in one crate.
+//! Invariant 11: dependencies point to lower layers, and `unsafe` lives in one crate. And no file of tests is left out of the build.
 
 use std::fs;
 use std::path::{Path, PathBuf};
