@@ -74,7 +74,7 @@ impl Isa {
     }
 
     /// Runs `work` with the kernels that it calls from this thread compiled for this instruction set. A
-    /// [`PackedMatrix`](crate::PackedMatrix) stays with the one it was made under.
+    /// [`PackedMatrix`](crate::PackedMatrix) and a [`KvBlock`](crate::KvBlock) stay with the one they were made under.
     ///
     /// # Panics
     /// If the processor does not have it.

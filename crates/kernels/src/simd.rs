@@ -11,6 +11,8 @@ pub(crate) trait Simd {
     const LANES: usize;
     /// Rows of the largest tile that the registers hold, with two vectors in each row.
     const ROWS: usize;
+    /// Steps of a tile's loop that are written out one after the other.
+    const STEPS: usize = 1;
     /// Whether one instruction multiplies pairs of bfloat16.
     const PAIRS: bool = false;
 
@@ -255,6 +257,7 @@ mod x86 {
         type Vector = __m256;
         const LANES: usize = 8;
         const ROWS: usize = 6;
+        const STEPS: usize = 4;
 
         #[inline(always)]
         unsafe fn zero() -> __m256 {

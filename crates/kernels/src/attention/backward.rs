@@ -10,7 +10,7 @@ use super::softmax::{inner, score_stride, softmax_backward};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, Product, Right, Start, multiply, panel_width};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
@@ -169,7 +169,7 @@ impl Task<'_> {
         let start = own.start + row;
         let position = own.offset + row;
         let (first, end) = (shape.first_visible(position), position + rows);
-        let stride = scores.len() / BLOCK_ROWS;
+        let (stride, panel) = (scores.len() / BLOCK_ROWS, panel_width(self.isa));
         let out_width = shape.heads * head_dim;
         let query = Head::query(shape, self.qkv, head);
         let out = Head { rows: self.out, width: out_width, column: head * head_dim, head_dim };
@@ -186,8 +186,8 @@ impl Task<'_> {
                 a: a.rows[start * a.width + a.column..].as_ptr(),
                 left: Left::Rows { stride: a.width },
                 b: Right::Floats(columns[skipped * head_dim..].as_ptr()),
-                panel_stride: PANEL * head_dim,
-                step_stride: PANEL,
+                panel_stride: panel * head_dim,
+                step_stride: panel,
                 c: c[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 start: Start::Zero,
@@ -229,7 +229,7 @@ impl Task<'_> {
                 a: d_scores[run.offset + skipped..].as_ptr(),
                 left: Left::Rows { stride },
                 b: Right::Floats(key_rows[skipped * padded..].as_ptr()),
-                panel_stride: PANEL,
+                panel_stride: panel,
                 step_stride: padded,
                 c: self.gradient(start, head),
                 c_stride: width,
@@ -244,7 +244,7 @@ impl Task<'_> {
                 a: left[run.offset + skipped..].as_ptr(),
                 left: Left::Steps { stride },
                 b: Right::Floats(right.as_ptr()),
-                panel_stride: PANEL,
+                panel_stride: panel,
                 step_stride: padded,
                 c: self.gradient(run.start + skipped, head),
                 c_stride: width,

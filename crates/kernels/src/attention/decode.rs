@@ -9,18 +9,19 @@ use crate::buffer::{Buffer, with_scratch};
 use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
 use crate::matrix::Precision;
-use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, MOST_COLUMNS, Product, Right, Start, multiply, panel_width};
 use crate::parallel::{SharedMut, each_run};
 use crate::profile::{Call, Kind};
 use crate::simd::Lines;
 
 /// The keys and values of one run of tokens in one layer, laid out for decoding, which reads one head after the other: keys as
-/// panels of 32 tokens, so that a score's fold over the head runs for 32 tokens at once; values token by token.
+/// panels of tokens, so that a score's fold over the head runs for all tokens of a panel at once; values token by token.
 ///
 /// A block for [`Precision::Bf16`] keeps them as bfloat16: half the memory, and half of what a step reads. That loses nothing if
 /// they were rounded before ([`round_to_bf16`](crate::round_to_bf16)); otherwise they are rounded here.
 #[derive(Clone, Debug)]
 pub struct KvBlock {
+    isa: Isa,
     shape: AttentionShape,
     len: usize,
     heads: Vec<HeadCache>,
@@ -29,7 +30,7 @@ pub struct KvBlock {
 /// The keys and values of one key head.
 #[derive(Clone, Debug)]
 struct HeadCache {
-    /// For each panel of tokens: `head_dim x PANEL`.
+    /// For each panel of tokens: `head_dim` times one number of each.
     keys: Cells,
     /// For each token: the head padded to whole panels.
     values: Cells,
@@ -102,19 +103,19 @@ impl KvBlock {
     pub fn new(shape: AttentionShape, precision: Precision, capacity: usize) -> Self {
         shape.check();
         let head = HeadCache { keys: Cells::new(precision), values: Cells::new(precision) };
-        let mut block = Self { shape, len: 0, heads: vec![head; shape.kv_heads] };
+        let mut block = Self { isa: Isa::current(), shape, len: 0, heads: vec![head; shape.kv_heads] };
         block.reserve(capacity);
         block
     }
 
     fn padded_head(&self) -> usize {
-        self.shape.head_dim.next_multiple_of(PANEL)
+        self.shape.head_dim.next_multiple_of(MOST_COLUMNS)
     }
 
     fn reserve(&mut self, tokens: usize) {
         let padded = self.padded_head();
         for head in &mut self.heads {
-            head.keys.grow(tokens.next_multiple_of(PANEL) * self.shape.head_dim);
+            head.keys.grow(tokens.next_multiple_of(MOST_COLUMNS) * self.shape.head_dim);
             head.values.grow(tokens * padded);
         }
     }
@@ -128,13 +129,13 @@ impl KvBlock {
         assert_eq!(qkv.len(), self.shape.width(), "push_row: the row's width");
         self.reserve(self.len + 1);
         let (keys, values) = qkv[heads * head_dim..].split_at(kv_heads * head_dim);
-        let (panel, column) = (self.len / PANEL, self.len % PANEL);
         let padded = self.padded_head();
-        let isa = Isa::current();
+        let panel = panel_width(self.isa);
+        let start = self.len / panel * panel * head_dim + self.len % panel;
         let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
         for (head, (keys, values)) in self.heads.iter_mut().zip(rows) {
-            head.keys.scatter(panel * head_dim * PANEL + column, PANEL, keys);
-            head.values.write(isa, self.len * padded, values);
+            head.keys.scatter(start, panel, keys);
+            head.values.write(self.isa, self.len * padded, values);
         }
         self.len += 1;
     }
@@ -187,7 +188,7 @@ const TASK_ROWS: usize = 128;
 /// Rows of several tokens whose scores are computed at a time.
 const BLOCK_ROWS: usize = 32;
 /// The newest tokens of a block whose keys and values are asked for ahead; whole panels.
-const NEWEST: usize = 4 * PANEL;
+const NEWEST: usize = 4 * MOST_COLUMNS;
 
 /// Attention of each query over its context: bit for bit what [`attention`](super::attention) gives for the same row.
 ///
@@ -250,8 +251,8 @@ impl DecodeQuery<'_> {
     /// The keys of one head, of the newest tokens of each block: of these there is always need.
     fn newest_keys(&self, kv_head: usize) -> impl Iterator<Item = Lines> {
         self.context.iter().map(move |(block, len)| {
-            let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(NEWEST) / PANEL * PANEL);
-            block.heads[kv_head].keys.lines(first * head_dim..len.next_multiple_of(PANEL) * head_dim)
+            let (head_dim, first) = (block.shape.head_dim, len.saturating_sub(NEWEST) / MOST_COLUMNS * MOST_COLUMNS);
+            block.heads[kv_head].keys.lines(first * head_dim..len.next_multiple_of(MOST_COLUMNS) * head_dim)
         })
     }
 
@@ -312,7 +313,8 @@ impl Lanes<'_, '_> {
         with_scratch([count * score_width], |[scores]| {
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_keys(kv_head));
             for (block, skipped, needed, place) in parts.clone().filter(|(.., needed, _)| *needed > 0) {
-                let (start, len) = (skipped * head_dim, needed.next_multiple_of(PANEL) * head_dim);
+                let panel = panel_width(block.isa);
+                let (start, len) = (skipped * head_dim, needed.next_multiple_of(MOST_COLUMNS) * head_dim);
                 let product = Product {
                     rows: count,
                     columns: needed,
@@ -320,15 +322,15 @@ impl Lanes<'_, '_> {
                     a: queries.as_ptr(),
                     left: Left::Rows { stride },
                     b: block.heads[kv_head].keys.operand(start, len),
-                    panel_stride: head_dim * PANEL,
-                    step_stride: PANEL,
+                    panel_stride: panel * head_dim,
+                    step_stride: panel,
                     c: scores[place..].as_mut_ptr(),
                     c_stride: score_width,
                     start: Start::Zero,
                     hints: Hints { ahead: ahead.next().unwrap_or(Lines::NONE), ..Hints::NONE },
                 };
                 // SAFETY: the lanes lie inside the rows, the block's panels are whole, the scores are ours.
-                unsafe { multiply(isa, product) };
+                unsafe { multiply(block.isa, product) };
             }
             ahead.for_each(Lines::ask_for_all);
             let mut inverse_totals = vec![0.0; count];
@@ -354,7 +356,7 @@ impl Lanes<'_, '_> {
                     a: scores[place..].as_ptr(),
                     left: Left::Rows { stride: score_width },
                     b: block.heads[kv_head].values.operand(skipped * padded, needed * padded),
-                    panel_stride: PANEL,
+                    panel_stride: panel_width(isa),
                     step_stride: padded,
                     // SAFETY: the row lies inside the result.
                     c: unsafe { self.out.get().add(out_start) },

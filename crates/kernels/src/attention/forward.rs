@@ -5,7 +5,7 @@ use super::softmax::{normalise, score_stride, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, MOST_COLUMNS, Product, Right, Start, multiply, panel_width};
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
@@ -110,6 +110,7 @@ impl Task<'_> {
     ) {
         let shape = self.shape;
         let (width, head_dim) = (shape.width(), shape.head_dim);
+        let panel = panel_width(self.isa);
         let stride = scores.len() / BLOCK_ROWS;
         let position = self.runs[0].len + row;
         let (first, end) = (shape.first_visible(position), position + rows);
@@ -122,8 +123,8 @@ impl Task<'_> {
                 a: self.qkv[(start + row) * width + head * head_dim..].as_ptr(),
                 left: Left::Rows { stride: width },
                 b: Right::Floats(keys[skipped * head_dim..].as_ptr()),
-                panel_stride: PANEL * head_dim,
-                step_stride: PANEL,
+                panel_stride: panel * head_dim,
+                step_stride: panel,
                 c: scores[run.offset + skipped..].as_mut_ptr(),
                 c_stride: stride,
                 start: Start::Zero,
@@ -151,7 +152,7 @@ impl Task<'_> {
             if count == 0 {
                 continue;
             }
-            let padded = head_dim.next_multiple_of(PANEL);
+            let padded = head_dim.next_multiple_of(MOST_COLUMNS);
             let product = Product {
                 rows,
                 columns: head_dim,
@@ -159,7 +160,7 @@ impl Task<'_> {
                 a: scores[run.offset + skipped..].as_ptr(),
                 left: Left::Rows { stride },
                 b: Right::Floats(values[skipped * padded..].as_ptr()),
-                panel_stride: PANEL,
+                panel_stride: panel,
                 step_stride: padded,
                 // SAFETY: the row lies inside `out`.
                 c: unsafe { self.out.get().add(out_start) },

@@ -3,7 +3,7 @@
 use super::{AttentionShape, Segment};
 use crate::isa::Isa;
 use crate::matrix::Matrix;
-use crate::matrix::kernel::PANEL;
+use crate::matrix::kernel::{MOST_COLUMNS, panel_width};
 use crate::matrix::pack::{Storage, pack_panel};
 
 /// A run of neighbouring rows whose keys follow those of the run before.
@@ -19,9 +19,9 @@ pub(super) struct Run {
 
 impl Run {
     /// The keys of this run that a block of queries needs which sees nothing before key `first` and ends before key
-    /// `end`: where they start (on a panel's border) and how many they are.
+    /// `end`: where they start (on the border of a panel, of any instruction set) and how many they are.
     pub(super) fn needed(self, first: usize, end: usize) -> (usize, usize) {
-        let skipped = first.saturating_sub(self.offset).min(self.len) / PANEL * PANEL;
+        let skipped = first.saturating_sub(self.offset).min(self.len) / MOST_COLUMNS * MOST_COLUMNS;
         (skipped, end.saturating_sub(self.offset).min(self.len).saturating_sub(skipped))
     }
 }
@@ -52,7 +52,7 @@ impl Head<'_> {
 
     /// Elements of a head, padded to whole panels.
     pub(super) fn padded(self) -> usize {
-        self.head_dim.next_multiple_of(PANEL)
+        self.head_dim.next_multiple_of(MOST_COLUMNS)
     }
 
     /// The head of one row.
@@ -62,7 +62,7 @@ impl Head<'_> {
 
     /// Elements that [`Head::pack_columns`] writes for `len` rows.
     pub(super) fn columns_len(self, len: usize) -> usize {
-        len.next_multiple_of(PANEL) * self.head_dim
+        len.next_multiple_of(MOST_COLUMNS) * self.head_dim
     }
 
     /// Packs rows `start..start + len` as the columns of a right operand.
@@ -72,8 +72,9 @@ impl Head<'_> {
         }
         let data = &self.rows[start * self.width + self.column..];
         let columns = Matrix::new(data, len, self.head_dim).with_row_stride(self.width).transposed();
-        for (panel, out) in (0..len).step_by(PANEL).zip(out.chunks_exact_mut(PANEL * self.head_dim)) {
-            pack_panel(isa, Storage::Floats, columns.block(0, panel, self.head_dim, PANEL.min(len - panel)), out);
+        let width = panel_width(isa);
+        for (first, out) in (0..len).step_by(width).zip(out.chunks_exact_mut(width * self.head_dim)) {
+            pack_panel(isa, Storage::Floats, columns.block(0, first, self.head_dim, width.min(len - first)), out);
         }
     }
 

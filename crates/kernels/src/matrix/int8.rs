@@ -8,7 +8,7 @@
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply};
+use crate::matrix::kernel::{Hints, Left, MOST_COLUMNS, Product, Right, Start, multiply, panel_width};
 use crate::matrix::pack::{Storage, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision, check_shapes};
 use crate::parallel::{SharedMut, each};
@@ -19,6 +19,8 @@ const BLOCK: usize = 32;
 const BLOCK_ROWS: usize = 192;
 /// The largest integer.
 const LARGEST: f32 = 127.0;
+/// Columns whose integers lie side by side.
+const PANEL: usize = MOST_COLUMNS;
 /// Integers of one block of a panel.
 const BLOCK_BYTES: usize = BLOCK * PANEL;
 
@@ -119,7 +121,7 @@ impl Int8Matrix {
                             expand_pairs(task.isa, integers, right);
                             Right::Pairs(right.as_ptr())
                         }
-                        Storage::Halves => {
+                        Storage::Halves | Storage::Widened => {
                             expand_swapped(task.isa, integers, right);
                             Right::Floats(right.as_ptr())
                         }
@@ -131,7 +133,7 @@ impl Int8Matrix {
                         a: task.left[first * task.stride + block * steps..].as_ptr(),
                         left: Left::Rows { stride: task.stride },
                         b,
-                        panel_stride: steps * PANEL,
+                        panel_stride: panel_width(task.isa),
                         step_stride: PANEL,
                         c: sums.as_mut_ptr(),
                         c_stride: PANEL,

@@ -3,23 +3,25 @@
 //! A tile starts from what the destination holds (or zero) and runs one chain of multiply-adds for each of its elements
 //! over the reduced index, so that a product cut anywhere along that index is the same product.
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
 use crate::isa::Isa;
 use crate::simd::{Lines, Portable, Simd, prefetch};
 
-/// Columns of a panel: the right operand is stored as panels of this many columns, one step of the reduced index after
-/// the other.
-pub(crate) const PANEL: usize = 32;
+/// Columns of the widest panel of any instruction set: a whole number of panels of each.
+pub(crate) const MOST_COLUMNS: usize = 32;
 /// Rows of the largest tile of any instruction set.
-const MAX_ROWS: usize = 12;
+const MOST_ROWS: usize = 12;
 
 /// How the left operand lies in memory. A step is one f32: an element of the reduced index, or a pair of bfloat16.
 #[derive(Clone, Copy)]
 pub(crate) enum Left {
-    /// Tiles of `height` rows (fewer in the last) one after the other, each step by step.
+    /// Tiles of `height` rows (fewer in the last) one after the other, each step by step. The right operand is then packed, too:
+    /// its steps are one panel's width apart.
     Tiles { height: usize },
     /// Rows `stride` apart, with neighbouring steps.
     Rows { stride: usize },
-    /// Steps `stride` apart, with neighbouring rows.
+    /// Steps `stride` apart, with neighbouring rows; for a right operand in f32.
     Steps { stride: usize },
 }
 
@@ -136,7 +138,7 @@ impl Number for Pair {
 /// How far ahead to ask for steps that are apart.
 const STEPS_AHEAD: usize = 16;
 
-/// What a tile asks for while it computes: `lines` cache lines a step, at most two, `stride` f32 further in each step.
+/// What a tile asks for while it computes: `lines` cache lines a step, at most [`most_lines`], `stride` f32 further in each step.
 ///
 /// Few rows leave the processor waiting for the right operand, which comes from memory: it has no time to come in between
 /// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one, where panels lie one after
@@ -149,22 +151,27 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn of<N: Number>(product: &Product, b: *const N, panel: usize, row: usize, height: usize) -> Self {
+    fn of<S: Simd, N: Number>(product: &Product, b: *const N, panel: usize, row: usize, height: usize) -> Self {
         let next = b.wrapping_add((panel + 1) * product.panel_stride).cast::<f32>();
-        // Those of a panel in one step.
-        let lines = (PANEL * size_of::<N>()).div_ceil(Lines::BYTES);
-        let neighbours = |from, lines| Self { from, lines, stride: lines * Lines::FLOATS };
+        // Those of a panel in one step, at least one, and the f32 of each that belong to the step.
+        let lines = (columns::<S>() * size_of::<N>()).div_ceil(Lines::BYTES);
+        let floats = columns::<S>() * size_of::<N>() / size_of::<f32>() / lines;
+        let neighbours = |from, lines| Self { from, lines, stride: lines * floats };
         let lone = product.rows <= height;
+        let apart = product.step_stride > columns::<S>();
         let (after, share) =
-            product.hints.ahead.share(panel * product.steps, product.columns.div_ceil(PANEL) * product.steps);
+            product.hints.ahead.share(panel * product.steps, product.columns.div_ceil(columns::<S>()) * product.steps);
         match row / height {
-            0 if lone && share > 0 => neighbours(after, share.min(2)),
+            0 if lone && share > 0 => {
+                let lines = share.min(most_lines::<S>());
+                Self { from: after, lines, stride: lines * Lines::FLOATS }
+            }
             // Steps that are apart hold all panels: each asks for its own columns of the steps that follow.
-            0 if lone && product.step_stride > PANEL => {
+            0 if lone && apart => {
                 let from = b.wrapping_add(panel * product.panel_stride + STEPS_AHEAD * product.step_stride).cast();
                 Self { from, lines, stride: product.step_stride * size_of::<N>() / size_of::<f32>() }
             }
-            _ if product.step_stride > PANEL => neighbours(next, 0),
+            _ if apart => neighbours(next, 0),
             0 if lone => neighbours(next, lines),
             tile if tile < lines => neighbours(next.wrapping_add(tile * product.steps * Lines::FLOATS), 1),
             _ => neighbours(next, 0),
@@ -172,23 +179,47 @@ impl Ahead {
     }
 }
 
+/// Rows and columns of the largest tile.
+fn largest_tile(isa: Isa) -> (usize, usize) {
+    const fn of<S: Simd>() -> (usize, usize) {
+        (S::ROWS, columns::<S>())
+    }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 | Isa::Avx512 => of::<crate::simd::Avx512>(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => of::<crate::simd::Avx2>(),
+        _ => of::<Portable>(),
+    }
+}
+
+/// Columns of a panel, which is as wide as a tile: the right operand is stored as panels of this many columns, one step of the
+/// reduced index after the other. All rows meet a panel before the next one is read.
+pub(crate) fn panel_width(isa: Isa) -> usize {
+    largest_tile(isa).1
+}
+
+/// Columns of a tile.
+const fn columns<S: Simd>() -> usize {
+    2 * S::LANES
+}
+
+/// Cache lines that a tile asks for in a step: what a step of f32 in one panel takes, if that is a line.
+const fn most_lines<S: Simd>() -> usize {
+    columns::<S>() * size_of::<f32>() / Lines::BYTES
+}
+
 /// The tile height for a left operand of `rows` packed rows: all tiles but the last alike, and none nearly empty.
 pub(crate) fn tile_height(isa: Isa, rows: usize) -> usize {
-    let most = match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => crate::simd::Avx512::ROWS,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => crate::simd::Avx2::ROWS,
-        _ => Portable::ROWS,
-    };
+    let most = largest_tile(isa).0;
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
 /// Computes `product`.
 ///
 /// # Safety
-/// `isa` must be available. `a` must be readable in the layout `left` says, `b` for whole panels (`PANEL` columns even
-/// where fewer are used), and `c` writable, by nobody else.
+/// `isa` must be available. `a` must be readable in the layout `left` says, `b` for whole panels (even where fewer of their
+/// columns are used), and `c` writable, by nobody else.
 pub(crate) unsafe fn multiply(isa: Isa, product: Product) {
     // SAFETY: the caller's promises are those that the instantiations ask for.
     unsafe {
@@ -227,47 +258,102 @@ unsafe fn multiply_avx2(product: Product) {
 
 #[inline(always)]
 unsafe fn panels<S: Simd>(product: Product) {
-    // SAFETY: see `multiply`; every tile lies inside the product.
+    // SAFETY: see `multiply`.
     unsafe {
-        match (product.b, product.left) {
-            (Right::Floats(b), Left::Rows { .. }) => tiles::<S, f32, true>(product, b),
-            (Right::Floats(b), _) => tiles::<S, f32, false>(product, b),
-            (Right::Pairs(b), Left::Rows { .. }) if S::PAIRS => tiles::<S, Pair, true>(product, b.cast()),
-            (Right::Pairs(b), _) if S::PAIRS => tiles::<S, Pair, false>(product, b.cast()),
-            (Right::Pairs(_), _) => {
-                unreachable!("operands are packed as pairs only where an instruction multiplies them")
-            }
-            (Right::Halves(b), Left::Rows { .. }) => tiles::<S, u16, true>(product, b),
-            (Right::Halves(b), _) => tiles::<S, u16, false>(product, b),
+        match (product.left, product.b) {
+            (Left::Tiles { .. }, _) => numbers::<S, Tiles>(product),
+            (Left::Rows { .. }, _) => numbers::<S, Rows>(product),
+            (Left::Steps { .. }, Right::Floats(b)) => tiles::<S, f32, Steps>(product, b),
+            (Left::Steps { .. }, _) => unreachable!("steps that are apart meet f32 alone"),
         }
     }
 }
 
-/// Rows of the largest tile. Rows that are apart need an address each; more than eight would not stay in registers.
-const fn most_rows<S: Simd>(by_rows: bool) -> usize {
-    if by_rows && S::ROWS > 8 { 8 } else { S::ROWS }
+#[inline(always)]
+unsafe fn numbers<S: Simd, O: Order>(product: Product) {
+    // SAFETY: see `multiply`.
+    unsafe {
+        match product.b {
+            Right::Floats(b) => tiles::<S, f32, O>(product, b),
+            Right::Halves(b) => tiles::<S, u16, O>(product, b),
+            Right::Pairs(b) if S::PAIRS => tiles::<S, Pair, O>(product, b.cast()),
+            Right::Pairs(_) => unreachable!("operands are packed as pairs only where an instruction multiplies them"),
+        }
+    }
+}
+
+/// How far apart things are that a tile reads.
+#[derive(Clone, Copy)]
+struct Strides {
+    /// Rows of the left operand.
+    row: usize,
+    /// Steps of the left operand.
+    left: usize,
+    /// Steps of the right operand.
+    right: usize,
+}
+
+/// [`Left`], where the inner loops are compiled for it.
+trait Order {
+    /// Rows of the largest tile, at most.
+    const MOST_ROWS: usize = MOST_ROWS;
+    /// The distances in a tile of `rows`; where they can be, they are constants.
+    fn strides<S: Simd>(rows: usize, left: usize, right: usize) -> Strides;
+}
+
+/// [`Left::Tiles`].
+struct Tiles;
+/// [`Left::Rows`].
+struct Rows;
+/// [`Left::Steps`].
+struct Steps;
+
+impl Order for Tiles {
+    #[inline(always)]
+    fn strides<S: Simd>(rows: usize, _: usize, _: usize) -> Strides {
+        Strides { row: 1, left: rows, right: columns::<S>() }
+    }
+}
+
+impl Order for Rows {
+    // Each row needs an address; those of more would not stay in registers.
+    const MOST_ROWS: usize = 8;
+    #[inline(always)]
+    fn strides<S: Simd>(_: usize, left: usize, right: usize) -> Strides {
+        Strides { row: left, left: 1, right }
+    }
+}
+
+impl Order for Steps {
+    #[inline(always)]
+    fn strides<S: Simd>(_: usize, left: usize, right: usize) -> Strides {
+        Strides { row: 1, left, right }
+    }
+}
+
+/// Rows of the largest tile.
+const fn most_rows<S: Simd, O: Order>() -> usize {
+    if S::ROWS > O::MOST_ROWS { O::MOST_ROWS } else { S::ROWS }
 }
 
 #[inline(always)]
-unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *const N) {
+unsafe fn tiles<S: Simd, N: Number, O: Order>(product: Product, b: *const N) {
     let p = product;
     let height = match p.left {
         Left::Tiles { height } => height,
-        Left::Rows { .. } | Left::Steps { .. } => {
-            p.rows.div_ceil(p.rows.div_ceil(most_rows::<S>(BY_ROWS)).max(1)).max(1)
-        }
+        Left::Rows { .. } | Left::Steps { .. } => p.rows.div_ceil(p.rows.div_ceil(most_rows::<S, O>()).max(1)).max(1),
     };
-    // Then every row of every tile lies at cache lines, as panels are two of them wide at least.
+    // Then every row of every tile lies at a vector's address.
     let at_lines = p.c.addr().is_multiple_of(Lines::BYTES) && p.c_stride.is_multiple_of(Lines::FLOATS);
     let past_caches = p.hints.past_caches && at_lines;
-    for (panel, column) in (0..p.columns).step_by(PANEL).enumerate() {
+    for (panel, column) in (0..p.columns).step_by(columns::<S>()).enumerate() {
         for row in (0..p.rows).step_by(height) {
             let rows = height.min(p.rows - row);
-            let ahead = Ahead::of(&p, b, panel, row, height);
-            // SAFETY: see `multiply`.
+            let ahead = Ahead::of::<S, N>(&p, b, panel, row, height);
+            // SAFETY: see `multiply`; every tile lies inside the product.
             unsafe {
-                let (a, a_stride) = match p.left {
-                    Left::Tiles { .. } => (p.a.add(row * p.steps), rows),
+                let (a, stride) = match p.left {
+                    Left::Tiles { .. } => (p.a.add(row * p.steps), 0),
                     Left::Rows { stride } => (p.a.add(row * stride), stride),
                     Left::Steps { stride } => (p.a.add(row), stride),
                 };
@@ -278,21 +364,27 @@ unsafe fn tiles<S: Simd, N: Number, const BY_ROWS: bool>(product: Product, b: *c
                     Start::Held => (to.cast_const(), p.c_stride),
                     Start::Rows { from, stride } => (from.add(row * stride + column), stride),
                 };
-                let columns = PANEL.min(p.columns - column);
+                let here = columns::<S>().min(p.columns - column);
                 let target = Target { start, start_stride, to, stride: p.c_stride, past_caches };
-                if columns == PANEL {
-                    slabs::<S, N, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, ahead, target);
+                let operands = Operands { steps: p.steps, a, left_stride: stride, b, right_stride: p.step_stride };
+                if here == columns::<S>() {
+                    tile_of::<S, N, O>(rows, operands, ahead, target);
                 } else {
-                    let mut whole = [0.0f32; MAX_ROWS * PANEL];
+                    let mut whole = [0.0f32; MOST_ROWS * MOST_COLUMNS];
                     let held = whole.as_mut_ptr();
                     for i in 0..if start.is_null() { 0 } else { rows } {
-                        std::ptr::copy_nonoverlapping(start.add(i * start_stride), held.add(i * PANEL), columns);
+                        std::ptr::copy_nonoverlapping(start.add(i * start_stride), held.add(i * MOST_COLUMNS), here);
                     }
-                    let aside =
-                        Target { start: held, start_stride: PANEL, to: held, stride: PANEL, past_caches: false };
-                    slabs::<S, N, BY_ROWS>(rows, p.steps, a, a_stride, b, p.step_stride, ahead, aside);
+                    let aside = Target {
+                        start: held,
+                        start_stride: MOST_COLUMNS,
+                        to: held,
+                        stride: MOST_COLUMNS,
+                        past_caches: false,
+                    };
+                    tile_of::<S, N, O>(rows, operands, ahead, aside);
                     for i in 0..rows {
-                        std::ptr::copy_nonoverlapping(held.add(i * PANEL), to.add(i * p.c_stride), columns);
+                        std::ptr::copy_nonoverlapping(held.add(i * MOST_COLUMNS), to.add(i * p.c_stride), here);
                     }
                 }
             }
@@ -312,43 +404,29 @@ struct Target {
     past_caches: bool,
 }
 
-impl Target {
-    /// The same from `column` on.
-    fn at_column(self, column: usize) -> Self {
-        let start = if self.start.is_null() { self.start } else { self.start.wrapping_add(column) };
-        Self { start, to: self.to.wrapping_add(column), ..self }
-    }
-}
-
-/// A tile as wide as a panel: two vectors at a time.
-#[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two operands, each an address and strides, and where to go ahead")]
-unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
-    rows: usize,
+/// What a tile multiplies.
+#[derive(Clone, Copy)]
+struct Operands<N> {
     steps: usize,
     a: *const f32,
-    a_stride: usize,
+    /// As [`Left`] has it.
+    left_stride: usize,
     b: *const N,
-    b_stride: usize,
-    ahead: Ahead,
-    target: Target,
-) {
+    right_stride: usize,
+}
+
+/// A tile of `rows`.
+#[inline(always)]
+unsafe fn tile_of<S: Simd, N: Number, O: Order>(rows: usize, operands: Operands<N>, ahead: Ahead, target: Target) {
     macro_rules! with_rows {
         ($($count:literal)*) => {
             match rows {
-                $($count if $count <= most_rows::<S>(BY_ROWS) => {
-                    let mut column = 0;
-                    while column < PANEL {
-                        let (b, target) = (b.wrapping_add(column), target.at_column(column));
-                        // SAFETY: see `multiply`.
-                        unsafe {
-                            match ahead.lines {
-                                0 => tile::<S, N, $count, BY_ROWS, 0>(steps, a, a_stride, b, b_stride, ahead, target),
-                                1 => tile::<S, N, $count, BY_ROWS, 1>(steps, a, a_stride, b, b_stride, ahead, target),
-                                _ => tile::<S, N, $count, BY_ROWS, 2>(steps, a, a_stride, b, b_stride, ahead, target),
-                            }
-                        }
-                        column += 2 * S::LANES;
+                // SAFETY: see `multiply`.
+                $($count if $count <= most_rows::<S, O>() => unsafe {
+                    match ahead.lines.min(most_lines::<S>()) {
+                        1 if most_lines::<S>() >= 1 => tile::<S, N, O, $count, 1>(operands, ahead, target),
+                        2 if most_lines::<S>() >= 2 => tile::<S, N, O, $count, 2>(operands, ahead, target),
+                        _ => tile::<S, N, O, $count, 0>(operands, ahead, target),
                     }
                 })*
                 _ => unreachable!("tiles are at most as high as the registers allow"),
@@ -359,17 +437,15 @@ unsafe fn slabs<S: Simd, N: Number, const BY_ROWS: bool>(
 }
 
 #[inline(always)]
-unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const LINES: usize>(
-    steps: usize,
-    a: *const f32,
-    a_stride: usize,
-    b: *const N,
-    b_stride: usize,
-    ahead: Ahead,
+unsafe fn tile<S: Simd, N: Number, O: Order, const ROWS: usize, const LINES: usize>(
+    operands: Operands<N>,
+    mut ahead: Ahead,
     target: Target,
 ) {
     // SAFETY: see `multiply`.
     unsafe {
+        let Operands { steps, mut a, mut b, .. } = operands;
+        let strides = O::strides::<S>(ROWS, operands.left_stride, operands.right_stride);
         let Target { start, start_stride, to, stride, past_caches } = target;
         let mut sums = [[S::zero(); 2]; ROWS];
         if !start.is_null() {
@@ -378,17 +454,21 @@ unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const
                 *sums = [S::load(start), S::load(start.add(S::LANES))];
             }
         }
-        for step in 0..steps {
-            let right = [N::load::<S>(b.add(step * b_stride)), N::load::<S>(b.add(step * b_stride + S::LANES))];
-            for line in 0..LINES {
-                prefetch(ahead.from.wrapping_add(step * ahead.stride + line * Lines::FLOATS));
-            }
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let left = S::splat(if BY_ROWS { a.add(i * a_stride + step) } else { a.add(step * a_stride + i) });
-                for (sum, &right) in sums.iter_mut().zip(&right) {
-                    *sum = N::multiply_add::<S>(left, right, *sum);
+        // Counting and moving on are instructions, too: where a core runs short of them, several steps share them.
+        for _ in 0..steps / S::STEPS {
+            for step in 0..S::STEPS {
+                add_step::<S, N, ROWS, LINES>(&mut sums, step, a, b, strides, ahead);
+                if S::STEPS > 1 {
+                    // Or the compiler begins by reading what all of them need, and has no registers for it.
+                    compiler_fence(Ordering::SeqCst);
                 }
             }
+            a = a.wrapping_add(S::STEPS * strides.left);
+            b = b.wrapping_add(S::STEPS * strides.right);
+            ahead.from = ahead.from.wrapping_add(S::STEPS * ahead.stride);
+        }
+        for step in 0..steps % S::STEPS {
+            add_step::<S, N, ROWS, LINES>(&mut sums, step, a, b, strides, ahead);
         }
         for (i, sums) in sums.iter().enumerate() {
             let to = to.add(i * stride);
@@ -398,6 +478,32 @@ unsafe fn tile<S: Simd, N: Number, const ROWS: usize, const BY_ROWS: bool, const
             } else {
                 S::store(to, sums[0]);
                 S::store(to.add(S::LANES), sums[1]);
+            }
+        }
+    }
+}
+
+/// Adds the products of one step to the sums of a tile.
+#[inline(always)]
+unsafe fn add_step<S: Simd, N: Number, const ROWS: usize, const LINES: usize>(
+    sums: &mut [[S::Vector; 2]; ROWS],
+    step: usize,
+    a: *const f32,
+    b: *const N,
+    strides: Strides,
+    ahead: Ahead,
+) {
+    // SAFETY: see `multiply`.
+    unsafe {
+        let b = b.add(step * strides.right);
+        let right = [N::load::<S>(b), N::load::<S>(b.add(S::LANES))];
+        for line in 0..LINES {
+            prefetch(ahead.from.wrapping_add(step * ahead.stride + line * Lines::FLOATS));
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let left = S::splat(a.add(i * strides.row + step * strides.left));
+            for (sum, &right) in sums.iter_mut().zip(&right) {
+                *sum = N::multiply_add::<S>(left, right, *sum);
             }
         }
     }

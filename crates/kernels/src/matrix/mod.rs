@@ -1,6 +1,6 @@
 //! Matrix products.
 //!
-//! Operands are packed into tiles (left, twelve rows at most) and panels (right, 32 columns), as in Goto and van de
+//! Operands are packed into tiles (left, twelve rows at most) and panels (right, two vectors wide), as in Goto and van de
 //! Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); unlike there, a block of the reduced index continues
 //! the sums that the block before it left in the destination, so that blocking does not change a bit.
 
@@ -14,7 +14,7 @@ pub use packed::PackedMatrix;
 
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
-use crate::matrix::kernel::Start;
+use crate::matrix::kernel::{Start, panel_width};
 use crate::matrix::pack::Storage;
 use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
@@ -188,8 +188,8 @@ fn check_shapes(a: Matrix<'_>, (k, n): (usize, usize), c: &MatrixMut<'_>, onto: 
     }
 }
 
-/// Elements of the right operand that are packed at a time.
-const PACKED_ELEMENTS: usize = 1 << 21;
+/// The f32 of the right operand that are packed at a time: a share of the last-level cache, where all rows then find them.
+const PACKED_FLOATS: usize = 1 << 20;
 /// Columns of the right operand that are packed at a time.
 const PACKED_COLUMNS: usize = 3072;
 
@@ -204,22 +204,22 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixM
         return onto.fill(&mut c);
     }
     let isa = Isa::current();
-    let storage = Storage::of(isa, precision);
+    let (storage, width) = (Storage::for_one_product(isa, precision), panel_width(isa));
     for column in (0..b.cols).step_by(PACKED_COLUMNS) {
         let columns = PACKED_COLUMNS.min(b.cols - column);
-        let panels = columns.div_ceil(kernel::PANEL);
+        let panels = columns.div_ceil(width);
         // A whole number of blocks, and of pairs.
-        let depth = (PACKED_ELEMENTS / (panels * kernel::PANEL)).next_multiple_of(2 * packed::BLOCK_STEPS);
+        let depth = storage.elements(PACKED_FLOATS / (panels * width)).next_multiple_of(2 * packed::BLOCK_STEPS);
         for k in (0..a.cols).step_by(depth) {
             let depth = depth.min(a.cols - k);
-            let len = storage.panel_len(storage.steps(depth));
+            let len = storage.len(storage.steps(depth), width);
             with_scratch([panels * len], |[packed]| {
                 let shared = SharedMut::new(packed);
                 each(panels, depth * columns, |panel| {
                     // SAFETY: panel `panel` belongs to this call alone.
                     let out = unsafe { shared.slice(panel * len, len) };
-                    let first = panel * kernel::PANEL;
-                    let count = kernel::PANEL.min(columns - first);
+                    let first = panel * width;
+                    let count = width.min(columns - first);
                     pack::pack_panel(isa, storage, b.block(k, column + first, depth, count), out);
                 });
                 let a = a.block(0, k, a.rows, depth);

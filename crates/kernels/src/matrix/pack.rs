@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::half::{bfloat16, widened};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{PANEL, Right};
+use crate::matrix::kernel::{Right, panel_width};
 use crate::matrix::{Matrix, Precision};
 use crate::simd::{Lines, prefetch, write_columns};
 
@@ -18,6 +18,9 @@ pub(crate) enum Storage {
     /// One bfloat16 a step, where there is no such instruction: the left operand's are widened already, as they meet many columns, and the
     /// right operand's as they are read. Of each pair the second comes first, as [`Precision::Bf16`] adds them.
     Halves,
+    /// As [`Storage::Halves`], with the right operand's widened, too, when they are packed: twice the memory, and two instructions less for
+    /// each vector.
+    Widened,
 }
 
 impl Storage {
@@ -30,12 +33,21 @@ impl Storage {
         }
     }
 
+    /// The same where the right operand is packed for one product, and found in a cache: with AVX2, instructions are dearer than bytes
+    /// there.
+    pub(crate) fn for_one_product(isa: Isa, precision: Precision) -> Self {
+        match (isa, precision) {
+            (Isa::Avx2, Precision::Bf16) => Self::Widened,
+            _ => Self::of(isa, precision),
+        }
+    }
+
     /// The steps of `k` elements: the f32 that a row of a packed left operand takes.
     pub(crate) fn steps(self, k: usize) -> usize {
         match self {
             Self::Floats => Floats::places(k),
             Self::Pairs => Pairs::places(k),
-            Self::Halves => Swapped::<f32>::places(k),
+            Self::Halves | Self::Widened => Swapped::<f32>::places(k),
         }
     }
 
@@ -44,15 +56,15 @@ impl Storage {
         if self == Self::Pairs { 2 * steps } else { steps }
     }
 
-    /// The f32 that `steps` steps of a panel take.
-    pub(crate) fn panel_len(self, steps: usize) -> usize {
-        if self == Self::Halves { PANEL * steps / 2 } else { PANEL * steps }
+    /// The f32 that `steps` steps of a panel of `width` columns take.
+    pub(crate) fn len(self, steps: usize, width: usize) -> usize {
+        if self == Self::Halves { width * steps / 2 } else { width * steps }
     }
 
     /// Panels as the inner loops take them.
     pub(crate) fn right(self, panels: &[f32]) -> Right {
         match self {
-            Self::Floats => Right::Floats(panels.as_ptr()),
+            Self::Floats | Self::Widened => Right::Floats(panels.as_ptr()),
             Self::Pairs => Right::Pairs(panels.as_ptr()),
             Self::Halves => Right::Halves(panels.as_ptr().cast()),
         }
@@ -318,19 +330,20 @@ fn interleave<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, o
 #[inline(always)]
 fn interleave_any<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
     // A panel's width as a constant lets its copies become plain vector moves.
-    if width == PANEL && vectors.count == PANEL {
-        interleave::<F, TURN>(Vectors { count: PANEL, ..vectors }, PANEL, out);
-    } else {
-        interleave::<F, TURN>(vectors, width, out);
+    match width {
+        32 if vectors.count == 32 => interleave::<F, TURN>(Vectors { count: 32, ..vectors }, 32, out),
+        16 if vectors.count == 16 => interleave::<F, TURN>(Vectors { count: 16, ..vectors }, 16, out),
+        _ => interleave::<F, TURN>(vectors, width, out),
     }
 }
 
 #[inline(always)]
-fn panel<const TURN: bool>(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
+fn panel<const TURN: bool>(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
     match storage {
-        Storage::Floats => interleave_any::<Floats, TURN>(columns, PANEL, out),
-        Storage::Pairs => interleave_any::<Pairs, TURN>(columns, PANEL, out),
-        Storage::Halves => interleave_any::<Swapped<u16>, TURN>(columns, PANEL, halves(out)),
+        Storage::Floats => interleave_any::<Floats, TURN>(columns, width, out),
+        Storage::Pairs => interleave_any::<Pairs, TURN>(columns, width, out),
+        Storage::Halves => interleave_any::<Swapped<u16>, TURN>(columns, width, halves(out)),
+        Storage::Widened => interleave_any::<Swapped<f32>, TURN>(columns, width, out),
     }
 }
 
@@ -340,13 +353,13 @@ fn tile<const TURN: bool>(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) 
     match storage {
         Storage::Floats => interleave::<Floats, TURN>(rows, height, out),
         Storage::Pairs => interleave::<Pairs, TURN>(rows, height, out),
-        Storage::Halves => interleave::<Swapped<f32>, TURN>(rows, height, out),
+        Storage::Halves | Storage::Widened => interleave::<Swapped<f32>, TURN>(rows, height, out),
     }
 }
 
 multiversion! {
-    fn panel_plain(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
-        panel::<false>(storage, columns, out);
+    fn panel_plain(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
+        panel::<false>(storage, width, columns, out);
     }
 }
 
@@ -358,8 +371,8 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn panel_turning(storage: Storage, columns: Vectors<'_>, out: &mut [f32]) {
-    panel::<true>(storage, columns, out);
+fn panel_turning(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
+    panel::<true>(storage, width, columns, out);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -374,15 +387,15 @@ fn turns(isa: Isa, vectors: Vectors<'_>) -> bool {
     matches!(isa, Isa::Avx512Bf16 | Isa::Avx512) && vectors.element_stride == 1 && vectors.count > 1
 }
 
-/// Packs the columns of `b` (at most [`PANEL`] of them) as one panel.
+/// Packs the columns of `b` (at most [`panel_width`]) as one panel.
 pub(crate) fn pack_panel(isa: Isa, storage: Storage, b: Matrix<'_>, out: &mut [f32]) {
-    let columns = Vectors::rows(b.transposed());
+    let (width, columns) = (panel_width(isa), Vectors::rows(b.transposed()));
     #[cfg(target_arch = "x86_64")]
     if turns(isa, columns) {
         // SAFETY: `Isa::current` returns only what the processor was seen to have.
-        return unsafe { panel_turning(storage, columns, out) };
+        return unsafe { panel_turning(storage, width, columns, out) };
     }
-    panel_plain(isa, storage, columns, out);
+    panel_plain(isa, storage, width, columns, out);
 }
 
 /// Writes one vector of neighbouring elements.
@@ -405,7 +418,7 @@ multiversion! {
         match storage {
             Storage::Floats => write_row::<Floats>(row, out),
             Storage::Pairs => write_row::<Pairs>(row, out),
-            Storage::Halves => write_row::<Swapped<f32>>(row, out),
+            Storage::Halves | Storage::Widened => write_row::<Swapped<f32>>(row, out),
         }
     }
 }
@@ -460,7 +473,7 @@ multiversion! {
         match storage {
             Storage::Floats => spread::<Floats>(rows, height, out),
             Storage::Pairs => spread::<Pairs>(rows, height, out),
-            Storage::Halves => spread::<Swapped<f32>>(rows, height, out),
+            Storage::Halves | Storage::Widened => spread::<Swapped<f32>>(rows, height, out),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
-use crate::matrix::kernel::{Hints, Left, PANEL, Product, Right, Start, multiply, tile_height};
+use crate::matrix::kernel::{Hints, Left, Product, Right, Start, multiply, panel_width, tile_height};
 use crate::matrix::pack::{Storage, halves, pack_panel, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision, check_shapes};
 use crate::parallel::{SharedMut, each, each_part};
@@ -38,7 +38,8 @@ impl PackedMatrix {
     pub fn new(precision: Precision, k: usize, n: usize) -> Self {
         let isa = Isa::current();
         let storage = Storage::of(isa, precision);
-        let panels = Buffer::zeros(n.div_ceil(PANEL) * storage.panel_len(storage.steps(k)));
+        let width = panel_width(isa);
+        let panels = Buffer::zeros(n.div_ceil(width) * storage.len(storage.steps(k), width));
         Self { isa, precision, k, n, panels }
     }
 
@@ -49,7 +50,7 @@ impl PackedMatrix {
 
     /// The f32 of a panel.
     fn panel_len(&self) -> usize {
-        self.storage().panel_len(self.storage().steps(self.k))
+        self.storage().len(self.storage().steps(self.k), panel_width(self.isa))
     }
 
     /// Packs `b` into the columns from `first_column` on.
@@ -59,39 +60,43 @@ impl PackedMatrix {
     pub fn pack(&mut self, first_column: usize, b: Matrix<'_>) {
         assert_eq!(b.rows, self.k, "pack: the matrix has {} rows, the packed one {}", b.rows, self.k);
         assert!(first_column + b.cols <= self.n, "pack: columns {first_column}+{} of {}", b.cols, self.n);
-        if !first_column.is_multiple_of(PANEL) || (first_column + b.cols < self.n && !b.cols.is_multiple_of(PANEL)) {
+        let width = panel_width(self.isa);
+        if !first_column.is_multiple_of(width) || (first_column + b.cols < self.n && !b.cols.is_multiple_of(width)) {
             return self.pack_inside_panels(first_column, b);
         }
         let (isa, storage, len) = (self.isa, self.storage(), self.panel_len());
-        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column / PANEL * len..]);
-        each(b.cols.div_ceil(PANEL), b.rows * b.cols, |panel| {
+        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column / width * len..]);
+        each(b.cols.div_ceil(width), b.rows * b.cols, |panel| {
             // SAFETY: panel `panel` belongs to this call alone.
             let out = unsafe { panels.slice(panel * len, len) };
-            let column = panel * PANEL;
-            pack_panel(isa, storage, b.block(0, column, b.rows, PANEL.min(b.cols - column)), out);
+            let column = panel * width;
+            pack_panel(isa, storage, b.block(0, column, b.rows, width.min(b.cols - column)), out);
         });
     }
 
     /// Packs columns that share panels with their neighbours: each panel is packed aside and its columns copied over.
     fn pack_inside_panels(&mut self, first_column: usize, b: Matrix<'_>) {
-        fn copy<T: Copy>(from: &[T], to: &mut [T], columns: Range<usize>) {
-            for (to, from) in to.chunks_exact_mut(PANEL).zip(from.chunks_exact(PANEL)) {
+        fn copy<T: Copy>(from: &[T], to: &mut [T], width: usize, columns: Range<usize>) {
+            for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(width)) {
                 to[columns.clone()].copy_from_slice(&from[..columns.len()]);
             }
         }
         let (isa, storage, len) = (self.isa, self.storage(), self.panel_len());
+        let width = panel_width(isa);
         let panels = self.panels.as_mut_slice();
         with_scratch([len], |[aside]| {
             let aside = &mut aside[..len];
             let mut column = 0;
             while column < b.cols {
-                let place = (first_column + column) % PANEL;
-                let count = (PANEL - place).min(b.cols - column);
+                let place = (first_column + column) % width;
+                let count = (width - place).min(b.cols - column);
                 pack_panel(isa, storage, b.block(0, column, b.rows, count), aside);
-                let panel = &mut panels[(first_column + column) / PANEL * len..][..len];
+                let panel = &mut panels[(first_column + column) / width * len..][..len];
                 match storage {
-                    Storage::Halves => copy(halves(aside), halves(panel), place..place + count),
-                    Storage::Floats | Storage::Pairs => copy(aside, panel, place..place + count),
+                    Storage::Halves => copy(halves(aside), halves(panel), width, place..place + count),
+                    Storage::Floats | Storage::Widened | Storage::Pairs => {
+                        copy(aside, panel, width, place..place + count)
+                    }
                 }
                 column += count;
             }
@@ -137,12 +142,13 @@ pub(super) fn multiply_packed(
     if steps == 0 {
         return onto.fill(&mut c);
     }
-    assert!(panels.len() >= c.cols.div_ceil(PANEL) * storage.panel_len(steps), "the panels cover the product");
+    let width = panel_width(isa);
+    assert!(panels.len() >= c.cols.div_ceil(width) * storage.len(steps, width), "the panels cover the product");
     // Of a large result nothing is left in a cache when it is read next, and what is read once only pushes out the operands.
     let past_caches = c.rows * c.cols >= LARGE_RESULT && steps <= BLOCK_STEPS && !matches!(onto, Onto::Held);
     let (c_stride, c_rows, c_cols) = (c.row_stride, c.rows, c.cols);
     let c = SharedMut::new(c.data);
-    let task = Task { isa, storage, a, panels, steps, onto, c, c_stride, past_caches };
+    let task = Task { isa, storage, width, a, panels, steps, onto, c, c_stride, past_caches };
     let work = c_rows * c_cols * a.cols;
     let threads = rayon::current_num_threads();
     if c_rows <= FEW_ROWS {
@@ -162,6 +168,8 @@ pub(super) fn multiply_packed(
 struct Task<'a> {
     isa: Isa,
     storage: Storage,
+    /// Columns of a panel.
+    width: usize,
     a: Matrix<'a>,
     panels: &'a [f32],
     steps: usize,
@@ -174,7 +182,7 @@ struct Task<'a> {
 impl Task<'_> {
     /// The panels from `panel` on, from step `step` of each.
     fn right(&self, panel: usize, step: usize) -> Right {
-        let start = panel * self.storage.panel_len(self.steps) + self.storage.panel_len(step);
+        let start = self.storage.len(panel * self.steps + step, self.width);
         self.storage.right(&self.panels[start..])
     }
 
@@ -183,7 +191,7 @@ impl Task<'_> {
     fn few_rows(&self, columns: usize, work: usize, threads: usize) {
         let (a, isa) = (self.a, self.isa);
         let in_place = self.storage == Storage::Floats && a.col_stride == 1;
-        let panels = columns.div_ceil(PANEL);
+        let panels = columns.div_ceil(self.width);
         each_part(panels, panels.div_ceil(8 * threads), work, |runs| {
             let mut runs = runs.peekable();
             if runs.peek().is_none() {
@@ -192,23 +200,27 @@ impl Task<'_> {
             with_scratch([if in_place { 0 } else { a.rows * self.steps }], |[scratch]| {
                 let (left, data): (Left, &[f32]) = if in_place {
                     (Left::Rows { stride: a.row_stride }, a.data)
-                } else {
+                } else if self.storage == Storage::Pairs {
                     // A tile of one row is that row.
                     pack_tiles(isa, self.storage, a, 1, scratch);
                     (Left::Rows { stride: self.steps }, scratch)
+                } else {
+                    let height = tile_height(isa, a.rows);
+                    pack_tiles(isa, self.storage, a, height, scratch);
+                    (Left::Tiles { height }, scratch)
                 };
                 // A run's last panel asks for the first of the next.
                 for panels in runs {
-                    let column = panels.start * PANEL;
+                    let column = panels.start * self.width;
                     let product = Product {
                         rows: a.rows,
-                        columns: (panels.len() * PANEL).min(columns - column),
+                        columns: (panels.len() * self.width).min(columns - column),
                         steps: self.steps,
                         a: data.as_ptr(),
                         left,
                         b: self.right(panels.start, 0),
-                        panel_stride: PANEL * self.steps,
-                        step_stride: PANEL,
+                        panel_stride: self.width * self.steps,
+                        step_stride: self.width,
                         // SAFETY: the columns from `column` on lie inside the rows of `c`.
                         c: unsafe { self.c.get().add(column) },
                         c_stride: self.c_stride,
@@ -239,8 +251,8 @@ impl Task<'_> {
                     a: packed.as_ptr(),
                     left: Left::Tiles { height },
                     b: self.right(0, step),
-                    panel_stride: PANEL * self.steps,
-                    step_stride: PANEL,
+                    panel_stride: self.width * self.steps,
+                    step_stride: self.width,
                     // SAFETY: row `row` is a row of `c`.
                     c: unsafe { self.c.get().add(row * self.c_stride) },
                     c_stride: self.c_stride,
