@@ -24,7 +24,7 @@ use train::methods::{Family as Methods, Preset};
 use train::options::{RunOptions, TrainingOptions};
 use train::{Evaluator, Method, Observer, Outcome, Provenance, Run};
 
-use crate::common::{Accuracy, Exact, StopAt, assert_same, examples, metrics, on_threads, prompts, tokenizer};
+use crate::common::{Accuracy, Exact, StopAt, assert_same, examples, metrics, on_threads, prompts, seeds, tokenizer};
 
 /// A stage of one of the families.
 #[derive(Clone)]
@@ -228,8 +228,8 @@ fn students_come_close_to_their_teacher() {
     knows.prepare(Precision::F32);
     let accuracy = Accuracy.evaluate(&knows, &mut |_, _| {}).unwrap().measures[0].value;
     assert!(accuracy > 0.9, "the teacher itself solves {accuracy}");
-    for preset in distillation::PRESETS {
-        for seed in 1..=3 {
+    for (place, preset) in distillation::PRESETS.iter().enumerate() {
+        for seed in seeds(place) {
             let mut stage = named(preset.name);
             // An estimate from sampled tokens alone is noisier than one over the whole vocabulary, and learns more slowly.
             let sampled = ["on_policy_distillation", "minillm"].contains(&preset.name);
@@ -246,8 +246,8 @@ fn students_come_close_to_their_teacher() {
 
 #[test]
 fn answers_that_pass_teach() {
-    for preset in rejection::PRESETS {
-        for seed in 1..=3 {
+    for (place, preset) in rejection::PRESETS.iter().enumerate() {
+        for seed in seeds(place) {
             let mut stage = named(preset.name);
             *stage.training() = training(60, 1e-3);
             let setup = Setup { decoder: beginner().clone(), stage, seed, precision: Precision::F32, evaluate: true };
@@ -287,12 +287,12 @@ fn every_form_of_fine_tuning_teaches() {
     let Stage::Sft(mut smoothed) = named("sft") else { panic!("another family") };
     smoothed.objective.label_smoothing = 0.1;
     forms.push(("label smoothing", Stage::Sft(smoothed)));
-    for (name, mut stage) in forms {
+    for (place, (name, mut stage)) in forms.into_iter().enumerate() {
         if let Stage::Sft(options) = &mut stage {
             // The usual 5 is for embeddings of the usual size; those of so small a model would drown.
             options.neftune_noise_alpha = options.neftune_noise_alpha.min(0.1);
         }
-        for seed in 1..=3 {
+        for seed in seeds(place) {
             *stage.training() = training(60, 3e-3);
             let setup = Setup {
                 decoder: beginner().clone(),
@@ -312,8 +312,8 @@ fn every_form_of_fine_tuning_teaches() {
 fn what_is_to_be_forgotten_is_forgotten_and_the_rest_is_kept() {
     let (forget, retain) = split(examples());
     let mut failed = Vec::new();
-    for preset in unlearning::PRESETS {
-        for seed in 1..=3 {
+    for (place, preset) in unlearning::PRESETS.iter().enumerate() {
+        for seed in seeds(place) {
             let Stage::Unlearning(mut options) = named(preset.name) else { panic!("another family") };
             // An answer is one digit and the end: nothing would be left without the first.
             options.objective.ignore_first_tokens = 0;

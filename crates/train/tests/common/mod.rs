@@ -322,6 +322,11 @@ pub fn metrics(folder: &Path) -> Vec<serde_json::Map<String, serde_json::Value>>
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// The seeds that the method at `place` in its family learns from. Each costs time: the first method gets three, its siblings one.
+pub fn seeds(place: usize) -> std::ops::Range<u64> {
+    0..if place == 0 { 3 } else { 1 }
+}
+
 /// Runs `work` on so many threads.
 pub fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
