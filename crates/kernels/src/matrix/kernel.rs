@@ -141,8 +141,8 @@ const STEPS_AHEAD: usize = 16;
 /// What a tile asks for while it computes: `lines` cache lines a step, at most [`most_lines`], `stride` f32 further in each step.
 ///
 /// Few rows leave the processor waiting for the right operand, which comes from memory: it has no time to come in between
-/// the panel's few tiles. So the first two tiles of a panel ask for one half each of the next one, where panels lie one after
-/// the other; and a panel's only tile asks for what comes after the product, if there is something, before its own next panel.
+/// the panel's few tiles. So the first tiles of a panel ask for one line each in every step, until that is the next one, where panels lie
+/// one after the other; and a panel's only tile asks for what comes after the product, if there is something, before its own next panel.
 #[derive(Clone, Copy)]
 struct Ahead {
     from: *const f32,
