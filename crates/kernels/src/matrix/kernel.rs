@@ -211,7 +211,11 @@ const fn most_lines<S: Simd>() -> usize {
 
 /// The tile height for a left operand of `rows` packed rows: all tiles but the last alike, and none nearly empty.
 pub(crate) fn tile_height(isa: Isa, rows: usize) -> usize {
-    let most = largest_tile(isa).0;
+    even_height(rows, largest_tile(isa).0)
+}
+
+/// The height of tiles of at most `most` rows that share `rows` out evenly.
+fn even_height(rows: usize, most: usize) -> usize {
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
@@ -341,7 +345,7 @@ unsafe fn tiles<S: Simd, N: Number, O: Order>(product: Product, b: *const N) {
     let p = product;
     let height = match p.left {
         Left::Tiles { height } => height,
-        Left::Rows { .. } | Left::Steps { .. } => p.rows.div_ceil(p.rows.div_ceil(most_rows::<S, O>()).max(1)).max(1),
+        Left::Rows { .. } | Left::Steps { .. } => even_height(p.rows, most_rows::<S, O>()),
     };
     // Then every row of every tile lies at a vector's address.
     let at_lines = p.c.addr().is_multiple_of(Lines::BYTES) && p.c_stride.is_multiple_of(Lines::FLOATS);
@@ -423,7 +427,8 @@ unsafe fn tile_of<S: Simd, N: Number, O: Order>(rows: usize, operands: Operands<
             match rows {
                 // SAFETY: see `multiply`.
                 $($count if $count <= most_rows::<S, O>() => unsafe {
-                    match ahead.lines.min(most_lines::<S>()) {
+                    // What an instruction set never asks for is not compiled for it.
+                    match ahead.lines {
                         1 if most_lines::<S>() >= 1 => tile::<S, N, O, $count, 1>(operands, ahead, target),
                         2 if most_lines::<S>() >= 2 => tile::<S, N, O, $count, 2>(operands, ahead, target),
                         _ => tile::<S, N, O, $count, 0>(operands, ahead, target),
