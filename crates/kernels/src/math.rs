@@ -74,12 +74,13 @@ pub(crate) fn sum(row: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
-        add_terms(&mut lanes, |lane| term(chunk[lane]));
+        add_terms(&mut lanes, LANES, |lane| term(chunk[lane]));
     }
-    for (sum, &x) in lanes.iter_mut().zip(rest) {
-        *sum += term(x);
+    if !rest.is_empty() {
+        let last = padded(rest);
+        add_terms(&mut lanes, rest.len(), |lane| term(last[lane]));
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
 /// [`sum`] over the elements of two rows.
@@ -89,12 +90,13 @@ pub(crate) fn sum_of_two(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -
     let mut lanes = [0.0f32; LANES];
     let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
-        add_terms(&mut lanes, |lane| term(a[lane], b[lane]));
+        add_terms(&mut lanes, LANES, |lane| term(a[lane], b[lane]));
     }
-    for ((sum, &a), &b) in lanes.iter_mut().zip(rest_a).zip(rest_b) {
-        *sum += term(a, b);
+    if !rest_a.is_empty() {
+        let [a, b] = [padded(rest_a), padded(rest_b)];
+        add_terms(&mut lanes, rest_a.len(), |lane| term(a[lane], b[lane]));
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
 /// [`sum`] over the elements of three rows.
@@ -106,23 +108,32 @@ pub(crate) fn sum_of_three(rows: [&[f32]; 3], term: impl Fn(f32, f32, f32) -> f3
     let ((a, rest_a), (b, rest_b), (c, rest_c)) =
         (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
     for ((a, b), c) in a.iter().zip(b).zip(c) {
-        add_terms(&mut lanes, |lane| term(a[lane], b[lane], c[lane]));
+        add_terms(&mut lanes, LANES, |lane| term(a[lane], b[lane], c[lane]));
     }
-    for (((sum, &a), &b), &c) in lanes.iter_mut().zip(rest_a).zip(rest_b).zip(rest_c) {
-        *sum += term(a, b, c);
+    if !rest_a.is_empty() {
+        let [a, b, c] = [padded(rest_a), padded(rest_b), padded(rest_c)];
+        add_terms(&mut lanes, rest_a.len(), |lane| term(a[lane], b[lane], c[lane]));
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
-/// Adds a term to each lane. All terms are there before the first is added: that way the lanes stay in registers.
+/// What does not fill the lanes, with zeros behind. That way the last lanes run in vectors, too, and none of them has to be in memory.
 #[inline(always)]
-fn add_terms(lanes: &mut [f32; LANES], term: impl Fn(usize) -> f32) {
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    lanes[..rest.len()].copy_from_slice(rest);
+    lanes
+}
+
+/// Adds a term to each of the first `count` lanes. All terms are there before the first is added: that way the lanes stay in registers.
+#[inline(always)]
+fn add_terms(lanes: &mut [f32; LANES], count: usize, term: impl Fn(usize) -> f32) {
     let mut terms = [0.0f32; LANES];
     for (lane, slot) in terms.iter_mut().enumerate() {
         *slot = term(lane);
     }
-    for (sum, term) in lanes.iter_mut().zip(terms) {
-        *sum += term;
+    for (lane, (sum, term)) in lanes.iter_mut().zip(terms).enumerate() {
+        *sum = if lane < count { *sum + term } else { *sum };
     }
 }
 
@@ -143,42 +154,47 @@ pub(crate) fn two_sums(row: &[f32], terms: impl Fn(f32) -> (f32, f32)) -> (f32, 
         first[lane] += terms.0;
         second[lane] += terms.1;
     }
-    (fold(first), fold(second))
+    (fold(first, |a, b| a + b), fold(second, |a, b| a + b))
 }
 
-/// The sum of the lanes, pairwise.
+/// The lanes brought together pairwise: each of the first half with its partner in the second, and again.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
+fn fold(lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    // Each round is an array of its own, and with it a few vectors.
+    macro_rules! halved {
+        ($lanes:ident, $width:literal) => {{
+            let mut half = [0.0f32; $width];
+            for (lane, slot) in half.iter_mut().enumerate() {
+                *slot = join($lanes[lane], $lanes[lane + $width]);
+            }
+            half
+        }};
     }
-    lanes[0]
+    const { assert!(LANES == 32) };
+    let lanes = halved!(lanes, 16);
+    let lanes = halved!(lanes, 8);
+    let lanes = halved!(lanes, 4);
+    let lanes = halved!(lanes, 2);
+    join(lanes[0], lanes[1])
 }
 
 /// The largest element of `x`; negative infinity for an empty row. A NaN is passed over.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
     let larger = |best: f32, value: f32| if value > best { value } else { best };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
             *lane = larger(*lane, value);
         }
     }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane = larger(*lane, value);
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] = larger(lanes[lane], lanes[lane + width]);
+    if !rest.is_empty() {
+        let mut last = [f32::NEG_INFINITY; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for (lane, value) in lanes.iter_mut().zip(last) {
+            *lane = larger(*lane, value);
         }
-        width /= 2;
     }
-    lanes[0]
+    fold(lanes, larger)
 }

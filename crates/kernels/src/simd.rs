@@ -1,5 +1,7 @@
 //! Vectors of f32: the few operations that matrix products are made of, on each instruction set.
 
+use crate::isa::Isa;
+
 /// A vector type and its operations.
 ///
 /// # Safety
@@ -125,12 +127,36 @@ impl Lines {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, Avx512Bf16, write_columns};
+pub(crate) use x86::{Avx2, Avx512, Avx512Bf16, pair_apart, pair_neighbours};
 
-/// What only AVX-512 does, where there is none.
+/// What only one instruction set has, elsewhere.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn write_columns(_: &[[f32; 16]; 16], _: usize, _: &mut [f32], _: usize) {
-    unreachable!("there is no AVX-512 here")
+mod elsewhere {
+    pub(crate) unsafe fn pair_neighbours(_: &[f32], _: usize, _: &mut [[f32; 16]]) {
+        unreachable!("no instruction makes pairs")
+    }
+    pub(crate) unsafe fn pair_apart(_: &[f32], _: &[f32], _: &mut [f32]) {
+        unreachable!("no instruction makes pairs")
+    }
+}
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) use elsewhere::{pair_apart, pair_neighbours};
+
+/// Writes the columns of a square one after the other, `stride` apart: of each column what comes from the first `rows` rows. Does so in
+/// registers, and returns whether `isa` can.
+#[inline(always)]
+pub(crate) fn write_columns(isa: Isa, square: &[[f32; 16]; 16], rows: usize, out: &mut [f32], stride: usize) -> bool {
+    assert!((1..=16).contains(&rows) && out.len() >= 15 * stride + rows, "write_columns: the columns fit");
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::current` returns only what the processor was seen to have, and the columns fit.
+        Isa::Avx512Bf16 | Isa::Avx512 => unsafe { x86::write_columns_avx512(square, rows, out.as_mut_ptr(), stride) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { x86::write_columns_avx2(square, rows, out.as_mut_ptr(), stride) },
+        _ => return false,
+    }
+    true
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -211,16 +237,108 @@ mod x86 {
         }
     }
 
-    /// Writes the columns of a block one after the other, `stride` apart: of each column what comes from the first `rows` rows, at most 16.
+    /// Pairs of neighbours, rounded to bfloat16 (to nearest, ties to even, subnormal numbers to zero): each row of `out` from 32 elements,
+    /// `stride` after those of the row before.
     ///
     /// # Safety
-    /// There must be AVX-512.
+    /// There must be AVX-512 with bfloat16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(crate) unsafe fn pair_neighbours(source: &[f32], stride: usize, out: &mut [[f32; 16]]) {
+        for (out, source) in out.iter_mut().zip(source.chunks(stride)) {
+            for (out, source) in out.chunks_exact_mut(8).zip(source[..32].chunks_exact(16)) {
+                // SAFETY: 16 elements become 8 pairs.
+                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), rounded(_mm512_loadu_ps(source.as_ptr()))) };
+            }
+        }
+    }
+
+    /// Pairs of an element of `first` (in the low half) and one of `second`, rounded as by [`pair_neighbours`].
+    ///
+    /// # Safety
+    /// There must be AVX-512 with bfloat16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(crate) unsafe fn pair_apart(first: &[f32], second: &[f32], out: &mut [f32]) {
+        assert!(first.len() == out.len() && second.len() == out.len(), "pair_apart: lengths differ");
+        for start in (0..out.len()).step_by(16) {
+            let mask = u16::MAX >> (16 - (out.len() - start).min(16));
+            let [low, high] = [first, second].map(|side| {
+                // SAFETY: the mask leaves out what lies beyond the end.
+                let side = unsafe { _mm512_maskz_loadu_ps(mask, side.as_ptr().add(start)) };
+                _mm512_cvtepu16_epi32(rounded(side))
+            });
+            let pairs = _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add(start), mask, pairs) };
+        }
+    }
+
+    /// Elements as bfloat16. (Two vectors at once would save nothing, and Bochs 3.0 gets that wrong.)
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn rounded(elements: __m512) -> __m256i {
+        // SAFETY: the two vector types differ in name only.
+        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(elements)) }
+    }
+
+    /// [`super::write_columns`], four columns of eight rows at a time.
+    ///
+    /// # Safety
+    /// There must be AVX2, and the columns must fit.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(crate) unsafe fn write_columns_avx2(square: &[[f32; 16]; 16], rows: usize, out: *mut f32, stride: usize) {
+        const FIRST: i32 = 0b01_00_01_00;
+        const SECOND: i32 = 0b11_10_11_10;
+        for first in (0..rows).step_by(8) {
+            let here = (rows - first).min(8);
+            for place in (0..16).step_by(4) {
+                // Rows that are four apart share a vector.
+                let rows = |i: usize| {
+                    let [low, high] = [&square[first + i], &square[first + i + 4]].map(|row| row[place..].as_ptr());
+                    // SAFETY: a row has four elements from there on.
+                    unsafe { _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high)) }
+                };
+                let [a, b, c, d] = [rows(0), rows(1), rows(2), rows(3)];
+                let [early, late] = [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)];
+                let [early_below, late_below] = [_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)];
+                let columns = [
+                    _mm256_shuffle_ps::<FIRST>(early, early_below),
+                    _mm256_shuffle_ps::<SECOND>(early, early_below),
+                    _mm256_shuffle_ps::<FIRST>(late, late_below),
+                    _mm256_shuffle_ps::<SECOND>(late, late_below),
+                ];
+                for (i, column) in columns.into_iter().enumerate() {
+                    // SAFETY: the columns fit; of each, `here` elements are written.
+                    unsafe {
+                        let to = out.add((place + i) * stride + first);
+                        match here {
+                            8 => _mm256_storeu_ps(to, column),
+                            // The height of a whole tile.
+                            6 => {
+                                _mm_storeu_ps(to, _mm256_castps256_ps128(column));
+                                _mm_storel_pd(to.add(4).cast(), _mm256_extractf128_pd::<1>(_mm256_castps_pd(column)));
+                            }
+                            _ => {
+                                let mut whole = [0.0f32; 8];
+                                _mm256_storeu_ps(whole.as_mut_ptr(), column);
+                                std::ptr::copy_nonoverlapping(whole.as_ptr(), to, here);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// [`super::write_columns`] in four rounds of shuffles.
+    ///
+    /// # Safety
+    /// There must be AVX-512, and the columns must fit.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(crate) unsafe fn write_columns(block: &[[f32; 16]; 16], rows: usize, out: &mut [f32], stride: usize) {
-        assert!((1..=16).contains(&rows) && out.len() >= 15 * stride + rows, "write_columns: the columns fit");
-        // SAFETY: the rows of the block are 16 elements.
-        let row = |i: usize| unsafe { _mm512_loadu_ps(block[i].as_ptr()) };
+    pub(crate) unsafe fn write_columns_avx512(square: &[[f32; 16]; 16], rows: usize, out: *mut f32, stride: usize) {
+        // SAFETY: a row is 16 elements.
+        let row = |i: usize| unsafe { _mm512_loadu_ps(square[i].as_ptr()) };
         // Of four rows each, in each quarter of a vector: one column of the four that the quarter began with.
         let mut fours = [_mm512_setzero_ps(); 16];
         for (four, columns) in fours.as_chunks_mut::<4>().0.iter_mut().enumerate() {
@@ -247,8 +365,8 @@ mod x86 {
                 _mm512_shuffle_f32x4::<ODD>(odd[0], odd[1]),
             ];
             for (quarter, column) in columns.into_iter().enumerate() {
-                // SAFETY: the columns fit, as was checked.
-                unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add((4 * quarter + i) * stride), mask, column) };
+                // SAFETY: the columns fit.
+                unsafe { _mm512_mask_storeu_ps(out.add((4 * quarter + i) * stride), mask, column) };
             }
         }
     }

@@ -106,6 +106,35 @@ fn every_product_is_the_naive_fold() {
     }
 }
 
+/// The largest subnormal number is nearest to the smallest normal bfloat16. Whether it counts as that or as zero may depend on the instruction
+/// set alone: not on where it stands, nor on how the operand lies.
+#[test]
+fn a_subnormal_number_counts_the_same_wherever_it_stands() {
+    let (m, n, k) = (49, 35, 67);
+    let (subnormal, large) = (f32::from_bits(0x007f_ffff), 2f32.powi(100));
+    for isa in available() {
+        let mut found = Vec::new();
+        for place in 0..k {
+            let small: Vec<f32> = (0..m.max(n) * k).map(|i| if i % k == place { subnormal } else { 0.0 }).collect();
+            let across: Vec<f32> = (0..k * m.max(n)).map(|i| if i / n == place { subnormal } else { 0.0 }).collect();
+            let larges = vec![large; k * m.max(n)];
+            let lefts = [Matrix::new(&small, m, k), Matrix::new(&across, k, n).transposed()];
+            let rights = [Matrix::new(&across, k, n), Matrix::new(&small, n, k).transposed()];
+            let (left, right) = (Matrix::new(&larges, m, k), Matrix::new(&larges, k, n));
+            let products = lefts.map(|left| (left, right)).into_iter().chain(rights.map(|right| (left, right)));
+            for (left, right) in products {
+                let mut product = vec![f32::NAN; left.rows() * n];
+                isa.with(|| {
+                    matmul(Precision::Bf16, left, right, MatrixMut::new(&mut product, left.rows(), n), Onto::Zero);
+                });
+                found.extend(bits(&product));
+            }
+        }
+        assert!(found.iter().all(|&bits| bits == found[0]), "{isa}: the same everywhere");
+        assert!([0, 2f32.powi(-26).to_bits()].contains(&found[0]), "{isa}: zero, or the smallest normal number");
+    }
+}
+
 /// Results this large are written past the caches where their rows start at cache lines, as they do in a mapping of pages.
 #[test]
 fn a_large_result_is_the_same_wherever_it_lies() {

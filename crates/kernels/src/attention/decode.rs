@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::AttentionShape;
 use super::operands::Run;
-use super::softmax::{normalise, score_stride, softmax};
+use super::softmax::{Normaliser, normalise, score_stride, softmax};
 use crate::buffer::{Buffer, with_scratch};
 use crate::half::{bfloat16, narrow};
 use crate::isa::Isa;
@@ -333,17 +333,19 @@ impl Lanes<'_, '_> {
                 unsafe { multiply(block.isa, product) };
             }
             ahead.for_each(Lines::ask_for_all);
-            let mut inverse_totals = vec![0.0; count];
-            for (lane, (inverse_total, scores)) in
-                inverse_totals.iter_mut().zip(scores.chunks_exact_mut(score_width)).enumerate()
+            let mut normalisers = vec![Normaliser::default(); count];
+            for (lane, (normaliser, scores)) in
+                normalisers.iter_mut().zip(scores.chunks_exact_mut(score_width)).enumerate()
             {
                 let visible = visible + lane * advance;
                 let first = shape.first_visible(visible - 1);
-                let log_sum_exp;
                 scores[..first].fill(0.0);
-                (*inverse_total, log_sum_exp) = softmax(isa, &mut scores[first..], visible - first, shape.scale);
+                *normaliser = softmax(isa, &mut scores[first..], visible - first, shape.scale);
+            }
+            for (lane, normaliser) in normalisers.iter().enumerate() {
+                let place = (out_start + lane * out_stride) / head_dim;
                 // SAFETY: there is one for each head of each row, and these belong to this task alone.
-                unsafe { *self.log_sum_exp.get().add((out_start + lane * out_stride) / head_dim) = log_sum_exp };
+                unsafe { *self.log_sum_exp.get().add(place) = normaliser.log_sum_exp() };
             }
             let mut ahead = self.next.into_iter().flat_map(|(query, kv_head)| query.newest_values(kv_head));
             let mut onto = Start::Zero;
@@ -370,9 +372,10 @@ impl Lanes<'_, '_> {
                 onto = Start::Held;
             }
             ahead.for_each(Lines::ask_for_all);
-            for (lane, &inverse_total) in inverse_totals.iter().enumerate() {
+            for (lane, normaliser) in normalisers.iter().enumerate() {
                 // SAFETY: as above.
-                normalise(isa, unsafe { self.out.slice(out_start + lane * out_stride, head_dim) }, inverse_total);
+                let out = unsafe { self.out.slice(out_start + lane * out_stride, head_dim) };
+                normalise(isa, out, normaliser.inverse());
             }
         });
     }

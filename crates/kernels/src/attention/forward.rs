@@ -1,7 +1,7 @@
 //! Attention of whole segments.
 
 use super::operands::{Head, Run, runs};
-use super::softmax::{normalise, score_stride, softmax};
+use super::softmax::{Normaliser, normalise, score_stride, softmax};
 use super::{AttentionShape, Segment, check_segments, uncovered};
 use crate::buffer::with_scratch;
 use crate::isa::Isa;
@@ -133,16 +133,18 @@ impl Task<'_> {
             // SAFETY: the rows are rows of `qkv`, the panels were packed whole, and the scores are this task's own.
             unsafe { multiply(self.isa, product) };
         }
-        let mut inverse_totals = [0.0; BLOCK_ROWS];
-        for (i, inverse_total) in inverse_totals.iter_mut().enumerate().take(rows) {
+        let mut normalisers = [Normaliser::default(); BLOCK_ROWS];
+        let normalisers = &mut normalisers[..rows];
+        for (i, normaliser) in normalisers.iter_mut().enumerate() {
             let scores = &mut scores[i * stride..][..score_stride(end)];
             let visible = shape.first_visible(position + i)..position + i + 1;
-            let log_sum_exp;
             scores[..visible.start].fill(0.0);
-            (*inverse_total, log_sum_exp) = softmax(self.isa, &mut scores[visible.start..], visible.len(), shape.scale);
+            *normaliser = softmax(self.isa, &mut scores[visible.start..], visible.len(), shape.scale);
+        }
+        for (i, normaliser) in normalisers.iter().enumerate() {
             // SAFETY: this row and head belong to this task alone.
             let kept = unsafe { self.log_sum_exp.slice((start + row + i) * shape.heads + head, 1) };
-            kept[0] = log_sum_exp;
+            kept[0] = normaliser.log_sum_exp();
         }
         let out_width = shape.heads * head_dim;
         let out_start = (start + row) * out_width + head * head_dim;
@@ -173,9 +175,10 @@ impl Task<'_> {
             unsafe { multiply(self.isa, product) };
             onto = Start::Held;
         }
-        for (i, &inverse_total) in inverse_totals.iter().enumerate().take(rows) {
+        for (i, normaliser) in normalisers.iter().enumerate() {
             // SAFETY: as above.
-            normalise(self.isa, unsafe { self.out.slice(out_start + i * out_width, head_dim) }, inverse_total);
+            let out = unsafe { self.out.slice(out_start + i * out_width, head_dim) };
+            normalise(self.isa, out, normaliser.inverse());
         }
     }
 }

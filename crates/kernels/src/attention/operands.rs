@@ -3,8 +3,8 @@
 use super::{AttentionShape, Segment};
 use crate::isa::Isa;
 use crate::matrix::Matrix;
-use crate::matrix::kernel::{MOST_COLUMNS, panel_width};
-use crate::matrix::pack::{Storage, pack_panel};
+use crate::matrix::kernel::MOST_COLUMNS;
+use crate::matrix::pack::{Storage, pack_panels};
 
 /// A run of neighbouring rows whose keys follow those of the run before.
 #[derive(Clone, Copy, Debug)]
@@ -72,10 +72,7 @@ impl Head<'_> {
         }
         let data = &self.rows[start * self.width + self.column..];
         let columns = Matrix::new(data, len, self.head_dim).with_row_stride(self.width).transposed();
-        let width = panel_width(isa);
-        for (first, out) in (0..len).step_by(width).zip(out.chunks_exact_mut(width * self.head_dim)) {
-            pack_panel(isa, Storage::Floats, columns.block(0, first, self.head_dim, width.min(len - first)), out);
-        }
+        pack_panels(isa, Storage::Floats, columns, out);
     }
 
     /// Copies rows `start..start + len`, padded with zeros, as the rows of a right operand.

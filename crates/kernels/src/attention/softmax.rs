@@ -8,19 +8,39 @@ pub(super) fn score_stride(keys: usize) -> usize {
     keys.next_multiple_of(LANES)
 }
 
+/// What a row of weights adds up to.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Normaliser {
+    /// The sum of the weights.
+    total: f32,
+    /// The largest of the scaled scores, which weighs one.
+    largest: f32,
+}
+
+impl Normaliser {
+    /// The factor that makes the weights add up to one.
+    pub(super) fn inverse(self) -> f32 {
+        1.0 / self.total
+    }
+
+    /// The log of the sum of the exponentials of the scaled scores. A long chain of operations: those of several rows, one right after the
+    /// other, overlap.
+    pub(super) fn log_sum_exp(self) -> f32 {
+        self.largest + ln(self.total)
+    }
+}
+
 multiversion! {
     /// Turns the scores of the `visible` first keys into `e^((score - largest) * scale)`, and all after them into zeros: what is
-    /// computed but not visible weighs nothing. Returns one over the sum and the log of the sum of the exponentials of the scaled
-    /// scores.
-    pub(super) fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> (f32, f32) {
+    /// computed but not visible weighs nothing.
+    pub(super) fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> Normaliser {
         // They do not change a bit of what follows, and spare it elements that do not fill a vector.
         scores[visible..].fill(f32::NEG_INFINITY);
         let largest = max(scores);
         for score in scores.iter_mut() {
             *score = exp((*score - largest) * scale);
         }
-        let total = sum(scores, |score| score);
-        (1.0 / total, largest * scale + ln(total))
+        Normaliser { total: sum(scores, |score| score), largest: largest * scale }
     }
 }
 

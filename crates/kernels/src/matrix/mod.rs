@@ -16,7 +16,6 @@ use crate::buffer::with_scratch;
 use crate::isa::Isa;
 use crate::matrix::kernel::{Start, panel_width};
 use crate::matrix::pack::Storage;
-use crate::parallel::{SharedMut, each};
 use crate::profile::{Call, Kind};
 
 /// How the operands of a product are read. Results are f32 and sums are kept in f32.
@@ -214,14 +213,7 @@ pub fn matmul(precision: Precision, a: Matrix<'_>, b: Matrix<'_>, mut c: MatrixM
             let depth = depth.min(a.cols - k);
             let len = storage.len(storage.steps(depth), width);
             with_scratch([panels * len], |[packed]| {
-                let shared = SharedMut::new(packed);
-                each(panels, depth * columns, |panel| {
-                    // SAFETY: panel `panel` belongs to this call alone.
-                    let out = unsafe { shared.slice(panel * len, len) };
-                    let first = panel * width;
-                    let count = width.min(columns - first);
-                    pack::pack_panel(isa, storage, b.block(k, column + first, depth, count), out);
-                });
+                packed::pack_on_threads(isa, storage, b.block(k, column, depth, columns), packed);
                 let a = a.block(0, k, a.rows, depth);
                 let onto = if k > 0 { Onto::Held } else { onto.columns(column, columns) };
                 packed::multiply_packed(isa, storage, a, packed, onto, c.columns(column, columns));

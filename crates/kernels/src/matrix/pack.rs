@@ -4,9 +4,9 @@ use std::marker::PhantomData;
 
 use crate::half::{bfloat16, widened};
 use crate::isa::{Isa, multiversion};
-use crate::matrix::kernel::{Right, panel_width};
+use crate::matrix::kernel::{MOST_COLUMNS, Right, panel_width};
 use crate::matrix::{Matrix, Precision};
-use crate::simd::{Lines, prefetch, write_columns};
+use crate::simd::{Lines, pair_apart, pair_neighbours, prefetch, write_columns};
 
 /// How packed operands hold the elements of the reduced index. A step of a product is one f32 of the left operand, and what it meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,23 +98,29 @@ trait Format {
     }
     /// What is written for an element and, if two share a place, the one after it.
     fn one(elements: [f32; 2]) -> Self::Place;
-    /// What is written for the first elements of `source`, place by place.
-    fn block(source: &[f32]) -> [Self::Place; BLOCK];
+    /// [`Format::one`] for the elements of many vectors.
+    #[inline(always)]
+    fn each(first: &[f32], second: &[f32], out: &mut [Self::Place]) {
+        for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
+            *out = Self::one([first, second]);
+        }
+    }
+    /// What is written for neighbouring elements, a block of places from each of those that begin `stride` apart.
+    fn blocks(source: &[f32], stride: usize, out: &mut [[Self::Place; BLOCK]]);
 }
 
-/// As many blocks, of a vector each, as a block has places.
-type Blocks<T> = [[T; BLOCK]; BLOCK];
+/// A block of each of as many vectors.
+type Square<T> = [[T; BLOCK]; BLOCK];
 
 /// What stands in a place.
 trait Place: Copy + Default {
     /// A bfloat16, given by its bits.
     fn of(half: u16) -> Self;
 
-    /// Writes the first `count` blocks side by side, their places `width` apart. `TURN` is for processors with AVX-512, which turn blocks
-    /// in their registers.
+    /// Writes the first `count` vectors side by side, their places `width` apart.
     #[inline(always)]
-    fn write<const TURN: bool>(blocks: &Blocks<Self>, count: usize, out: &mut [Self], width: usize) {
-        write_apart(blocks, count, out, width);
+    fn write(_: Isa, square: &Square<Self>, count: usize, out: &mut [Self], width: usize) {
+        write_apart(square, count, out, width);
     }
 }
 
@@ -131,21 +137,28 @@ impl Place for f32 {
         widened(half)
     }
     #[inline(always)]
-    fn write<const TURN: bool>(blocks: &Blocks<f32>, count: usize, out: &mut [f32], width: usize) {
-        if TURN {
-            // SAFETY: `TURN` says that the processor can.
-            return unsafe { write_columns(blocks, count, out, width) };
+    fn write(isa: Isa, square: &Square<f32>, count: usize, out: &mut [f32], width: usize) {
+        if !write_columns(isa, square, count, out, width) {
+            write_apart(square, count, out, width);
         }
-        write_apart(blocks, count, out, width);
     }
 }
 
 /// [`Place::write`] number by number.
 #[inline(always)]
-fn write_apart<T: Copy>(blocks: &Blocks<T>, count: usize, out: &mut [T], width: usize) {
-    for (i, block) in blocks.iter().enumerate().take(count) {
+fn write_apart<T: Copy>(square: &Square<T>, count: usize, out: &mut [T], width: usize) {
+    // Distances that are constants need no arithmetic.
+    match (count, width) {
+        (16, 16) => write_apart_by(square, 16, out, 16),
+        _ => write_apart_by(square, count, out, width),
+    }
+}
+
+#[inline(always)]
+fn write_apart_by<T: Copy>(square: &Square<T>, count: usize, out: &mut [T], width: usize) {
+    for (i, vector) in square.iter().enumerate().take(count) {
         let out = &mut out[i..][..(BLOCK - 1) * width + 1];
-        for (place, &value) in block.iter().enumerate() {
+        for (place, &value) in vector.iter().enumerate() {
             out[place * width] = value;
         }
     }
@@ -162,12 +175,15 @@ impl Format for Floats {
         element
     }
     #[inline(always)]
-    fn block(source: &[f32]) -> [f32; BLOCK] {
-        *source.first_chunk().expect("a block of elements")
+    fn blocks(source: &[f32], stride: usize, out: &mut [[f32; BLOCK]]) {
+        for (out, source) in out.iter_mut().zip(source.chunks(stride)) {
+            out.copy_from_slice(&source[..BLOCK]);
+        }
     }
 }
 
-/// Pairs of bfloat16 in the place of an f32.
+/// Pairs of bfloat16 in the place of an f32. The processor that multiplies them makes them, too, and takes subnormal numbers as zero then as
+/// well.
 struct Pairs;
 
 impl Format for Pairs {
@@ -175,24 +191,19 @@ impl Format for Pairs {
     const ELEMENTS: usize = 2;
     #[inline(always)]
     fn one([first, second]: [f32; 2]) -> f32 {
-        pair([bfloat16(first), bfloat16(second)])
+        let half = |x: f32| u32::from(bfloat16(if x.is_subnormal() { 0.0f32.copysign(x) } else { x }));
+        f32::from_bits(half(first) | half(second) << 16)
     }
-    /// All elements are rounded before they are paired: that way the loop runs in vectors.
     #[inline(always)]
-    fn block(source: &[f32]) -> [f32; BLOCK] {
-        let rounded: [u16; 2 * BLOCK] = rounded(source);
-        let mut pairs = [0.0; BLOCK];
-        for (to, &numbers) in pairs.iter_mut().zip(rounded.as_chunks::<2>().0) {
-            *to = pair(numbers);
-        }
-        pairs
+    fn each(first: &[f32], second: &[f32], out: &mut [f32]) {
+        // SAFETY: there are `Storage::Pairs` only where the processor has instructions for them.
+        unsafe { pair_apart(first, second, out) };
     }
-}
-
-/// Two bfloat16 in the place of an f32, the first in the low half.
-#[inline(always)]
-fn pair([first, second]: [u16; 2]) -> f32 {
-    f32::from_bits(u32::from(first) | u32::from(second) << 16)
+    #[inline(always)]
+    fn blocks(source: &[f32], stride: usize, out: &mut [[f32; BLOCK]]) {
+        // SAFETY: as above.
+        unsafe { pair_neighbours(source, stride, out) };
+    }
 }
 
 /// A bfloat16 in each place, as [`Storage::Halves`] has them on either side.
@@ -214,24 +225,20 @@ impl<T: Place> Format for Swapped<T> {
         T::of(bfloat16(element))
     }
     #[inline(always)]
-    fn block(source: &[f32]) -> [T; BLOCK] {
-        let mut halves: [T; BLOCK] = rounded(source);
-        for pair in halves.as_chunks_mut::<2>().0 {
-            pair.reverse();
+    fn blocks(source: &[f32], stride: usize, out: &mut [[T; BLOCK]]) {
+        for (out, source) in out.iter_mut().zip(source.chunks(stride)) {
+            // A loop, because what `array::map` calls is not always inlined, and then compiled for the target's baseline; and an array of its
+            // own, which the source cannot overlap, so that the loop runs in vectors.
+            let mut halves = [T::default(); BLOCK];
+            for (half, &element) in halves.iter_mut().zip(&source[..BLOCK]) {
+                *half = T::of(bfloat16(element));
+            }
+            for pair in halves.as_chunks_mut::<2>().0 {
+                pair.reverse();
+            }
+            *out = halves;
         }
-        halves
     }
-}
-
-/// The first elements of `source` as bfloat16. A loop, because what `array::map` calls is not always inlined, and then compiled for the
-/// target's baseline.
-#[inline(always)]
-fn rounded<T: Place, const COUNT: usize>(source: &[f32]) -> [T; COUNT] {
-    let mut halves = [T::default(); COUNT];
-    for (half, &element) in halves.iter_mut().zip(&source[..COUNT]) {
-        *half = T::of(bfloat16(element));
-    }
-    halves
 }
 
 /// Places ahead for which sources are asked for whose elements lie apart: the processor sees no stream in a few lines of each row.
@@ -279,46 +286,99 @@ impl<'a> Vectors<'a> {
     }
 }
 
-/// Writes `vectors` place by place, `width` of them in each.
+/// What is written side by side: `width` vectors, place by place, then the next.
+#[derive(Clone, Copy)]
+struct Groups {
+    width: usize,
+    /// Whether the last group is as wide as the others, with zeros beyond the last vector.
+    filled: bool,
+}
+
+/// Writes vectors in groups.
 #[inline(always)]
-fn interleave<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
-    let Vectors { data, count, k, stride, element_stride } = vectors;
-    let (whole, places) = (k / F::ELEMENTS, F::places(k));
-    let out = &mut out[..places * width];
-    if count < width {
-        out.fill(F::Place::default());
+fn write_groups<F: Format>(isa: Isa, vectors: Vectors<'_>, groups: Groups, out: &mut [F::Place]) {
+    let places = F::places(vectors.k);
+    if places == 0 {
+        return;
     }
-    let mut done = 0;
-    if stride == 1 {
-        done = whole;
-        for index in 0..done {
-            let start = index * F::ELEMENTS * element_stride;
-            ask_ahead(data, start, count, F::ELEMENTS, element_stride);
-            let first = &data[start..][..count];
-            let second = &data[start + (F::ELEMENTS - 1) * element_stride..][..count];
-            let out = &mut out[F::place(index) * width..][..width];
-            for ((out, &first), &second) in out.iter_mut().zip(first).zip(second) {
-                *out = F::one([first, second]);
-            }
+    if vectors.stride == 1 {
+        // The usual widths of panels and heights of tiles as constants let a group's copy become a few vector moves.
+        return match (groups.filled, groups.width) {
+            (true, 32) => spread::<F, 32>(vectors, groups, out),
+            (true, 16) => spread::<F, 16>(vectors, groups, out),
+            (false, 12) => spread::<F, 12>(vectors, groups, out),
+            (false, 6) => spread::<F, 6>(vectors, groups, out),
+            _ => spread::<F, 0>(vectors, groups, out),
+        };
+    }
+    for first in (0..vectors.count).step_by(groups.width) {
+        let count = groups.width.min(vectors.count - first);
+        let group = Vectors { data: &vectors.data[first * vectors.stride..], count, ..vectors };
+        let width = if groups.filled { groups.width } else { count };
+        let out = &mut out[first * places..][..width * places];
+        if count < width {
+            out.fill(F::Place::default());
         }
-    } else if element_stride == 1 {
-        // Some places of one vector at a time: they share a cache line of the source, and the stores stay near.
-        done = whole - whole % BLOCK;
-        for start in (0..done).step_by(BLOCK) {
-            for first in (0..count).step_by(BLOCK) {
-                let here = BLOCK.min(count - first);
-                let mut blocks = [[F::Place::default(); BLOCK]; BLOCK];
-                for (i, block) in blocks.iter_mut().enumerate().take(here) {
-                    let source = &data[(first + i) * stride + start * F::ELEMENTS..];
-                    ask_for(source, BLOCKS_AHEAD * BLOCK * F::ELEMENTS, BLOCK * F::ELEMENTS);
-                    *block = F::block(source);
+        turn::<F>(isa, group, width, out);
+    }
+}
+
+/// Writes vectors whose neighbours are neighbours. Goes along each row of elements once for several groups; `WIDTH` is that of the groups,
+/// or zero.
+#[inline(always)]
+fn spread<F: Format, const WIDTH: usize>(vectors: Vectors<'_>, groups: Groups, out: &mut [F::Place]) {
+    /// Elements of a row that are rounded before they go to their groups; a multiple of the height of every whole tile.
+    const RUN: usize = 144;
+    const { assert!(RUN >= MOST_COLUMNS) };
+    let Vectors { data, count, k, element_stride, .. } = vectors;
+    let width = if WIDTH > 0 { WIDTH } else { groups.width };
+    let places = F::places(k);
+    let zeros = [0.0; RUN];
+    for start in (0..count).step_by(RUN / width * width) {
+        let len = (RUN / width * width).min(count - start);
+        let mut run = [F::Place::default(); RUN];
+        let run = &mut run[..if groups.filled { len.next_multiple_of(width) } else { len }];
+        for index in 0..places {
+            let element = index * F::ELEMENTS;
+            ask_ahead(data, element * element_stride + start, len, F::ELEMENTS, element_stride);
+            let row = |element: usize| match element < k {
+                true => &data[element * element_stride + start..][..len],
+                false => &zeros[..len],
+            };
+            F::each(row(element), row(element + F::ELEMENTS - 1), &mut run[..len]);
+            let whole = run.chunks_exact(width);
+            let last = whole.remainder();
+            for (group, from) in whole.enumerate() {
+                let out = &mut out[(start + group * width) * places + F::place(index) * width..][..width];
+                match (from.first_chunk::<WIDTH>(), out.first_chunk_mut::<WIDTH>()) {
+                    (Some(from), Some(out)) if WIDTH > 0 => *out = *from,
+                    _ => out.copy_from_slice(from),
                 }
-                let out = &mut out[start * width + first..][..(BLOCK - 1) * width + here];
-                F::Place::write::<TURN>(&blocks, here, out, width);
+            }
+            if !last.is_empty() {
+                let out = &mut out[(start + run.len() - last.len()) * places + F::place(index) * last.len()..];
+                out[..last.len()].copy_from_slice(last);
             }
         }
     }
-    for index in done..places {
+}
+
+/// Writes one group of vectors, `width` apart, whose neighbours lie apart.
+#[inline(always)]
+fn turn<F: Format>(isa: Isa, vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
+    let Vectors { data, count, k, element_stride, .. } = vectors;
+    let whole = k / F::ELEMENTS;
+    let mut done = 0;
+    if element_stride == 1 {
+        done = whole - whole % BLOCK;
+        if width == 1 {
+            // There is nothing to turn.
+            F::blocks(data, BLOCK * F::ELEMENTS, out[..done].as_chunks_mut().0);
+        } else {
+            turn_blocks::<F>(isa, vectors, width, &mut out[..done * width]);
+        }
+    }
+    for index in done..F::places(k) {
         for i in 0..count {
             let element = |offset| vectors.at(i, index * F::ELEMENTS + offset);
             out[F::place(index) * width + i] = F::one([element(0), element(F::ELEMENTS - 1)]);
@@ -326,177 +386,56 @@ fn interleave<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, o
     }
 }
 
-/// [`interleave`] for any width.
+/// Writes whole blocks of places: some of one vector at a time, as they share a cache line of the source, and the stores stay near.
 #[inline(always)]
-fn interleave_any<F: Format, const TURN: bool>(vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
-    // A panel's width as a constant lets its copies become plain vector moves.
-    match width {
-        32 if vectors.count == 32 => interleave::<F, TURN>(Vectors { count: 32, ..vectors }, 32, out),
-        16 if vectors.count == 16 => interleave::<F, TURN>(Vectors { count: 16, ..vectors }, 16, out),
-        _ => interleave::<F, TURN>(vectors, width, out),
-    }
-}
-
-#[inline(always)]
-fn panel<const TURN: bool>(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
-    match storage {
-        Storage::Floats => interleave_any::<Floats, TURN>(columns, width, out),
-        Storage::Pairs => interleave_any::<Pairs, TURN>(columns, width, out),
-        Storage::Halves => interleave_any::<Swapped<u16>, TURN>(columns, width, halves(out)),
-        Storage::Widened => interleave_any::<Swapped<f32>, TURN>(columns, width, out),
-    }
-}
-
-#[inline(always)]
-fn tile<const TURN: bool>(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
-    let height = rows.count;
-    match storage {
-        Storage::Floats => interleave::<Floats, TURN>(rows, height, out),
-        Storage::Pairs => interleave::<Pairs, TURN>(rows, height, out),
-        Storage::Halves | Storage::Widened => interleave::<Swapped<f32>, TURN>(rows, height, out),
-    }
-}
-
-multiversion! {
-    fn panel_plain(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
-        panel::<false>(storage, width, columns, out);
-    }
-}
-
-multiversion! {
-    fn tile_plain(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
-        tile::<false>(storage, rows, out);
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn panel_turning(storage: Storage, width: usize, columns: Vectors<'_>, out: &mut [f32]) {
-    panel::<true>(storage, width, columns, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn tile_turning(storage: Storage, rows: Vectors<'_>, out: &mut [f32]) {
-    tile::<true>(storage, rows, out);
-}
-
-/// Whether to turn blocks in registers: where that can be done, and vectors are neighbouring elements.
-#[cfg(target_arch = "x86_64")]
-fn turns(isa: Isa, vectors: Vectors<'_>) -> bool {
-    matches!(isa, Isa::Avx512Bf16 | Isa::Avx512) && vectors.element_stride == 1 && vectors.count > 1
-}
-
-/// Packs the columns of `b` (at most [`panel_width`]) as one panel.
-pub(crate) fn pack_panel(isa: Isa, storage: Storage, b: Matrix<'_>, out: &mut [f32]) {
-    let (width, columns) = (panel_width(isa), Vectors::rows(b.transposed()));
-    #[cfg(target_arch = "x86_64")]
-    if turns(isa, columns) {
-        // SAFETY: `Isa::current` returns only what the processor was seen to have.
-        return unsafe { panel_turning(storage, width, columns, out) };
-    }
-    panel_plain(isa, storage, width, columns, out);
-}
-
-/// Writes one vector of neighbouring elements.
-#[inline(always)]
-fn write_row<F: Format>(row: &[f32], out: &mut [F::Place]) {
-    let (blocks, rest) = row.split_at(row.len() - row.len() % (BLOCK * F::ELEMENTS));
-    let (outs, rest_out) = out.split_at_mut(blocks.len() / F::ELEMENTS);
-    for (out, block) in outs.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks.chunks_exact(BLOCK * F::ELEMENTS)) {
-        *out = F::block(block);
-    }
-    let element = |index: usize| rest.get(index).copied().unwrap_or(0.0);
-    for index in 0..F::places(rest.len()) {
-        rest_out[F::place(index)] = F::one([element(index * F::ELEMENTS), element((index + 1) * F::ELEMENTS - 1)]);
-    }
-}
-
-multiversion! {
-    /// A tile of one row of neighbouring elements, in which there is nothing to interleave.
-    fn row(storage: Storage, row: &[f32], out: &mut [f32]) {
-        match storage {
-            Storage::Floats => write_row::<Floats>(row, out),
-            Storage::Pairs => write_row::<Pairs>(row, out),
-            Storage::Halves | Storage::Widened => write_row::<Swapped<f32>>(row, out),
-        }
-    }
-}
-
-/// Writes rows whose neighbours are neighbours as tiles of `height`. Goes along each column once, where [`interleave`] would come back for
-/// every tile.
-#[inline(always)]
-fn spread<F: Format<Place = f32>>(rows: Vectors<'_>, height: usize, out: &mut [f32]) {
-    /// Rows that are rounded before they go to their tiles; a multiple of every whole tile's height.
-    const RUN: usize = 144;
-    let Vectors { data, count, k, element_stride, .. } = rows;
-    let places = F::places(k);
-    let zeros = [0.0; RUN];
-    let mut run = [0.0; RUN];
-    let whole = RUN / height * height;
-    for start in (0..count).step_by(whole) {
-        let len = whole.min(count - start);
-        let run = &mut run[..len];
-        for index in 0..places {
-            let element = index * F::ELEMENTS;
-            ask_ahead(data, element * element_stride + start, len, F::ELEMENTS, element_stride);
-            let column = |element: usize| match element < k {
-                true => &data[element * element_stride + start..][..len],
-                false => &zeros[..len],
-            };
-            let second = column(element + F::ELEMENTS - 1);
-            for ((run, &first), &second) in run.iter_mut().zip(column(element)).zip(second) {
-                *run = F::one([first, second]);
+fn turn_blocks<F: Format>(isa: Isa, vectors: Vectors<'_>, width: usize, out: &mut [F::Place]) {
+    let Vectors { data, count, stride, .. } = vectors;
+    let mut square = [[F::Place::default(); BLOCK]; BLOCK];
+    for (start, out) in out.chunks_exact_mut(BLOCK * width).enumerate() {
+        for first in (0..count).step_by(BLOCK) {
+            let here = BLOCK.min(count - first);
+            let source = &data[first * stride + start * BLOCK * F::ELEMENTS..];
+            for i in 0..here {
+                ask_for(source, i * stride + BLOCKS_AHEAD * BLOCK * F::ELEMENTS, BLOCK * F::ELEMENTS);
             }
-            for (tile, rows) in run.chunks(height).enumerate() {
-                let out = &mut out[(start + tile * height) * places + F::place(index) * rows.len()..][..rows.len()];
-                // The usual heights as constants let the copy become a few vector moves.
-                match rows.len() {
-                    12 => copy::<12>(rows, out),
-                    6 => copy::<6>(rows, out),
-                    _ => out.copy_from_slice(rows),
-                }
-            }
+            F::blocks(source, stride, &mut square[..here]);
+            F::Place::write(isa, &square, here, &mut out[first..], width);
         }
-    }
-}
-
-#[inline(always)]
-fn copy<const COUNT: usize>(from: &[f32], to: &mut [f32]) {
-    if let (Some(from), Some(to)) = (from.first_chunk::<COUNT>(), to.first_chunk_mut::<COUNT>()) {
-        *to = *from;
     }
 }
 
 multiversion! {
-    fn spread_tiles(storage: Storage, rows: Vectors<'_>, height: usize, out: &mut [f32]) {
+    fn write_panels(processor: Isa, storage: Storage, columns: Vectors<'_>, width: usize, out: &mut [f32]) {
+        let groups = Groups { width, filled: true };
         match storage {
-            Storage::Floats => spread::<Floats>(rows, height, out),
-            Storage::Pairs => spread::<Pairs>(rows, height, out),
-            Storage::Halves | Storage::Widened => spread::<Swapped<f32>>(rows, height, out),
+            Storage::Floats => write_groups::<Floats>(processor, columns, groups, out),
+            Storage::Pairs => write_groups::<Pairs>(processor, columns, groups, out),
+            Storage::Halves => write_groups::<Swapped<u16>>(processor, columns, groups, halves(out)),
+            Storage::Widened => write_groups::<Swapped<f32>>(processor, columns, groups, out),
         }
     }
+}
+
+multiversion! {
+    fn write_tiles(processor: Isa, storage: Storage, rows: Vectors<'_>, height: usize, out: &mut [f32]) {
+        let groups = Groups { width: height, filled: false };
+        match storage {
+            Storage::Floats => write_groups::<Floats>(processor, rows, groups, out),
+            Storage::Pairs => write_groups::<Pairs>(processor, rows, groups, out),
+            Storage::Halves | Storage::Widened => write_groups::<Swapped<f32>>(processor, rows, groups, out),
+        }
+    }
+}
+
+/// Columns that are best packed at once: a whole number of panels, whatever their width, and of cache lines.
+pub(crate) const TOGETHER: usize = 3 * MOST_COLUMNS;
+
+/// Packs the columns of `b` as panels, the last filled up with zeros.
+pub(crate) fn pack_panels(isa: Isa, storage: Storage, b: Matrix<'_>, out: &mut [f32]) {
+    write_panels(isa, isa, storage, Vectors::rows(b.transposed()), panel_width(isa), out);
 }
 
 /// Packs the rows of `a` as tiles of `height` rows, fewer in the last.
 pub(crate) fn pack_tiles(isa: Isa, storage: Storage, a: Matrix<'_>, height: usize, out: &mut [f32]) {
-    if a.row_stride == 1 {
-        return spread_tiles(isa, storage, Vectors::rows(a), height, out);
-    }
-    let steps = storage.steps(a.cols);
-    for first in (0..a.rows).step_by(height) {
-        let rows = Vectors::rows(a.block(first, 0, height.min(a.rows - first), a.cols));
-        let out = &mut out[first * steps..][..rows.count * steps];
-        if rows.count == 1 && rows.element_stride == 1 {
-            row(isa, storage, &rows.data[..rows.k], out);
-            continue;
-        }
-        #[cfg(target_arch = "x86_64")]
-        if turns(isa, rows) {
-            // SAFETY: `Isa::current` returns only what the processor was seen to have.
-            unsafe { tile_turning(storage, rows, out) };
-            continue;
-        }
-        tile_plain(isa, storage, rows, out);
-    }
+    write_tiles(isa, isa, storage, Vectors::rows(a), height, out);
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::buffer::{Buffer, with_scratch};
 use crate::isa::Isa;
 use crate::matrix::kernel::{Hints, Left, Product, Right, Start, multiply, panel_width, tile_height};
-use crate::matrix::pack::{Storage, halves, pack_panel, pack_tiles};
+use crate::matrix::pack::{Storage, TOGETHER, halves, pack_panels, pack_tiles};
 use crate::matrix::{Matrix, MatrixMut, Onto, Precision, check_shapes};
 use crate::parallel::{SharedMut, each, each_part};
 use crate::profile::{Call, Kind};
@@ -65,13 +65,8 @@ impl PackedMatrix {
             return self.pack_inside_panels(first_column, b);
         }
         let (isa, storage, len) = (self.isa, self.storage(), self.panel_len());
-        let panels = SharedMut::new(&mut self.panels.as_mut_slice()[first_column / width * len..]);
-        each(b.cols.div_ceil(width), b.rows * b.cols, |panel| {
-            // SAFETY: panel `panel` belongs to this call alone.
-            let out = unsafe { panels.slice(panel * len, len) };
-            let column = panel * width;
-            pack_panel(isa, storage, b.block(0, column, b.rows, width.min(b.cols - column)), out);
-        });
+        let panels = &mut self.panels.as_mut_slice()[first_column / width * len..];
+        pack_on_threads(isa, storage, b, panels);
     }
 
     /// Packs columns that share panels with their neighbours: each panel is packed aside and its columns copied over.
@@ -90,7 +85,7 @@ impl PackedMatrix {
             while column < b.cols {
                 let place = (first_column + column) % width;
                 let count = (width - place).min(b.cols - column);
-                pack_panel(isa, storage, b.block(0, column, b.rows, count), aside);
+                pack_panels(isa, storage, b.block(0, column, b.rows, count), aside);
                 let panel = &mut panels[(first_column + column) / width * len..][..len];
                 match storage {
                     Storage::Halves => copy(halves(aside), halves(panel), width, place..place + count),
@@ -124,6 +119,19 @@ impl PackedMatrix {
     pub fn bytes(&self) -> usize {
         size_of_val(self.panels.as_slice())
     }
+}
+
+/// Packs `b` as panels, on all threads.
+pub(super) fn pack_on_threads(isa: Isa, storage: Storage, b: Matrix<'_>, panels: &mut [f32]) {
+    let (width, steps) = (panel_width(isa), storage.steps(b.rows));
+    let panels = SharedMut::new(panels);
+    each(b.cols.div_ceil(TOGETHER), b.rows * b.cols, |task| {
+        let (first, columns) = (task * TOGETHER, TOGETHER.min(b.cols - task * TOGETHER));
+        let (start, len) = (storage.len(steps, first), storage.len(steps, columns.next_multiple_of(width)));
+        // SAFETY: these panels belong to this call alone.
+        let out = unsafe { panels.slice(start, len) };
+        pack_panels(isa, storage, b.block(0, first, b.rows, columns), out);
+    });
 }
 
 /// `c = start + a b` with `b` as whole panels over the whole of `a`'s columns.
