@@ -147,16 +147,23 @@ pub(crate) use elsewhere::{pair_apart, pair_neighbours};
 #[inline(always)]
 pub(crate) fn write_columns(isa: Isa, square: &[[f32; 16]; 16], rows: usize, out: &mut [f32], stride: usize) -> bool {
     assert!((1..=16).contains(&rows) && out.len() >= 15 * stride + rows, "write_columns: the columns fit");
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = square;
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Isa::current` returns only what the processor was seen to have, and the columns fit.
-        Isa::Avx512Bf16 | Isa::Avx512 => unsafe { x86::write_columns_avx512(square, rows, out.as_mut_ptr(), stride) },
+        Isa::Avx512Bf16 | Isa::Avx512 => {
+            // SAFETY: `Isa::current` returns only what the processor was seen to have, and the columns fit.
+            unsafe { x86::write_columns_avx512(square, rows, out.as_mut_ptr(), stride) };
+            true
+        }
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => unsafe { x86::write_columns_avx2(square, rows, out.as_mut_ptr(), stride) },
-        _ => return false,
+        Isa::Avx2 => {
+            // SAFETY: as above.
+            unsafe { x86::write_columns_avx2(square, rows, out.as_mut_ptr(), stride) };
+            true
+        }
+        _ => false,
     }
-    true
 }
 
 #[cfg(target_arch = "x86_64")]
