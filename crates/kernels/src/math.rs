@@ -77,10 +77,10 @@ pub(crate) fn sum(row: &[f32], term: impl Fn(f32) -> f32) -> f32 {
         add_terms(&mut lanes, LANES, |lane| term(chunk[lane]));
     }
     if !rest.is_empty() {
-        let last = padded(rest);
+        let last = padded(rest, 0.0);
         add_terms(&mut lanes, rest.len(), |lane| term(last[lane]));
     }
-    fold(lanes, |a, b| a + b)
+    total(lanes)
 }
 
 /// [`sum`] over the elements of two rows.
@@ -93,10 +93,10 @@ pub(crate) fn sum_of_two(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -
         add_terms(&mut lanes, LANES, |lane| term(a[lane], b[lane]));
     }
     if !rest_a.is_empty() {
-        let [a, b] = [padded(rest_a), padded(rest_b)];
+        let [a, b] = [padded(rest_a, 0.0), padded(rest_b, 0.0)];
         add_terms(&mut lanes, rest_a.len(), |lane| term(a[lane], b[lane]));
     }
-    fold(lanes, |a, b| a + b)
+    total(lanes)
 }
 
 /// [`sum`] over the elements of three rows.
@@ -111,16 +111,16 @@ pub(crate) fn sum_of_three(rows: [&[f32]; 3], term: impl Fn(f32, f32, f32) -> f3
         add_terms(&mut lanes, LANES, |lane| term(a[lane], b[lane], c[lane]));
     }
     if !rest_a.is_empty() {
-        let [a, b, c] = [padded(rest_a), padded(rest_b), padded(rest_c)];
+        let [a, b, c] = [padded(rest_a, 0.0), padded(rest_b, 0.0), padded(rest_c, 0.0)];
         add_terms(&mut lanes, rest_a.len(), |lane| term(a[lane], b[lane], c[lane]));
     }
-    fold(lanes, |a, b| a + b)
+    total(lanes)
 }
 
-/// What does not fill the lanes, with zeros behind. That way the last lanes run in vectors, too, and none of them has to be in memory.
+/// What does not fill the lanes, with `filler` behind. That way the last lanes run in vectors, too, and none of them has to be in memory.
 #[inline(always)]
-fn padded(rest: &[f32]) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
+fn padded(rest: &[f32], filler: f32) -> [f32; LANES] {
+    let mut lanes = [filler; LANES];
     lanes[..rest.len()].copy_from_slice(rest);
     lanes
 }
@@ -154,7 +154,13 @@ pub(crate) fn two_sums(row: &[f32], terms: impl Fn(f32) -> (f32, f32)) -> (f32, 
         first[lane] += terms.0;
         second[lane] += terms.1;
     }
-    (fold(first, |a, b| a + b), fold(second, |a, b| a + b))
+    (total(first), total(second))
+}
+
+/// The sum of the lanes, pairwise.
+#[inline(always)]
+fn total(lanes: [f32; LANES]) -> f32 {
+    fold(lanes, |a, b| a + b)
 }
 
 /// The lanes brought together pairwise: each of the first half with its partner in the second, and again.
@@ -190,9 +196,7 @@ pub(crate) fn max(x: &[f32]) -> f32 {
         }
     }
     if !rest.is_empty() {
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        for (lane, value) in lanes.iter_mut().zip(last) {
+        for (lane, value) in lanes.iter_mut().zip(padded(rest, f32::NEG_INFINITY)) {
             *lane = larger(*lane, value);
         }
     }

@@ -124,11 +124,12 @@ impl PackedMatrix {
 /// Packs `b` as panels, on all threads.
 pub(super) fn pack_on_threads(isa: Isa, storage: Storage, b: Matrix<'_>, panels: &mut [f32]) {
     let (width, steps) = (panel_width(isa), storage.steps(b.rows));
+    assert!(panels.len() >= storage.len(steps, b.cols.next_multiple_of(width)), "the panels have room for the matrix");
     let panels = SharedMut::new(panels);
     each(b.cols.div_ceil(TOGETHER), b.rows * b.cols, |task| {
         let (first, columns) = (task * TOGETHER, TOGETHER.min(b.cols - task * TOGETHER));
         let (start, len) = (storage.len(steps, first), storage.len(steps, columns.next_multiple_of(width)));
-        // SAFETY: these panels belong to this call alone.
+        // SAFETY: these panels are there, as was checked, and belong to this call alone.
         let out = unsafe { panels.slice(start, len) };
         pack_panels(isa, storage, b.block(0, first, b.rows, columns), out);
     });
