@@ -69,7 +69,7 @@ fn markdown(folder: &Path) -> Result<String, Failure> {
         "# Systems\n\nWritten by `posttrain systems --markdown`; do not edit.\n\n\
          Published systems, reproduced in miniature: `posttrain reproduce NAME` trains the method, its baselines and its ablations over seeds, \
          and judges every claim by Student's 95 % interval of its mean over the seeds. A claim *holds* where the whole interval keeps \
-         the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run. The time is the \
+         the bound, *fails* where none of it does, and is *undecided* otherwise. Claims are written down before they are run; what was changed after a run its README says. The time is the \
          processor time of all trials, which run on one thread each: two idle cores need half as long. *At most* marks a time that was taken by the \
          wall, waiting for other work included.\n\n\
          | system | what is claimed | evidence | time of one core | recipes of other scales |\n| --- | --- | --- | --- | --- |\n",
@@ -102,7 +102,9 @@ fn section(system: &System, evidence: Option<&Evidence>) -> String {
             Role::Method => "method",
             Role::Ablation => "ablation",
         };
-        text += &format!("| {} | {role} | {} |\n", arm.name, arm.about);
+        // Arms of later versions are not in a file of an earlier one.
+        let missing = evidence.is_some_and(|evidence| !evidence.arms.contains_key(arm.name));
+        text += &format!("| {} | {role} | {}{} |\n", arm.name, arm.about, if missing { " (not in the evidence)" } else { "" });
     }
     match evidence {
         Some(evidence) => {

@@ -147,13 +147,13 @@ const CLAIMS: &[Claim] = &[
     },
     Claim {
         id: "2d",
-        statement: "and its perplexity on retained rows grows more than tenfold: log10 of how many times",
-        bound: Bound::AtLeast(1.0),
-        measure: |seed| Some(of(seed, "gradient-ascent", "perplexity_growth")?.log10()),
+        statement: "and its perplexity on retained rows grows more than tenfold",
+        bound: Bound::AtLeast(10.0),
+        measure: |seed| of(seed, "gradient-ascent", "perplexity_growth"),
     },
     Claim {
         id: "3",
-        statement: "CE-U needs no reference: models in memory",
+        statement: "CE-U needs no reference, by construction: models in memory",
         bound: Bound::AtMost(1.0),
         measure: |seed| of(seed, "ce-u", "models"),
     },
@@ -365,12 +365,8 @@ impl Experiment for CeU {
         let knows = learn(&[&forget_rows[..], &retain_rows].concat())?;
         let mut never_saw = learn(&retain_rows)?;
 
-        let some = |entries: Vec<Entry>| {
-            // Evenly spread over authors, with a step that meets every field.
-            let step = (entries.len() / self.questions).max(1);
-            let step = if step.is_multiple_of(FIELDS) { step + 1 } else { step };
-            let count = self.questions.min(entries.len());
-            (0..count).map(|index| entries[index * step % entries.len()].clone()).collect::<Vec<_>>()
+        let some = |entries: Vec<Entry>| -> Vec<Entry> {
+            spread(entries.len(), self.questions).map(|index| entries[index].clone()).collect()
         };
         let known = [
             (Kind::Learnt, world::questions(&tokenizer, &some(retain))?),
@@ -455,6 +451,17 @@ impl Experiment for CeU {
         measured.set("area", area(&common, start.first));
         Ok(measured)
     }
+}
+
+/// `count` of so many entries, each once, evenly over authors and over the fields that each author has in turn; all if there are no more.
+fn spread(entries: usize, count: usize) -> impl Iterator<Item = usize> {
+    let coprime =
+        |step: usize, to: usize| (2..=step).all(|factor| !(step.is_multiple_of(factor) && to.is_multiple_of(factor)));
+    let mut step = (entries / count).max(1);
+    while !coprime(step, FIELDS) || !coprime(step, entries) {
+        step += 1;
+    }
+    (0..count.min(entries)).map(move |index| index * step % entries)
 }
 
 /// Most tokens of an answer that a model gives by itself.
@@ -556,6 +563,20 @@ mod tests {
         // Half forgotten with everything kept, all forgotten with half kept; a point that both dominate adds nothing.
         let both = [found(-5.0, 0.8), found(0.0, 0.4), found(-6.0, 0.3)];
         assert!((area(&both, first) - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn questions_are_spread_over_authors_and_fields() {
+        for (entries, count) in [(360, 60), (200, 60), (360, 70), (20, 10), (40, 40), (30, 60), (10, 1)] {
+            let chosen: Vec<usize> = spread(entries, count).collect();
+            let few = count.min(entries);
+            let once: std::collections::BTreeSet<_> = chosen.iter().collect();
+            assert!(chosen.len() == few && once.len() == few && chosen.iter().all(|&index| index < entries));
+            for field in 0..FIELDS {
+                let asked = chosen.iter().filter(|&index| index % FIELDS == field).count();
+                assert!(asked.abs_diff(few / FIELDS) <= 1, "{asked} of {few} questions are about field {field}");
+            }
+        }
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub struct EnumerableOptions {
     pub prompts: u32,
     /// Standard deviation of `r_k / β`.
     pub reward_deviation: f64,
-    /// Steps of mirror descent.
-    #[schemars(range(min = 16))]
+    /// Steps of mirror descent; the shortest of its runs has a sixty-fourth of them.
+    #[schemars(range(min = 64))]
     pub steps: u32,
     /// Responses of a step.
     #[schemars(range(min = 1))]

@@ -154,7 +154,7 @@ const CLAIMS: &[Claim] = &[
     },
     Claim {
         id: "2a",
-        statement: "after the specialists nothing is trained: gradient steps",
+        statement: "after the specialists nothing is trained, by construction: gradient steps",
         bound: Bound::AtMost(0.0),
         measure: |seed| seed.value("mpo", "gradient_steps"),
     },

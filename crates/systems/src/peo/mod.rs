@@ -102,7 +102,7 @@ const CLAIMS: &[Claim] = &[
     },
     Claim {
         id: "1c",
-        statement: "for two fifths of the gradient steps: their share",
+        statement: "for two fifths of the gradient steps, by construction and without the choice of learning rates: their share",
         bound: Bound::AtMost(0.4),
         measure: |seed| Some(seed.value("peo", "gradient_steps")? / seed.value("mixed-dpo", "gradient_steps")?),
     },
