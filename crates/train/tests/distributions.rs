@@ -2,10 +2,12 @@
 //! fine-tuning, rejection sampling. They learn, and their runs keep the promises of all runs.
 
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use data::{Example, Prompt};
+use data::{Example, Prompt, Source};
+use envs::reward::{Shaped, Shaping};
+use envs::{Answer, Reward, RewardError, Score};
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
@@ -49,7 +51,12 @@ impl Stage {
         match self.clone() {
             Self::Sft(options) => Box::new(Sft::new(options, examples()).unwrap()),
             Self::Distillation(options) => {
-                let lessons = Lessons { prompts: prompts(), examples: examples(), reward: Some(Box::new(Exact)) };
+                let reward: Box<dyn Reward> = match options.objective.nll_weight > 0.0 {
+                    // Depends on all answers so far.
+                    true => Box::new(Shaped::new(Box::new(Exact), Shaping::MeanStd)),
+                    false => Box::new(Exact),
+                };
+                let lessons = Lessons { prompts: prompts(), examples: examples(), reward: Some(reward) };
                 let mut teachers = vec![teacher().clone(); options.teachers.len()];
                 if options.objective.extrapolation.is_some() {
                     teachers[1] = beginner().clone();

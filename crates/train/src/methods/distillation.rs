@@ -31,6 +31,7 @@
 //! - `divergence`, `entropy`, `teacher_agreement`: see [`objectives::distillation::statistics`]. With the estimate `sampled`,
 //!   `divergence` is the mean of `log p(y_t) - log q(y_t)`, and stands alone.
 
+use std::path::Path;
 use std::time::Instant;
 
 use base::Purpose;
@@ -44,6 +45,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step, check_losses};
 use crate::metrics::Metrics;
@@ -310,6 +312,14 @@ impl Method for Distillation {
         folds.record(&mut metrics);
         let episodes = (!groups.prompts.is_empty()).then(|| groups.table(step.number, &scores, &[]));
         Ok(Report { metrics, tokens: batch.all_tokens(), episodes })
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        self.lessons.reward.as_ref().map_or(Ok(()), |reward| carried::save_reward(folder, &**reward))
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        self.lessons.reward.as_ref().map_or(Ok(()), |reward| carried::load_reward(folder, &**reward))
     }
 }
 
