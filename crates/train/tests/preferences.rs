@@ -12,22 +12,23 @@ use model::ModelConfig;
 use model::config::Family;
 use model::decoder::{Decoder, PackedTokens, Workspace};
 use model::lora::LoraConfig;
+use objectives::{Ball, PairLoss, WorstCase};
 use posttrain_train as train;
 use rollout::SamplingOptions;
 use serde::de::DeserializeOwned;
 use train::density_ratio::DensityRatioOptions;
-use train::methods::online_preference::{self, OnlinePreference, OnlinePreferenceOptions};
 use train::method::{Report, Step};
+use train::methods::online_preference::{self, OnlinePreference, OnlinePreferenceOptions};
 use train::methods::preference::{self, Preference, PreferenceOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::methods::unpaired::{self, Unpaired, UnpairedOptions};
 use train::methods::{FAMILIES, Preset};
-use train::options::{RunOptions, TrainingOptions};
 use train::metrics::Metrics;
+use train::options::{RunOptions, TrainingOptions};
 use train::order::Order;
-use train::reference::SyncOptions;
 use train::referee::{Action, RefereeOptions};
-use train::{Method, Observer, Outcome, Provenance, Run};
+use train::reference::SyncOptions;
+use train::{Event, Method, Observer, Outcome, Provenance, Run};
 
 use crate::common::{self, Exact, StopAt, assert_same, metrics, on_threads, prompts, seeds, tokenizer};
 
@@ -144,8 +145,8 @@ struct Setup {
     lora: bool,
     precision: Precision,
     seed: u64,
-}
     referee: RefereeOptions,
+}
 
 impl Setup {
     fn new(mut stage: Stage, steps: u64) -> Self {
@@ -389,7 +390,6 @@ fn a_run_stopped_after_every_step_resumes_to_the_same_bytes() {
     }
 }
 
-/// Metrics are those that TRL logs, and at the start policy and reference are the same.
 /// A stage that seems to be paid, and to leave its reference: the referee raises an alarm.
 struct Alarming(Box<dyn Method>);
 
@@ -480,6 +480,7 @@ fn going_back_takes_back_what_follows_the_policy() {
     }
 }
 
+/// Metrics are those that TRL logs, and at the start policy and reference are the same.
 #[test]
 fn metrics_have_trl_s_names_and_start_where_they_must() {
     let folder = tempfile::tempdir().unwrap();
@@ -627,4 +628,14 @@ fn what_makes_no_sense_is_refused() {
     assert!(Unpaired::new(UnpairedOptions::default(), alone).err().unwrap().to_string().contains("mismatched"));
     let explores = OnlinePreferenceOptions { exploration: 0.1, ..Default::default() };
     assert!(explores.validate().unwrap_err().to_string().starts_with("exploration: expected 0"));
+    // Terms that do not leave tied pairs out.
+    let online =
+        |objective| OnlinePreferenceOptions { objective, ..Default::default() }.validate().unwrap_err().to_string();
+    let loss_type = vec![PairLoss::Sigmoid, PairLoss::Sft];
+    let error = online(objectives::PreferenceOptions { loss_type, ..Default::default() });
+    let expected = "a loss that compares, since of a tied pair no completion is chosen";
+    assert_eq!(error, format!("objective.loss_type: expected {expected}, got sft"));
+    let worst_case = Some(WorstCase::new(Ball::ChiSquare, 0.3));
+    let error = online(objectives::PreferenceOptions { worst_case, ..Default::default() });
+    assert!(error.starts_with("objective.worst_case: expected none"), "{error}");
 }
