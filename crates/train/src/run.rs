@@ -204,6 +204,7 @@ impl<'a> Session<'a> {
             if method.rows() == 0 {
                 return Err(Error::NoData { stage: stage + 1, method: method.name().to_owned() });
             }
+            check_steps(&**method)?;
         }
         let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
         let state = match &restored {
@@ -569,6 +570,12 @@ fn read_timing(directory: &Directory) -> Result<Vec<StepTiming>, FileError> {
 fn kept_timing(directory: &Directory, step: Option<u64>) -> Result<u64, FileError> {
     let Some(step) = step else { return Ok(0) };
     let path = directory.timing();
+/// Refuses a stage of more steps than can be numbered.
+pub(crate) fn check_steps(method: &dyn Method) -> Result<()> {
+    let found = method.training().validate_steps(method.rows(), method.rows_per_step());
+    Ok(found.map_err(|error| error.within("training").within(method.name()))?)
+}
+
     let text = if path.exists() { files::read_to_string(&path)? } else { String::new() };
     let known = |line: &&str| {
         line.ends_with('\n') && serde_json::from_str::<StepTiming>(line).is_ok_and(|timing| timing.step <= step)
