@@ -254,17 +254,22 @@ impl Manifest {
     }
 
     /// Reads the manifest of `folder` and checks every file against it.
+    ///
+    /// # Errors
+    /// [`FileError::Incomplete`] when something is missing or differs; [`FileError::Io`] when it cannot be told.
     pub fn verify(folder: &Path) -> Result<Self, FileError> {
         let incomplete = |reason: String| FileError::Incomplete { path: folder.to_owned(), reason };
+        let unread = |path: &Path, name: &str, error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => incomplete(format!("{name} is missing")),
+            _ => io_error("read", path)(error),
+        };
         let path = folder.join(MANIFEST);
-        if !path.is_file() {
-            return Err(incomplete(format!("{MANIFEST} is missing")));
-        }
+        let text = fs::read(&path).map_err(|error| unread(&path, MANIFEST, error))?;
         let manifest: Self =
-            serde_json::from_slice(&read(&path)?).map_err(|error| incomplete(format!("{MANIFEST}: {error}")))?;
+            serde_json::from_slice(&text).map_err(|error| incomplete(format!("{MANIFEST}: {error}")))?;
         for (name, expected) in &manifest.files {
             let file = folder.join(name);
-            let size = fs::metadata(&file).map_err(|_| incomplete(format!("{name} is missing")))?.len();
+            let size = fs::metadata(&file).map_err(|error| unread(&file, name, error))?.len();
             if size != expected.size {
                 return Err(incomplete(format!("{name} has {size} bytes, expected {}", expected.size)));
             }
@@ -324,5 +329,23 @@ mod tests {
         assert!(Manifest::verify(folder.path()).unwrap_err().to_string().contains("4 bytes"));
         fs::remove_file(&file).unwrap();
         assert!(Manifest::verify(folder.path()).unwrap_err().to_string().contains("missing"));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_called_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let sealed = |name: &str| {
+            let entry = Entry { size: 1, sha256: String::new() };
+            let manifest = Manifest { files: [(name.to_owned(), entry)].into() };
+            write(&folder.path().join(MANIFEST), &serde_json::to_vec(&manifest).unwrap()).unwrap();
+            Manifest::verify(folder.path()).unwrap_err()
+        };
+        assert!(matches!(sealed("weights"), FileError::Incomplete { .. }));
+        // Of what lies below a file, the system does not say that it is missing.
+        write(&folder.path().join("weights"), b"1").unwrap();
+        assert!(matches!(sealed("weights/shard"), FileError::Io { action: "read", .. }));
+        fs::remove_file(folder.path().join(MANIFEST)).unwrap();
+        fs::create_dir(folder.path().join(MANIFEST)).unwrap();
+        assert!(matches!(Manifest::verify(folder.path()).unwrap_err(), FileError::Io { action: "read", .. }));
     }
 }

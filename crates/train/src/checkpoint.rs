@@ -147,13 +147,15 @@ fn state_text(state: &State, metrics: &str) -> serde_json::Result<String> {
 /// The newest checkpoint that is complete, with those passed over because they are not, and why.
 ///
 /// # Errors
-/// When there are checkpoints, but not one of them is complete: starting again would throw the run away.
+/// When there are checkpoints, but not one of them is complete: starting again would throw the run away. A checkpoint that
+/// cannot be read, which may be complete: going on from an older one would remove it.
 pub fn newest(directory: &Directory) -> Result<(Option<u64>, Vec<FileError>)> {
     let mut damaged = Vec::new();
     for step in directory.checkpoints()?.into_iter().rev() {
         match Manifest::verify(&directory.checkpoint(step)) {
             Ok(_) => return Ok((Some(step), damaged)),
-            Err(error) => damaged.push(error),
+            Err(error @ FileError::Incomplete { .. }) => damaged.push(error),
+            Err(error) => return Err(error.into()),
         }
     }
     match damaged.into_iter().next() {

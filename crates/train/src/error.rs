@@ -121,6 +121,16 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+    /// A log that is shorter than it was when the checkpoint was made: somebody removed it, or a part of it.
+    #[error("{path} has {found} bytes, expected at least the {expected} that the checkpoint was made with")]
+    Log {
+        /// The log.
+        path: PathBuf,
+        /// Its bytes; 0 where there is none.
+        found: u64,
+        /// Its bytes then.
+        expected: u64,
+    },
     /// A table could not be written as Parquet.
     #[error("cannot encode {path}: {source}")]
     Parquet {
@@ -158,6 +168,10 @@ impl Hint for Error {
             Self::Busy { .. } => Some("wait for it, stop it, or choose another directory".into()),
             Self::Occupied { .. } => Some("choose another directory, or move it away".into()),
             Self::Mismatch { .. } => Some("put back what the run was started with, or start another run".into()),
+            Self::Log { .. } => Some(
+                "put the file back, nothing else was touched; `log_history` in the checkpoint's trainer_state.json has its lines"
+                    .into(),
+            ),
             Self::Parquet { .. } => None,
         }
     }

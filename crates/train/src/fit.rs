@@ -13,6 +13,7 @@ use crate::method::{Method, Step};
 use crate::metrics::Metrics;
 use crate::optimizer::Optimizer;
 use crate::options::GradientCheckpointing;
+use crate::run::check_steps;
 use crate::timing::Clock;
 
 /// What is trained, and how its draws are named.
@@ -43,6 +44,7 @@ pub fn fit<E: From<Error>>(
     if method.rows() == 0 {
         return Err(Error::NoData { stage: fit.stage + 1, method: method.name().to_owned() }.into());
     }
+    check_steps(method)?;
     let steps = method.training().steps(method.rows(), method.rows_per_step());
     let schedule = method.training().schedule(steps);
     let reference = match method.needs_reference() && fit.decoder.adapter_config().is_none() {

@@ -1,10 +1,12 @@
 //! Files that grow by whole records and can be cut back to an earlier length.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use base::files::{FileError, io_error};
+
+use crate::error::{Error, Result};
 
 /// A file under construction. What was appended after the last checkpoint is cut off when the run is resumed from it.
 #[derive(Debug)]
@@ -18,20 +20,39 @@ impl Log {
     /// Opens the file, creating it with the folder above, and cuts it to `length` bytes.
     ///
     /// # Errors
-    /// When the file is shorter than that: what a checkpoint relies on has been removed.
-    pub fn open(path: &Path, length: u64) -> Result<Self, FileError> {
+    /// As [`Log::check`].
+    pub fn open(path: &Path, length: u64) -> Result<Self> {
+        Self::check(path, length)?;
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;
         }
         let open = File::options().create(true).append(true).open(path);
         let file = open.map_err(io_error("open", path))?;
-        let found = file.metadata().map_err(io_error("read", path))?.len();
-        if found < length {
-            let reason = format!("it has {found} bytes, but the checkpoint was made when it had {length}");
-            return Err(FileError::Incomplete { path: path.to_owned(), reason });
-        }
         file.set_len(length).map_err(io_error("truncate", path))?;
         Ok(Self { path: path.to_owned(), file, length })
+    }
+
+    /// Bytes of the file; 0 where there is none.
+    ///
+    /// # Errors
+    /// What the system says instead.
+    pub fn length(path: &Path) -> Result<u64, FileError> {
+        match std::fs::metadata(path) {
+            Ok(found) => Ok(found.len()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(io_error("read", path)(error)),
+        }
+    }
+
+    /// Passes when the file can be cut to `length` bytes.
+    ///
+    /// # Errors
+    /// When it is shorter than that: what a checkpoint relies on has been removed.
+    pub fn check(path: &Path, length: u64) -> Result<()> {
+        match Self::length(path)? {
+            found if found < length => Err(Error::Log { path: path.to_owned(), found, expected: length }),
+            _ => Ok(()),
+        }
     }
 
     /// Appends one record.
@@ -65,6 +86,11 @@ mod tests {
         let mut log = Log::open(&path, length).unwrap();
         log.append(b"two\n").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"one\ntwo\n");
-        assert!(Log::open(&path, 100).unwrap_err().to_string().contains("8 bytes"));
+        let error = Log::open(&path, 100).unwrap_err().to_string();
+        assert!(
+            error.ends_with("runs/log has 8 bytes, expected at least the 100 that the checkpoint was made with"),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\ntwo\n");
     }
 }

@@ -220,6 +220,9 @@ impl OptimizerState {
     }
 }
 
+/// Steps that a stage may have: draws are named by the number of the step, in 32 bits.
+const MAX_STEPS: u64 = u32::MAX as u64;
+
 impl TrainingOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
@@ -227,7 +230,7 @@ impl TrainingOptions {
         let decay = |x: f64| (0.0..1.0).contains(&x);
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         if let Some(steps) = self.max_steps {
-            check("max_steps", steps, (1..=u64::from(u32::MAX)).contains(&steps), "at least 1")?;
+            check("max_steps", steps, (1..=MAX_STEPS).contains(&steps), "1 to 4294967295")?;
         }
         let epochs = self.num_train_epochs;
         check("num_train_epochs", epochs, epochs.is_finite() && epochs > 0.0, "a number above 0")?;
@@ -244,6 +247,16 @@ impl TrainingOptions {
         let positive = self.adam_epsilon.is_finite() && self.adam_epsilon > 0.0;
         check("adam_epsilon", self.adam_epsilon, positive, "a number above 0")?;
         check("max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), "a number of at least 0")
+    }
+
+    /// Refuses epochs of `rows` rows that are more steps than can be numbered when each takes `per_step`.
+    ///
+    /// # Errors
+    /// The option, what it is, and what it may be.
+    pub fn validate_steps(&self, rows: usize, per_step: usize) -> Result<(), OptionError> {
+        let few = self.steps(rows, per_step) <= MAX_STEPS;
+        let expected = format!("at most 4294967295 steps, which take {per_step} of {rows} rows each");
+        check("num_train_epochs", format!("{} epochs", self.num_train_epochs), few, &expected)
     }
 
     /// Steps of the stage when each takes `per_step` of `rows` rows.
@@ -310,6 +323,15 @@ mod tests {
         assert_eq!(stage.steps(10, 4), 5);
         assert_eq!(stage.steps(11, 4), 6, "a part of a batch is a step");
         assert_eq!(TrainingOptions { max_steps: Some(3), ..stage }.steps(10, 4), 3);
+        let endless = TrainingOptions { num_train_epochs: 1e18, ..Default::default() };
+        assert_eq!(endless.validate(), Ok(()), "of how many rows is not known");
+        let error = endless.validate_steps(10, 4).map_err(|error| error.to_string());
+        let expected = "num_train_epochs: expected at most 4294967295 steps, which take 4 of 10 rows each, got 1000000000000000000 epochs";
+        assert_eq!(error, Err(expected.into()));
+        let longest = TrainingOptions { num_train_epochs: f64::from(u32::MAX), ..Default::default() };
+        assert_eq!(longest.validate_steps(4, 4), Ok(()));
+        assert!(longest.validate_steps(5, 4).is_err());
+        assert_eq!(TrainingOptions { max_steps: Some(3), ..endless }.validate_steps(10, 4), Ok(()));
     }
 
     #[test]

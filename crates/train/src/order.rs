@@ -38,11 +38,6 @@ impl Order {
         let first = number * size as u64;
         (first..first + size as u64).map(|position| self.row(position)).collect()
     }
-
-    /// Epochs done after this many batches.
-    pub fn epochs(&self, batches: u64, size: usize) -> f64 {
-        (batches * size as u64) as f64 / self.rows as f64
-    }
 }
 
 /// For each of these things, the place of the first that is equal to it.
@@ -102,7 +97,6 @@ mod tests {
             assert_eq!(Order::new(7, 3, 0).row(position), all[position as usize]);
         }
         assert_eq!(whole.batch(2, 3), all[6..9], "a batch may straddle two epochs");
-        assert_eq!(whole.epochs(7, 2), 2.0);
     }
 
     #[test]

@@ -211,6 +211,8 @@ impl MovingReference {
     pub fn load(&mut self, folder: &Path) -> Result<()> {
         let found = safetensors::read(&folder.join(FILE));
         let tensors = found.map_err(|source| Error::Model { step: self.step, source })?;
+        // One that has gone on since is built again.
+        self.decoder = None;
         self.restored = Some((folder.to_owned(), tensors));
         Ok(())
     }

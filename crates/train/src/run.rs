@@ -204,6 +204,7 @@ impl<'a> Session<'a> {
             if method.rows() == 0 {
                 return Err(Error::NoData { stage: stage + 1, method: method.name().to_owned() });
             }
+            check_steps(&**method)?;
         }
         let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
         let state = match &restored {
@@ -224,12 +225,11 @@ impl<'a> Session<'a> {
                 ),
             });
         }
-        directory.cut(state.global_step)?;
-        let timing = kept_timing(&directory, restored.as_ref().map(|restored| restored.state.global_step))?;
+        let Logs { metrics, events, timing } = Logs::cut(&directory, &state, restored.is_some())?;
         let mut session = Self {
-            metrics: Log::open(&directory.metrics(), state.metrics_bytes)?,
-            events: Log::open(&directory.events(), state.events_bytes)?,
-            timing: Log::open(&directory.timing(), timing)?,
+            metrics,
+            events,
+            timing,
             clock: Clock::start(),
             workspace: Workspace::new(),
             tape: Tape::new(),
@@ -542,9 +542,38 @@ impl<'a> Session<'a> {
     }
 }
 
+/// The logs of a run.
+struct Logs {
+    metrics: Log,
+    events: Log,
+    timing: Log,
+}
+
+impl Logs {
+    /// Takes the directory back to a state, that of a checkpoint where there is one: cuts the logs, and removes what is newer.
+    ///
+    /// # Errors
+    /// Metrics that are missing, before anything is removed; files that cannot be read or written.
+    fn cut(directory: &Directory, state: &State, checkpoint: bool) -> Result<Self> {
+        Log::check(&directory.metrics(), state.metrics_bytes)?;
+        directory.cut(state.global_step)?;
+        // The metrics first: events are made again from them.
+        let metrics = Log::open(&directory.metrics(), state.metrics_bytes)?;
+        let events = Log::open(&directory.events(), kept_events(directory, state.events_bytes)?)?;
+        let timing = kept_timing(directory, checkpoint.then_some(state.global_step))?;
+        Ok(Self { metrics, events, timing: Log::open(&directory.timing(), timing)? })
+    }
+}
+
 /// Whether something done every `period` steps (0: never) is due after `step` steps.
 fn every(period: u64, step: u64) -> bool {
     period > 0 && step.is_multiple_of(period)
+}
+
+/// Refuses a stage of more steps than can be numbered.
+pub(crate) fn check_steps(method: &dyn Method) -> Result<()> {
+    let found = method.training().validate_steps(method.rows(), method.rows_per_step());
+    Ok(found.map_err(|error| error.within("training").within(method.name()))?)
 }
 
 fn stage_steps(method: &dyn Method) -> u64 {
@@ -563,6 +592,22 @@ fn read_timing(directory: &Directory) -> Result<Vec<StepTiming>, FileError> {
     let text = if path.exists() { files::read_to_string(&path)? } else { String::new() };
     // A line that was half written when the process was killed ends what is known.
     Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// Bytes of the TensorBoard file to keep: `known`, or where it is shorter those of a new one, made from the metrics, which
+/// have all that is in it.
+fn kept_events(directory: &Directory, known: u64) -> Result<u64, FileError> {
+    let path = directory.events();
+    if Log::length(&path)? >= known {
+        return Ok(known);
+    }
+    let text = files::read_to_string(&directory.metrics())?;
+    let mut bytes = tensorboard::header();
+    for metrics in text.lines().filter_map(|line| serde_json::from_str::<Metrics>(line).ok()) {
+        bytes.extend(tensorboard::scalars(metrics.get("step").unwrap_or_default() as u64, &metrics));
+    }
+    files::write(&path, &bytes)?;
+    Ok(bytes.len() as u64)
 }
 
 /// Bytes of `timing.jsonl` to keep: its whole lines of the first `step` steps, none for a run that starts again.

@@ -56,14 +56,6 @@ impl Clock {
         Self { started: Instant::now(), phases: BTreeMap::new(), reused_rows: 0 }
     }
 
-    /// Runs `work` and adds its duration to `phase`.
-    pub fn measure<T>(&mut self, phase: Phase, work: impl FnOnce() -> T) -> T {
-        let started = Instant::now();
-        let result = work();
-        self.add(phase, started);
-        result
-    }
-
     /// Adds the time since `started` to `phase`.
     pub fn add(&mut self, phase: Phase, started: Instant) {
         *self.phases.entry(phase).or_default() += started.elapsed().as_secs_f64();

@@ -2,10 +2,12 @@
 //! fine-tuning, rejection sampling. They learn, and their runs keep the promises of all runs.
 
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use data::{Example, Prompt};
+use data::{Example, Prompt, Source};
+use envs::reward::{Shaped, Shaping};
+use envs::{Answer, Reward, RewardError, Score};
 use kernels::Precision;
 use model::ModelConfig;
 use model::config::Family;
@@ -49,7 +51,12 @@ impl Stage {
         match self.clone() {
             Self::Sft(options) => Box::new(Sft::new(options, examples()).unwrap()),
             Self::Distillation(options) => {
-                let lessons = Lessons { prompts: prompts(), examples: examples(), reward: Some(Box::new(Exact)) };
+                let reward: Box<dyn Reward> = match options.objective.nll_weight > 0.0 {
+                    // Depends on all answers so far.
+                    true => Box::new(Shaped::new(Box::new(Exact), Shaping::MeanStd)),
+                    false => Box::new(Exact),
+                };
+                let lessons = Lessons { prompts: prompts(), examples: examples(), reward: Some(reward) };
                 let mut teachers = vec![teacher().clone(); options.teachers.len()];
                 if options.objective.extrapolation.is_some() {
                     teachers[1] = beginner().clone();
@@ -147,6 +154,17 @@ impl Setup {
         observer: &mut dyn Observer,
         interrupt: &AtomicBool,
     ) -> train::Result<Outcome> {
+        self.run_method(self.stage.method(), folder, resume, observer, interrupt)
+    }
+
+    fn run_method(
+        &self,
+        method: Box<dyn Method>,
+        folder: &Path,
+        resume: bool,
+        observer: &mut dyn Observer,
+        interrupt: &AtomicBool,
+    ) -> train::Result<Outcome> {
         let tokenizer = tokenizer();
         let mut accuracy = Accuracy;
         let run = Run {
@@ -159,13 +177,22 @@ impl Setup {
             world: None,
             referee: Default::default(),
             chat_template: None,
-            stages: vec![self.stage.method()],
+            stages: vec![method],
             evaluator: self.evaluate.then_some(&mut accuracy as &mut dyn Evaluator),
             observer,
             interrupt,
             provenance: Provenance { base_model: "tiny".into(), ..Default::default() },
         };
         if resume { run.resume() } else { run.start() }
+    }
+
+    /// The metrics of a run of another method.
+    fn lines_of(&self, method: Box<dyn Method>) -> Vec<serde_json::Map<String, serde_json::Value>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let outcome = self.run_method(method, &path, false, &mut (), &AtomicBool::new(false)).unwrap();
+        assert!(matches!(outcome, Outcome::Finished(_)), "{outcome:?}");
+        metrics(&path)
     }
 
     fn finish(&self, folder: &Path) -> train::Summary {
@@ -406,6 +433,84 @@ fn ce_u_comes_to_rest_and_gradient_ascent_does_not() {
     let (ce_u, ascent) = (norms("ce_u"), norms("gradient_ascent"));
     assert!(ce_u.0 < 0.05 && (0.0..0.05).contains(&ce_u.1), "{ce_u:?}");
     assert!(ascent.0 > 20.0 * ce_u.0 && ascent.1 < -10.0, "{ascent:?}");
+}
+
+/// Pays nothing, and writes down whose answers it is shown.
+struct Shown(Arc<Mutex<Vec<u32>>>);
+
+impl Reward for Shown {
+    fn name(&self) -> &str {
+        "shown"
+    }
+
+    fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<Score>>, RewardError> {
+        let mut shown = self.0.lock().unwrap();
+        shown.extend(answers.iter().map(|answer| answer.columns["row"].as_u64().unwrap() as u32));
+        Ok(vec![None; answers.len()])
+    }
+}
+
+/// As many prompts as examples, of each one a step: they meet in no fixed pairs.
+#[test]
+fn prompts_and_examples_come_in_orders_of_their_own() {
+    let rows = 10;
+    let prompt = |row: u32| Prompt {
+        columns: [("row".to_owned(), row.into())].into_iter().collect(),
+        ..prompts().swap_remove(row as usize)
+    };
+    // The length of an example tells its row.
+    let example = |row: u32| {
+        let mut ids = tokenizer().encode("12>").unwrap();
+        ids.extend(vec![ids[0]; row as usize + 1]);
+        let loss_mask = (0..ids.len()).map(|index| index >= 3).collect();
+        Example { ids, loss_mask, source: Source::new("rows", u64::from(row) + 1) }
+    };
+    let Stage::Distillation(options) = named("gkd") else { panic!("another family") };
+    let options = DistillationOptions {
+        batch_size: 2,
+        num_generations: 1,
+        sampling: SamplingOptions { max_new_tokens: 1, ..Default::default() },
+        training: training(20, 1e-4),
+        ..options
+    };
+    let shown = Arc::new(Mutex::new(Vec::new()));
+    let lessons = Lessons {
+        prompts: (0..rows).map(prompt).collect(),
+        examples: (0..rows).map(example).collect(),
+        reward: Some(Box::new(Shown(shown.clone()))),
+    };
+    let stage = Stage::Distillation(options.clone());
+    let setup = Setup { decoder: beginner().clone(), stage, seed: 3, precision: Precision::F32, evaluate: false };
+    let method = Distillation::new(options, vec![teacher().clone()], lessons).unwrap();
+    let lines = setup.lines_of(Box::new(method));
+    let seen: Vec<u64> = lines.iter().map(|line| line["num_tokens"].as_u64().unwrap()).collect();
+    // A prompt of three tokens and an answer of one; an example of four and as many as its row's number.
+    let examples: Vec<u32> =
+        std::iter::once(&0).chain(&seen).zip(&seen).map(|(before, after)| (after - before - 8) as u32).collect();
+    let prompts = shown.lock().unwrap().clone();
+    for epoch in [0..10, 10..20] {
+        for rows in [&prompts[epoch.clone()], &examples[epoch.clone()]] {
+            let mut sorted = rows.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..10).collect::<Vec<_>>(), "an epoch of {rows:?}");
+        }
+        assert_ne!(prompts[epoch.clone()], examples[epoch]);
+    }
+}
+
+/// Rows to forget and as many rows to keep, which are here the same: a step does not take the same of both.
+#[test]
+fn rows_to_keep_come_in_an_order_of_their_own() {
+    let Stage::Unlearning(options) = named("gradient_difference") else { panic!("another family") };
+    let options = UnlearningOptions { retain_batch_size: 10, training: training(10, 0.0), ..options };
+    let stage = Stage::Unlearning(options.clone());
+    let setup = Setup { decoder: beginner().clone(), stage, seed: 3, precision: Precision::F32, evaluate: false };
+    let lines = setup.lines_of(Box::new(Unlearning::new(options, examples(), examples()).unwrap()));
+    let of = |name: &str| lines.iter().map(|line| line[name].as_f64().unwrap()).collect::<Vec<f64>>();
+    let (forget, retain) = (of("forget/log_prob"), of("retain/log_prob"));
+    assert!(forget.iter().zip(&retain).all(|(forget, retain)| (forget - retain).abs() > 1e-6), "{forget:?} {retain:?}");
+    // Both have seen every row once.
+    assert!((forget.iter().sum::<f64>() - retain.iter().sum::<f64>()).abs() < 1e-3, "{forget:?} {retain:?}");
 }
 
 /// Variants whose runs must keep the promises: every method, and the options that take other ways through the code.

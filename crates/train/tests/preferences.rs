@@ -1,6 +1,7 @@
 //! Preference methods learn, from pairs, from single judgements and from judging their own answers; and their runs keep the
 //! promises of all runs.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -11,19 +12,23 @@ use model::ModelConfig;
 use model::config::Family;
 use model::decoder::{Decoder, PackedTokens, Workspace};
 use model::lora::LoraConfig;
+use objectives::{Ball, PairLoss, WorstCase};
 use posttrain_train as train;
 use rollout::SamplingOptions;
 use serde::de::DeserializeOwned;
 use train::density_ratio::DensityRatioOptions;
+use train::method::{Report, Step};
 use train::methods::online_preference::{self, OnlinePreference, OnlinePreferenceOptions};
 use train::methods::preference::{self, Preference, PreferenceOptions};
 use train::methods::sft::{Sft, SftOptions};
 use train::methods::unpaired::{self, Unpaired, UnpairedOptions};
 use train::methods::{FAMILIES, Preset};
+use train::metrics::Metrics;
 use train::options::{RunOptions, TrainingOptions};
 use train::order::Order;
+use train::referee::{Action, RefereeOptions};
 use train::reference::SyncOptions;
-use train::{Method, Observer, Outcome, Provenance, Run};
+use train::{Event, Method, Observer, Outcome, Provenance, Run};
 
 use crate::common::{self, Exact, StopAt, assert_same, metrics, on_threads, prompts, seeds, tokenizer};
 
@@ -140,6 +145,7 @@ struct Setup {
     lora: bool,
     precision: Precision,
     seed: u64,
+    referee: RefereeOptions,
 }
 
 impl Setup {
@@ -150,7 +156,8 @@ impl Setup {
             micro_batch_tokens: 40,
             ..Default::default()
         };
-        Self { stage, examples_first: 0, lora: false, precision: Precision::F32, seed: 7 }
+        let referee = RefereeOptions::default();
+        Self { stage, examples_first: 0, lora: false, precision: Precision::F32, seed: 7, referee }
     }
 
     fn decoder(&self) -> Decoder {
@@ -188,7 +195,7 @@ impl Setup {
         let tokenizer = tokenizer();
         let run = Run {
             world: None,
-            referee: Default::default(),
+            referee: self.referee.clone(),
             directory: folder,
             options: RunOptions { save_steps: 2, save_total_limit: 2, ..Default::default() },
             seed: self.seed,
@@ -383,6 +390,96 @@ fn a_run_stopped_after_every_step_resumes_to_the_same_bytes() {
     }
 }
 
+/// A stage that seems to be paid, and to leave its reference: the referee raises an alarm.
+struct Alarming(Box<dyn Method>);
+
+impl Method for Alarming {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn training(&self) -> &TrainingOptions {
+        self.0.training()
+    }
+
+    fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn rows_per_step(&self) -> usize {
+        self.0.rows_per_step()
+    }
+
+    fn needs_reference(&self) -> bool {
+        self.0.needs_reference()
+    }
+
+    fn step(&mut self, step: &mut Step<'_>) -> train::Result<Report> {
+        let mut report = self.0.step(step)?;
+        report.metrics.set("reward", 0.0);
+        report.metrics.set("kl", 1.0);
+        Ok(report)
+    }
+
+    fn save(&self, folder: &Path) -> train::Result<()> {
+        self.0.save(folder)
+    }
+
+    fn load(&mut self, folder: &Path) -> train::Result<()> {
+        self.0.load(folder)
+    }
+}
+
+/// The metrics of each step when it was first made. One that is made again must be the same.
+#[derive(Default)]
+struct Again {
+    first: BTreeMap<u64, Metrics>,
+    back: Vec<u64>,
+    again: usize,
+}
+
+impl Observer for Again {
+    fn observe(&mut self, event: Event<'_>) {
+        match event {
+            Event::GoneBack { step, .. } => self.back.push(step),
+            Event::Step { step, metrics, .. } => match self.first.get(&step) {
+                Some(first) => {
+                    assert_eq!(first, metrics, "step {step}, gone back to {:?}", self.back);
+                    self.again += 1;
+                }
+                None => drop(self.first.insert(step, metrics.clone())),
+            },
+            _ => {}
+        }
+    }
+}
+
+/// A run that goes back, and on with the same learning rate, makes the same steps again, whatever follows the policy.
+#[test]
+fn going_back_takes_back_what_follows_the_policy() {
+    for name in ["tr_dpo", "bco"] {
+        let mut setup = Setup::new(named(name), 12);
+        if let Stage::Pairs(PreferenceOptions { sync_reference: Some(sync), .. }) = &mut setup.stage {
+            *sync = SyncOptions { mixup_alpha: 0.6, steps: 1 };
+        }
+        setup.referee = RefereeOptions {
+            action: Action::Rollback,
+            false_alarm_rate: 0.9,
+            window: 2,
+            kl_limit: 1e-9,
+            learning_rate_factor: 1.0,
+            max_rollbacks: 2,
+            ..Default::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let stages: Vec<Box<dyn Method>> = vec![Box::new(Alarming(setup.stage.method()))];
+        let mut seen = Again::default();
+        let outcome = setup.run_stages(stages, &folder.path().join("run"), false, &mut seen, &AtomicBool::new(false));
+        assert!(matches!(outcome, Outcome::Stopped { .. }), "{name}: {outcome:?}");
+        assert!(seen.back.len() == 2 && seen.again >= 4, "{name}: {} steps again from {:?}", seen.again, seen.back);
+    }
+}
+
 /// Metrics are those that TRL logs, and at the start policy and reference are the same.
 #[test]
 fn metrics_have_trl_s_names_and_start_where_they_must() {
@@ -531,4 +628,14 @@ fn what_makes_no_sense_is_refused() {
     assert!(Unpaired::new(UnpairedOptions::default(), alone).err().unwrap().to_string().contains("mismatched"));
     let explores = OnlinePreferenceOptions { exploration: 0.1, ..Default::default() };
     assert!(explores.validate().unwrap_err().to_string().starts_with("exploration: expected 0"));
+    // Terms that do not leave tied pairs out.
+    let online =
+        |objective| OnlinePreferenceOptions { objective, ..Default::default() }.validate().unwrap_err().to_string();
+    let loss_type = vec![PairLoss::Sigmoid, PairLoss::Sft];
+    let error = online(objectives::PreferenceOptions { loss_type, ..Default::default() });
+    let expected = "a loss that compares, since of a tied pair no completion is chosen";
+    assert_eq!(error, format!("objective.loss_type: expected {expected}, got sft"));
+    let worst_case = Some(WorstCase::new(Ball::ChiSquare, 0.3));
+    let error = online(objectives::PreferenceOptions { worst_case, ..Default::default() });
+    assert!(error.starts_with("objective.worst_case: expected none"), "{error}");
 }

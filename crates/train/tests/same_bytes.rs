@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use base::Hint;
 use base::files::{self, Manifest};
 use kernels::Precision;
 use model::config::Family;
@@ -228,9 +229,90 @@ fn damage_to_every_checkpoint_is_an_error() {
         std::fs::write(&file, bytes).unwrap();
     }
     Manifest::verify(&path.join("checkpoint-2")).unwrap();
-    std::fs::remove_file(path.join("metrics.jsonl")).unwrap();
+}
+
+/// What cannot be read now may be readable again: it is not thrown away for something older.
+#[test]
+fn a_checkpoint_that_cannot_be_read_is_kept() {
+    let setup = Setup::short();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let stop = AtomicBool::new(false);
+    setup.run(&path, false, &mut StopAt(4, &stop), &stop).unwrap();
+    let (manifest, away) = (path.join("checkpoint-4/manifest.json"), folder.path().join("manifest.json"));
+    std::fs::rename(&manifest, &away).unwrap();
+    std::fs::create_dir(&manifest).unwrap();
     let error = setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap_err();
-    assert!(error.to_string().contains("metrics.jsonl"), "{error}");
+    assert!(matches!(error, Error::File(files::FileError::Io { action: "read", .. })), "{error}");
+    std::fs::remove_dir(&manifest).unwrap();
+    std::fs::rename(&away, &manifest).unwrap();
+    Manifest::verify(&path.join("checkpoint-4")).unwrap();
+    let mut seen = Damages::default();
+    setup.run(&path, true, &mut seen, &AtomicBool::new(false)).unwrap();
+    assert!(seen.0.is_empty(), "{:?}", seen.0);
+}
+
+/// Without its metrics a run cannot go on, and loses nothing by the attempt; its events are made again from them.
+#[test]
+fn logs_that_were_removed_are_an_error_or_made_again() {
+    let setup = Setup::short();
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    setup.finish(&whole);
+
+    let path = folder.path().join("run");
+    let stop = AtomicBool::new(false);
+    setup.run(&path, false, &mut StopAt(4, &stop), &stop).unwrap();
+    // A later step that a killed process had begun to write down.
+    let (metrics, later) = (path.join("metrics.jsonl"), path.join("episodes/step-000005.parquet"));
+    files::write(&later, b"x").unwrap();
+    let text = std::fs::read(&metrics).unwrap();
+    for left in [None, Some(100)] {
+        match left {
+            None => std::fs::remove_file(&metrics).unwrap(),
+            Some(bytes) => std::fs::write(&metrics, &text[..bytes]).unwrap(),
+        }
+        let error = setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap_err();
+        let (found, expected) = (left.unwrap_or(0), text.len());
+        let message = format!("has {found} bytes, expected at least the {expected} that the checkpoint was made with");
+        assert!(error.to_string().ends_with(&message), "{error}");
+        assert!(error.to_string().contains("metrics.jsonl"), "{error}");
+        assert!(error.hint().unwrap().contains("trainer_state.json"));
+        assert!(later.exists(), "nothing was removed");
+    }
+    // As the hint says.
+    let state: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(path.join("checkpoint-4/trainer_state.json")).unwrap()).unwrap();
+    let lines: String = state["log_history"].as_array().unwrap().iter().map(|line| format!("{line}\n")).collect();
+    assert_eq!(lines.as_bytes(), text);
+    std::fs::write(&metrics, lines).unwrap();
+
+    let events = path.join("runs").join(train::tensorboard::FILE_NAME);
+    std::fs::write(&events, b"half").unwrap();
+    let stop = AtomicBool::new(false);
+    setup.run(&path, true, &mut StopAt(5, &stop), &stop).unwrap();
+    std::fs::remove_file(&events).unwrap();
+    setup.run(&path, true, &mut (), &AtomicBool::new(false)).unwrap();
+    assert_same(&whole, &path, "resumed without events");
+}
+
+/// Steps are numbered in 32 bits.
+#[test]
+fn epochs_without_end_are_refused() {
+    let mut setup = Setup { sft: None, ..Setup::short() };
+    let training = &mut setup.grpo.as_mut().unwrap().training;
+    (training.max_steps, training.num_train_epochs) = (None, 1e18);
+    let folder = tempfile::tempdir().unwrap();
+    let error = setup.run(&folder.path().join("run"), false, &mut (), &AtomicBool::new(false)).unwrap_err();
+    let expected = "grpo.training.num_train_epochs: expected at most 4294967295 steps, which take 4 of 100 rows each, \
+                    got 1000000000000000000 epochs";
+    assert_eq!(error.to_string(), expected);
+    let mut method = Policy::new(setup.grpo.clone().unwrap(), common::prompts(), (setup.reward)()).unwrap();
+    let (mut decoder, tokenizer) = (setup.decoder(), common::tokenizer());
+    let fit =
+        Fit { decoder: &mut decoder, tokenizer: &tokenizer, seed: setup.seed, stage: 0, precision: setup.precision };
+    let error = train::fit::<Error>(&mut method, fit, |_, _, _| Ok(())).unwrap_err();
+    assert_eq!(error.to_string(), expected);
 }
 
 #[derive(Default)]

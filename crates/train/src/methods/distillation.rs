@@ -31,6 +31,7 @@
 //! - `divergence`, `entropy`, `teacher_agreement`: see [`objectives::distillation::statistics`]. With the estimate `sampled`,
 //!   `divergence` is the mean of `log p(y_t) - log q(y_t)`, and stands alone.
 
+use std::path::Path;
 use std::time::Instant;
 
 use base::Purpose;
@@ -44,6 +45,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step, check_losses};
 use crate::metrics::Metrics;
@@ -311,6 +313,14 @@ impl Method for Distillation {
         let episodes = (!groups.prompts.is_empty()).then(|| groups.table(step.number, &scores, &[]));
         Ok(Report { metrics, tokens: batch.all_tokens(), episodes })
     }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        self.lessons.reward.as_ref().map_or(Ok(()), |reward| carried::save_reward(folder, &**reward))
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        self.lessons.reward.as_ref().map_or(Ok(()), |reward| carried::load_reward(folder, &**reward))
+    }
 }
 
 impl Distillation {
@@ -366,7 +376,9 @@ impl Distillation {
         match self.options.examples_per_step() {
             0 => Vec::new(),
             count => {
-                let rows = Order::new(examples.len(), step.seed, step.stage).batch(step.index, count);
+                // Beside prompts they have an order of their own: the two may be the same rows.
+                let beside = usize::from(self.options.prompts_per_step() > 0) << 16;
+                let rows = Order::new(examples.len(), step.seed, step.stage | beside).batch(step.index, count);
                 rows.into_iter().map(|row| &examples[row]).collect()
             }
         }

@@ -40,7 +40,7 @@ use base::Purpose;
 use data::Prompt;
 use envs::Reward;
 use model::decoder::{Decoder, WeightFormat};
-use objectives::{NashMdBatch, PairBatch};
+use objectives::{NashMdBatch, PairBatch, PairLoss};
 use rollout::{Episode, Mean, Mixture};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -182,6 +182,11 @@ impl OnlinePreferenceOptions {
         check("objective.use_weighting", weighting, !weighting, "false: the pairs are the policy's own already")?;
         let ranks = self.objective.loss_type.iter().any(|loss| loss.compares_pairs());
         check("objective.loss_type", "aot", !ranks, "a loss of single pairs, since tied ones are left out")?;
+        let learns = self.objective.loss_type.contains(&PairLoss::Sft);
+        let expected = "a loss that compares, since of a tied pair no completion is chosen";
+        check("objective.loss_type", "sft", !learns, expected)?;
+        let mixes = self.objective.worst_case.is_some();
+        check("objective.worst_case", "one", !mixes, "none, since it weighs all pairs, and tied ones are left out")?;
         let explores = self.exploration.is_finite() && self.exploration >= 0.0;
         check("exploration", self.exploration, explores, "a number, at least 0")?;
         let meant = self.exploration == 0.0 || (self.opponent != Opponent::Policy && self.loss == OnlineLoss::Pair);
@@ -302,23 +307,22 @@ impl OnlinePreference {
         let weights: Vec<f64> = judged.iter().map(|judged| if judged.tied() { 0.0 } else { weight }).collect();
         // The opponent's completion is the second of the sampled pair.
         let explored: Vec<u32> = judged.iter().map(|judged| u32::from(judged.first_wins())).collect();
-        let sft_tokens = batch.lengths().iter().step_by(2).sum();
-        let scope = if objective.compares_pairs() { Scope::Batch } else { Scope::Piece };
         let exploration = self.options.exploration;
         let all = 0..batch.units();
-        let gathered = update::gradients(step, &batch, all, reading, (scope, Known::Nothing), statistics, |piece| {
-            let pairs = PairBatch {
-                log_probs: piece.log_probs.clone(),
-                reference_log_probs: reference.as_deref().map(|all| piece.of_tokens(all)).transpose()?,
-                sharpened_log_probs: None,
-                sequence: piece.sequence(),
-                sequences_per_pair: 2,
-                weights: piece.constant(&weights[piece.units.clone()])?,
-                sft_tokens,
-                prompts: (0..).take(piece.units.len()).collect(),
-            };
-            objectives::xpo(objective, exploration, &pairs, &explored[piece.units.clone()])
-        })?;
+        let gathered =
+            update::gradients(step, &batch, all, reading, (Scope::Piece, Known::Nothing), statistics, |piece| {
+                let pairs = PairBatch {
+                    log_probs: piece.log_probs.clone(),
+                    reference_log_probs: reference.as_deref().map(|all| piece.of_tokens(all)).transpose()?,
+                    sharpened_log_probs: None,
+                    sequence: piece.sequence(),
+                    sequences_per_pair: 2,
+                    weights: piece.constant(&weights[piece.units.clone()])?,
+                    sft_tokens: 0,
+                    prompts: (0..).take(piece.units.len()).collect(),
+                };
+                objectives::xpo(objective, exploration, &pairs, &explored[piece.units.clone()])
+            })?;
         Ok((gathered.loss, batch.all_tokens()))
     }
 

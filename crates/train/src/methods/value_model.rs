@@ -42,7 +42,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use base::{Purpose, Random, files};
+use base::{Purpose, Random};
 use data::Prompt;
 use envs::Reward;
 use eval::calibration::calibration;
@@ -55,6 +55,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Preset;
+use crate::carried;
 use crate::error::{Error, Result};
 use crate::method::{Method, Report, Step};
 use crate::metrics::Metrics;
@@ -431,16 +432,13 @@ impl Method for ValueModel {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        let path = folder.join(ANSWERS);
-        let text = serde_json::to_string(&self.answers)
-            .map_err(|error| Error::Mismatch { folder: folder.to_owned(), reason: format!("{ANSWERS}: {error}") })?;
-        Ok(files::write(&path, text.as_bytes())?)
+        carried::save_reward(folder, &*self.reward)?;
+        carried::save(folder, ANSWERS, &self.answers)
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
-        let text = files::read_to_string(&folder.join(ANSWERS))?;
-        self.answers = serde_json::from_str(&text)
-            .map_err(|error| Error::Mismatch { folder: folder.to_owned(), reason: format!("{ANSWERS}: {error}") })?;
+        carried::load_reward(folder, &*self.reward)?;
+        self.answers = carried::load(folder, ANSWERS)?;
         Ok(())
     }
 }

@@ -7,10 +7,9 @@
 
 use base::files::{self, Manifest};
 
-use super::{Session, kept_timing};
+use super::{Logs, Session};
 use crate::checkpoint::{self, State};
 use crate::error::{Error, Result};
-use crate::log::Log;
 use crate::method::Method;
 use crate::metrics::Metrics;
 use crate::observer::Event;
@@ -92,10 +91,8 @@ impl Session<'_> {
         let State { alarms, rollbacks, .. } = std::mem::replace(&mut self.state, restored.state);
         self.state = State { alarms, rollbacks: rollbacks + 1, ..std::mem::take(&mut self.state) };
 
-        self.directory.cut(step)?;
-        self.metrics = Log::open(&self.directory.metrics(), self.state.metrics_bytes)?;
-        self.events = Log::open(&self.directory.events(), self.state.events_bytes)?;
-        self.timing = Log::open(&self.directory.timing(), kept_timing(&self.directory, Some(step))?)?;
+        let Logs { metrics, events, timing } = Logs::cut(&self.directory, &self.state, true)?;
+        (self.metrics, self.events, self.timing) = (metrics, events, timing);
         self.referee = Some(self.referee_of_stage()?);
         let mut metrics = Metrics::new();
         metrics.set("step", step as f64);
