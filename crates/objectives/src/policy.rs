@@ -57,7 +57,8 @@ pub struct PolicyOptions {
     /// completion, the value model's estimate (PPO), or nothing.
     pub baseline: Baseline,
     /// What the difference to the baseline is divided by (TRL's name): the standard deviation of the group, of the batch, or
-    /// nothing. Not read with a value model.
+    /// nothing. With the baselines `greedy` and `none` it has to be `none`, as with `credit = "token"` where `kl_in = "reward"` or
+    /// `gamma` is below 1. Not read with a value model.
     pub scale_rewards: ScaleRewards,
     /// Which rewards a token answers for: those of its whole completion, those from itself on, those of its turn in a
     /// conversation and of later ones, or that of its span, a part of the answer that a reward judges on its own (the
@@ -311,6 +312,13 @@ impl PolicyOptions {
             range("delta", delta, read, "nothing: this clip has no such bound")?;
         }
         unit("gamma", self.gamma)?;
+        let own_returns = self.credit == Credit::Token && (self.kl_in_reward() || self.gamma != 1.0);
+        let of_group = matches!(self.baseline, Baseline::GroupMean | Baseline::LeaveOneOut) && !own_returns;
+        if !(of_group || self.baseline == Baseline::Value || self.scale_rewards == ScaleRewards::None) {
+            let why = "a deviation of rewards bounds differences to their mean alone: with baseline = \"greedy\" or \"none\", and with credit = \"token\" where \
+                       kl_in = \"reward\" or gamma is below 1, it has to be \"none\" (whiten_advantages = true scales all advantages)";
+            return Err(Error::Conflict { what: "scale_rewards", why });
+        }
         unit("lam", self.lam)?;
         unit("lam_value", self.lam_value.unwrap_or(self.lam))?;
         positive("sapo_temperature_pos", self.sapo_temperature_pos)?;

@@ -804,6 +804,64 @@ fn wrong_inputs_are_named() {
     default().validate().unwrap();
 }
 
+/// Divided by a deviation, what is no difference to a mean of the same rewards would grow ten thousandfold where these are equal.
+#[test]
+fn deviations_divide_differences_to_a_mean_alone() {
+    let refused = |options: &PolicyOptions| {
+        let error = options.validate().err().map(|error| error.to_string());
+        error.is_some_and(|error| error.starts_with("scale_rewards: a deviation of rewards bounds differences"))
+    };
+    for scale_rewards in [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None] {
+        let plain = PolicyOptions { scale_rewards, ..PolicyOptions::default() };
+        let by_token = PolicyOptions { credit: Credit::Token, ..plain.clone() };
+        let paid = PolicyOptions { beta: 0.1, kl_in: objectives::KlPlacement::Reward, ..plain.clone() };
+        let unbounded = [
+            PolicyOptions { baseline: Baseline::Greedy, ..plain.clone() },
+            PolicyOptions { baseline: Baseline::None, ..plain.clone() },
+            PolicyOptions { gamma: 0.9, ..by_token.clone() },
+            PolicyOptions { credit: Credit::Token, ..paid.clone() },
+        ];
+        for options in &unbounded {
+            assert_eq!(refused(options), scale_rewards != ScaleRewards::None, "{options:?}");
+            assert!(!refused(&PolicyOptions { baseline: Baseline::Value, ..options.clone() }), "not read");
+        }
+        for options in [plain, by_token, paid] {
+            assert!(!refused(&options), "{options:?}");
+            assert!(!refused(&PolicyOptions { baseline: Baseline::LeaveOneOut, ..options }));
+        }
+    }
+}
+
+/// Three episodes of two turns with returns (1, 0), (1, 1) and (1, 0.5), totals equal or a rounding error apart: the first turns led to the same, of the
+/// second ones the squares are 0.5 with 2 · 2 degrees of freedom. An episode without a score takes no part.
+#[test]
+fn turns_are_scaled_by_the_deviation_of_what_they_led_to() {
+    let turn = |reward: f64, tokens: usize| TurnReward { reward, tokens };
+    let turns = [
+        vec![turn(1.0, 1), turn(0.0, 2)],
+        vec![turn(0.0, 1), turn(1.0, 1)],
+        vec![turn(5.0, 1), turn(-7.0, 1)],
+        vec![turn(0.5, 2), turn(0.5, 1)],
+    ];
+    for total in [1.0, 1.0 + f64::EPSILON] {
+        for scale in [ScaleRewards::Group, ScaleRewards::Batch] {
+            let rewards = Rewards {
+                scores: &[Some(1.0), Some(total), None, Some(1.0)],
+                groups: &[4],
+                lengths: &[3, 2, 2, 3],
+                turns: Some(&turns),
+                ..Rewards::default()
+            };
+            let found = Estimator { credit: Credit::Turn, scale, ..Estimator::default() }.advantages(&rewards).unwrap();
+            let one = 0.5 / (0.125f64.sqrt() + 1e-4);
+            let expected = [0.0, -one, -one, 0.0, one, 0.0, 0.0, 0.0, 0.0, 0.0];
+            assert_eq!(found.tokens.len(), expected.len());
+            assert!(found.tokens.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{scale:?}: {found:?}");
+            assert!(found.sequences.iter().all(|whole| whole.abs() < 1e-9), "the episodes did alike: {found:?}");
+        }
+    }
+}
+
 /// With one turn a completion, credit by turns is credit by completions; a discount leaves the first of two turns its share.
 #[test]
 fn credit_by_turns_is_that_of_completions_where_there_is_one() {

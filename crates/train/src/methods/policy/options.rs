@@ -1,7 +1,7 @@
 //! What a user can set about a policy gradient.
 
 use model::decoder::WeightFormat;
-use objectives::{Baseline, Credit, ScaleRewards, WorstCase};
+use objectives::{Baseline, Credit, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -209,8 +209,7 @@ impl PolicyOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
         check("prompts_per_step", self.prompts_per_step, (1..=65_536).contains(&self.prompts_per_step), "1 to 65536")?;
-        let compared = matches!(self.objective.baseline, Baseline::GroupMean | Baseline::LeaveOneOut)
-            || (self.objective.scale_rewards == ScaleRewards::Group && !self.has_value_model());
+        let compared = matches!(self.objective.baseline, Baseline::GroupMean | Baseline::LeaveOneOut);
         let (least, expected) = match compared {
             true => (2, "2 (one has no baseline in its group) to 65536"),
             false => (1, "1 to 65536"),
