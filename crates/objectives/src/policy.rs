@@ -425,6 +425,7 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
         log_ratio: &level.log_ratio(&learnt, &old, &sequences)?,
         advantages: &advantages,
         correction: correction.as_ref(),
+        correction_is_shared: options.correction().is_shared(),
         draws: batch.draws.as_deref(),
         sequences: &sequences,
     })?;

@@ -862,6 +862,31 @@ fn turns_are_scaled_by_the_deviation_of_what_they_led_to() {
     }
 }
 
+/// `φ = exp(λ + k log w - λ w)` with `w` the sequence's ratio to the sampler: `e^0.3` to the old policy, times the bounded `e^0.4` of that, once.
+#[test]
+fn vespo_corrects_a_sequence_once() {
+    let mut numbers = one_sequence(&[-0.9, -0.8, -1.0], &[-1.0; 3], &[-1.0; 3], 1.0);
+    numbers.sampling = vec![-1.5, -0.9, -1.0];
+    for (mode, most, kept) in [
+        (CorrectionMode::SequenceTruncate, 2.0, 0.4),
+        (CorrectionMode::SequenceTruncate, 1.25, 1.25f64.ln()),
+        (CorrectionMode::SequenceMask, 2.0, 0.4),
+        (CorrectionMode::TokenTruncate, 2.0, 0.4),
+    ] {
+        let options = PolicyOptions {
+            clip: ClipKind::Vespo,
+            importance_sampling_mode: mode,
+            importance_sampling_clip_max: most,
+            ..PolicyOptions::default()
+        };
+        let loss = numbers.policy(&options).0;
+        let phi = &loss.statistics.iter().find(|statistic| statistic.name == "vespo/phi_seq_mean").unwrap().values;
+        let log_w: f64 = 0.3 + kept;
+        let expected = (3.0 + 2.0 * log_w - 3.0 * log_w.exp()).exp();
+        assert!((phi[0] - expected).abs() < 1e-12, "{mode:?} {most}: {phi:?}, expected {expected}");
+    }
+}
+
 /// With one turn a completion, credit by turns is credit by completions; a discount leaves the first of two turns its share.
 #[test]
 fn credit_by_turns_is_that_of_completions_where_there_is_one() {
