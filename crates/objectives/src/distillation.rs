@@ -88,7 +88,7 @@ pub enum Estimate {
     /// Over the whole vocabulary.
     #[default]
     Full,
-    /// Reverse KL from the sampled token alone.
+    /// Reverse KL from the sampled token alone; other divergences, and a likelihood of data, it has no estimate of.
     Sampled,
 }
 
@@ -175,6 +175,12 @@ impl DistillationOptions {
         check_range("discount", self.discount, (0.0..=1.0).contains(&self.discount), "0 to 1")?;
         check_range("epsilon", self.epsilon, self.epsilon >= 0.0, "a number, at least 0")?;
         check_range("nll_weight", self.nll_weight, self.nll_weight >= 0.0, "a number, at least 0")?;
+        let reverse = self.divergence == Divergence::ReverseKl && self.nll_weight == 0.0;
+        if self.estimate == Estimate::Sampled && !reverse {
+            let why = "\"sampled\" estimates the reverse KL of the student's own samples alone: it needs divergence = \"reverse_kl\" and \
+                       nll_weight = 0";
+            return Err(Error::Conflict { what: "estimate", why });
+        }
         let Some(extrapolation) = &self.extrapolation else { return Ok(()) };
         extrapolation.validate()?;
         match self.estimate == Estimate::Full && self.discount == 0.0 && self.nll_weight == 0.0 {

@@ -520,6 +520,14 @@ fn options_without_meaning_are_refused_by_name() {
     assert!(refused(DistillationOptions { temperature: 0.0, ..default() }).starts_with("temperature is 0"));
     assert!(refused(DistillationOptions { discount: 1.5, ..default() }).starts_with("discount is 1.5"));
     assert!(refused(DistillationOptions { nll_weight: f64::NAN, ..default() }).starts_with("nll_weight is NaN"));
+    let sampled = || DistillationOptions { estimate: Estimate::Sampled, ..default() };
+    assert!(sampled().validate().is_ok());
+    let message = "estimate: \"sampled\" estimates the reverse KL of the student's own samples alone: it needs divergence = \
+                   \"reverse_kl\" and nll_weight = 0";
+    for divergence in ALL.into_iter().filter(|divergence| *divergence != Divergence::ReverseKl) {
+        assert_eq!(refused(DistillationOptions { divergence, ..sampled() }), message);
+    }
+    assert_eq!(refused(DistillationOptions { nll_weight: 0.5, ..sampled() }), message);
     assert!(default().shares(&[]).is_err());
     assert!(default().shares(&[2.0, -1.0]).is_err());
     assert!(DistillationOptions { mixing: Mixing::Logits, ..default() }.shares(&[2.0, -1.0]).is_ok());

@@ -211,6 +211,14 @@ impl DistillationOptions {
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))?;
         let own = self.objective.estimate == Estimate::Full || self.examples_per_step() == 0;
         check("objective.estimate", "sampled", own, "full, as not all completions are the student's own samples")?;
+        let likelihood = self.objective.nll_weight;
+        let read = likelihood == 0.0 || self.examples_per_step() > 0;
+        check(
+            "objective.nll_weight",
+            likelihood,
+            read,
+            "0, as the student samples for every row (on_policy_fraction)",
+        )?;
         check("teachers", "none", !self.teachers.is_empty(), "at least one model to learn from")?;
         let two = self.objective.extrapolation.is_none() || self.teachers.len() == 2;
         let expected = "2, towards the first and away from the second, with objective.extrapolation";
