@@ -2,7 +2,7 @@
 //! limits and extremes.
 
 use candle_core::{D, Device, Tensor, Var};
-use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing};
+use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing, TokenTerm};
 use objectives::distribution::by_autodiff;
 use objectives::sft::{SftLoss, SftObjective};
 use objectives::unlearning::{Forget, ForgetBatch, UnlearningOptions, forget, masked_target_row, unlikely_row};
@@ -132,7 +132,8 @@ fn minillm_agrees_with_torch() {
         given.check("minillm", case, |i, logits| {
             let targets = options.targets(&[&teacher[i]], &[1.0]).unwrap();
             let weight = given.weights[i];
-            options.row(logits, &targets, weight, Some((given.tokens[i], weight * returns[i]))).unwrap().loss
+            let term = TokenTerm { token: given.tokens[i], coefficient: weight * returns[i], temperature: 1.0 };
+            options.row(logits, &targets, weight, Some(term)).unwrap().loss
         });
     }
 }
@@ -585,6 +586,7 @@ proptest! {
         parameter in 0.05..0.95f64,
         temperature in 0.5..2.0f64,
         coefficient in -2.0..2.0f64,
+        own in prop_oneof![Just(None), Just(Some(1.0)), (0.5..2.0f64).prop_map(Some)],
     ) {
         let options =
             DistillationOptions { divergence: ALL[kind], beta: parameter, skew: parameter, temperature, ..Default::default() };
@@ -592,10 +594,16 @@ proptest! {
         let targets = options.targets(&[&teacher], &[1.0]).unwrap();
         let at = |student: &[f32]| {
             let mut logits = student.to_vec();
-            let row = options.row(&mut logits, &targets, 0.7, Some((1, coefficient))).unwrap();
+            let term = TokenTerm { token: 1, coefficient, temperature: own.unwrap_or(temperature) };
+            let row = options.row(&mut logits, &targets, 0.7, Some(term)).unwrap();
             (row, logits)
         };
         let (row, gradient) = at(&student);
+        // The token's share of the loss is its own softmax's, whatever temperature the divergence has.
+        let own = own.unwrap_or(temperature);
+        let total: f64 = student.iter().map(|&z| (f64::from(z) / own).exp()).sum();
+        let expected = 0.7 * row.divergence - coefficient * (f64::from(student[1]) / own - total.ln());
+        prop_assert!((row.loss - expected).abs() < 1e-9, "{}, {expected}", row.loss);
         prop_assert!(row.divergence >= -1e-15, "{row:?}");
         for v in 0..student.len() {
             let (mut above, mut below) = (student.clone(), student.clone());
