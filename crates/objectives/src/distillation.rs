@@ -50,7 +50,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Aggregation;
-use crate::distribution::{Distribution, check_range, times};
+use crate::distribution::{Distribution, check_range, log_add_exp, times};
 use crate::extrapolation::{ExtrapolatedRow, Extrapolation};
 use crate::loss::{Error, Reduce, Result, Statistic, check_length};
 
@@ -235,11 +235,15 @@ impl DistillationOptions {
             (_, [row]) => vec![(1.0, single(row))],
             (Mixing::Losses, _) => shares.iter().copied().zip(logits.iter().map(single)).collect(),
             (Mixing::Probabilities, _) => {
-                let mut mixed = vec![0.0; vocabulary];
+                // Of logarithms: where all probabilities are too small for a number, their mean still has one.
+                let mut mixed = vec![f64::NEG_INFINITY; vocabulary];
                 for (row, share) in logits.iter().zip(shares) {
-                    mixed.iter_mut().zip(single(row).probs()).for_each(|(sum, p)| *sum += share * p);
+                    let log_share = share.ln();
+                    let of_row = single(row);
+                    let terms = of_row.log_probs().iter().map(|log_p| log_share + log_p);
+                    mixed.iter_mut().zip(terms).for_each(|(sum, term)| *sum = log_add_exp(*sum, term));
                 }
-                vec![(1.0, Distribution::of(mixed.into_iter().map(f64::ln).collect()))]
+                vec![(1.0, Distribution::of(mixed))]
             }
             (Mixing::Logits, _) => {
                 let mixed = (0..vocabulary).map(|token| {
@@ -337,7 +341,9 @@ impl DistillationOptions {
                 let m = self.skew * p + (1.0 - self.skew) * q;
                 let log_m = if self.skew == 0.0 { log_q } else { m.ln() };
                 let d = times(p, log_p - log_m);
-                (d, d - self.skew * times(p, p / m))
+                // With no share of its own the mixture can be 0 in floating point where p is not.
+                let own = if self.skew == 0.0 { 0.0 } else { self.skew * times(p, p / m) };
+                (d, d - own)
             }
         }
     }

@@ -494,11 +494,27 @@ fn extreme_rows_give_finite_losses_and_gradients() {
     let flat = vec![0.0; 6];
     for divergence in ALL {
         let options = DistillationOptions { divergence, ..DistillationOptions::default() };
-        for (student, teacher) in [(sure(0), sure(3)), (sure(0), flat.clone()), (flat.clone(), sure(0))] {
-            let (row, gradient) = distilled(&options, &student, &teacher);
-            assert!(row.loss.is_finite() && row.divergence >= 0.0, "{divergence:?}: {row:?}");
-            assert!(gradient.iter().all(|g| g.is_finite()), "{divergence:?}: {gradient:?}");
+        for skew in [options.skew, 0.0] {
+            let options = DistillationOptions { skew, ..options.clone() };
+            for (student, teacher) in [(sure(0), sure(3)), (sure(0), flat.clone()), (flat.clone(), sure(0))] {
+                let (row, gradient) = distilled(&options, &student, &teacher);
+                assert!(row.loss.is_finite() && row.divergence >= 0.0, "{divergence:?}: {row:?}");
+                assert!(gradient.iter().all(|g| g.is_finite()), "{divergence:?}: {gradient:?}");
+                // Two teachers that agree are one, where their probabilities are too small for a number, too.
+                let mut mixed = student.clone();
+                let targets = options.targets(&[&teacher, &teacher], &[0.25, 0.75]).unwrap();
+                let of_two = options.row(&mut mixed, &targets, 1.0, None).unwrap();
+                close(of_two.divergence, row.divergence, 1e-12, "two teachers");
+                for (got, expected) in mixed.iter().zip(&gradient) {
+                    close(f64::from(*got), f64::from(*expected), 1e-6, "two teachers");
+                }
+            }
         }
+        // One of two teachers alone counts, and one excludes what the other does not.
+        let targets = options.targets(&[&[0.5, f32::NEG_INFINITY], &[0.0, 0.0]], &[1.0, 0.0]).unwrap();
+        assert_eq!(targets[0].1.probs(), [1.0, 0.0]);
+        let targets = options.targets(&[&[0.5, f32::NEG_INFINITY], &[0.0, 0.0]], &[0.5, 0.5]).unwrap();
+        close(targets[0].1.probs()[1], 0.25, 1e-15, "half of a half");
         // A token that both exclude.
         let excluded = [0.3, f32::NEG_INFINITY, -0.2];
         let (row, gradient) = distilled(&options, &excluded, &[0.1, f32::NEG_INFINITY, 0.9]);
