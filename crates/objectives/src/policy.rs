@@ -127,7 +127,7 @@ pub struct PolicyOptions {
     /// With `kl_in = "reward"`: `beta` follows the divergence of a completion, so that this stays near the target. Absent, `beta`
     /// is constant.
     pub kl_target: Option<f64>,
-    /// With `kl_target`: completions in which `beta` changes by the factor e at most.
+    /// With `kl_target`: a step of n completions changes `beta` by at most `0.2 n / kl_horizon` of itself, which has to be below 1.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub kl_horizon: f64,
     /// Multiply the divergence in the loss by the importance ratio, which makes it unbiased where the policy has moved

@@ -258,6 +258,14 @@ impl PolicyOptions {
             compared || !turn_by_turn,
             "\"sequence\", \"token\" or \"span\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
         )?;
+        let learnt = (self.prompts_per_step + self.replay.groups_per_step) * self.num_generations;
+        let moves = self.objective.kl_target.is_none() || 0.2 * (learnt as f64) < self.objective.kl_horizon;
+        check(
+            "objective.kl_horizon",
+            self.objective.kl_horizon,
+            moves,
+            &format!("more than a fifth of the {learnt} completions of a step, after which beta could be 0"),
+        )?;
         if let Some(worst_case) = self.worst_case {
             worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
         }
