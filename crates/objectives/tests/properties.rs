@@ -157,7 +157,7 @@ fn any_options() -> impl Strategy<Value = PolicyOptions> {
                 beta,
                 use_bias_correction_kl: bias,
                 epsilon,
-                epsilon_high,
+                epsilon_high: if clip == ClipKind::Cispo { Some(1.0 + epsilon) } else { epsilon_high },
                 delta: delta.filter(|_| bounded),
                 top_entropy_quantile: quantile,
                 off_policy_mask_threshold: threshold,
@@ -796,9 +796,15 @@ fn wrong_inputs_are_named() {
         PolicyOptions { top_entropy_quantile: 0.0, ..default() },
         PolicyOptions { importance_sampling_clip_min: Some(3.0), ..default() },
         PolicyOptions { vespo_lambda_neg: 0.0, ..default() },
+        PolicyOptions { clip: ClipKind::Cispo, epsilon_high: Some(0.28), ..default() },
     ] {
         assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
     }
+    let unbounded = PolicyOptions { clip: ClipKind::Cispo, ..default() };
+    assert!(
+        unbounded.validate().unwrap_err().to_string().starts_with("epsilon_high is missing: with clip = \"cispo\"")
+    );
+    PolicyOptions { epsilon_high: Some(5.0), ..unbounded }.validate().unwrap();
     let mixed = PolicyOptions { clip: ClipKind::KlCov, negative: Negative::CeU, ..default() };
     assert!(matches!(mixed.validate(), Err(Error::Conflict { what: "negative", .. })));
     default().validate().unwrap();
@@ -858,6 +864,22 @@ fn turns_are_scaled_by_the_deviation_of_what_they_led_to() {
             assert_eq!(found.tokens.len(), expected.len());
             assert!(found.tokens.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{scale:?}: {found:?}");
             assert!(found.sequences.iter().all(|whole| whole.abs() < 1e-9), "the episodes did alike: {found:?}");
+        }
+    }
+}
+
+/// Two tokens of a sequence share one ratio and not the advantage, so that the clip acts on one of them.
+#[test]
+fn what_is_clipped_is_counted_token_by_token() {
+    let mut numbers = one_sequence(&[-1.0, -1.0], &[-2.0, -2.0], &[-1.0, -1.0], 0.0);
+    numbers.advantages = vec![0.0, 1.0];
+    for clip in [ClipKind::Ppo, ClipKind::DppoTv] {
+        let options =
+            PolicyOptions { clip, importance_sampling_level: RatioLevel::Sequence, ..PolicyOptions::default() };
+        let loss = numbers.policy(&options).0;
+        for name in ["clip_ratio/high_mean", "clip_ratio/region_mean"] {
+            let found = loss.statistics.iter().find(|statistic| statistic.name == name).unwrap();
+            assert_eq!(found.values, [0.5], "{clip:?} {name}");
         }
     }
 }
