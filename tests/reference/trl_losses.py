@@ -173,7 +173,10 @@ def policies():
         policy(dict(clip="cispo", epsilon_high=1.4), loss_type="cispo", epsilon=(0.2, 1.4)),
         policy(dict(clip="sapo", aggregation="sequence"), loss_type="sapo"),
         policy(dict(clip="vespo"), loss_type="vespo", drift=0.3),
-        policy(dict(clip="vespo", **correct(*corrections[0])), loss_type="vespo", drift=0.3, correction=corrections[0]),
+    ] + [
+        policy(dict(clip="vespo", **correct(*correction)), loss_type="vespo", drift=0.3, correction=correction)
+        for correction in (corrections[0], corrections[3], corrections[4])
+    ] + [
         policy(dict(clip="gmpo", aggregation="sequence", epsilon=0.4, epsilon_high=0.4), trainer=GMPOTrainer, epsilon=(0.4, 0.4)),
         policy(
             dict(clip="gmpo", aggregation="sequence", epsilon=0.4, epsilon_high=0.4, beta=0.1), trainer=GMPOTrainer,

@@ -22,7 +22,7 @@
 //! | --- | --- |
 //! | `sequence` | that of its completion, `(R_i - baseline) / scale` |
 //! | `token` | `(Σ_{k≥t} γ^{k-t} r_k - baseline) / scale` with baseline and scale of the scores alone; REINFORCE++, arXiv 2501.03262 |
-//! | `turn` | `(Σ_{j≥k} γ^{j-k} r_j - mean) / scale` of its turn `k`, compared turn by turn ([`mod@crate::turns`]); arXiv 2505.11821 |
+//! | `turn` | `(Σ_{j≥k} γ^{j-k} r_j - mean) / scale` of its turn `k`, with mean and scale of what turns led to ([`mod@crate::turns`]); arXiv 2505.11821 |
 //! | `span` | `(r_s - baseline) / scale` of the span `s` that it is in, compared with the spans of the group ([`mod@crate::spans`]); 0 outside; arXiv 2503.02623 |
 //!
 //! Without a penalty in the reward and with γ = 1 the first two are the same, and with one turn or without spans all. `whiten_advantages` then shifts and scales the
@@ -30,7 +30,12 @@
 //!
 //! `ε` is [`EPSILON`], as in TRL. A sample without a reward (no reward function applied) takes no part in `m`, `s` and
 //! `S` and gets advantage 0. A group whose rewards are all equal gets exactly 0 everywhere from the baselines of its
-//! samples, not the rounding error of its mean; such groups are counted, because they teach nothing.
+//! samples, not the rounding error of its mean; such groups are counted, because they teach nothing. With `credit = "turn"` this
+//! holds of what a turn led to, group by group and turn by turn.
+//!
+//! A deviation bounds what it divides only where this is a difference to a mean of the same numbers: where rewards are nearly equal, anything
+//! else divided by it grows up to `1/ε` times. `scale_rewards` therefore has to be `none` with the baselines `greedy` and `none`, and with
+//! `credit = "token"` where tokens have returns of their own (a penalty in the reward, or γ below 1).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -153,8 +158,8 @@ pub struct Rewards<'a> {
 pub struct Advantages {
     /// One per loss token, completion by completion.
     pub tokens: Vec<f64>,
-    /// One per completion: the advantage of its first token, before whitening over tokens; 0 without loss tokens and a value model. With spans the mean of
-    /// theirs.
+    /// One per completion, before whitening over tokens: how it did as a whole, `(R_i - baseline) / scale`, whatever its tokens answer for (with credit by
+    /// tokens, of its score alone). With spans the mean of theirs; with a value model the advantage of its first token, 0 without loss tokens.
     pub sequences: Vec<f64>,
     /// What the value model is to learn, one per loss token; empty without a value model.
     pub returns: Vec<f64>,
@@ -254,8 +259,7 @@ impl Estimator {
             }
         }
         if self.credit == Credit::Turn {
-            let scales: Vec<f64> = comparisons.iter().map(|(_, scale)| *scale).collect();
-            found.tokens = self.by_turn(rewards, &scales)?;
+            found.tokens = self.by_turn(rewards)?;
             return Ok(found);
         }
         let numbers = found.sequences.iter().zip(&comparisons).zip(rewards.scores.iter().zip(rewards.lengths));
@@ -274,21 +278,34 @@ impl Estimator {
         Ok(found)
     }
 
-    /// The advantage of every token from that of its turn, where those of completion i are multiplied by `scales[i]`.
-    fn by_turn(&self, rewards: &Rewards<'_>, scales: &[f64]) -> Result<Vec<f64>> {
+    /// The advantage of every token from that of its turn.
+    fn by_turn(&self, rewards: &Rewards<'_>) -> Result<Vec<f64>> {
         let missing = Error::Missing { what: "turns", why: "a token answers for its turn and later ones" };
         let turns = rewards.turns.ok_or(missing)?;
         check_length("the list of turns", turns.len(), rewards.scores.len())?;
+        for (own, &length) in turns.iter().zip(rewards.lengths) {
+            check_length("the loss tokens of the turns", own.iter().map(|turn| turn.tokens).sum(), length)?;
+        }
+        let scored = turns.iter().zip(rewards.scores);
+        let compared: Vec<Vec<TurnReward>> =
+            scored.map(|(own, score)| score.map_or(Vec::new(), |_| own.clone())).collect();
+        let of_batch = turns::deviation(&turns::differences(&compared, self.gamma));
         let mut tokens = Vec::new();
-        let mut rest = scales.iter().zip(rewards.scores).zip(rewards.lengths);
-        for group in split(turns, rewards.groups) {
+        let mut rest = rewards.lengths.iter();
+        for group in split(&compared, rewards.groups) {
             let differences = turns::differences(group, self.gamma);
-            for ((own, differences), ((scale, score), &length)) in group.iter().zip(differences).zip(&mut rest) {
-                check_length("the loss tokens of the turns", own.iter().map(|turn| turn.tokens).sum(), length)?;
-                let scale = score.map_or(0.0, |_| *scale);
+            let scale = match self.scale {
+                ScaleRewards::Group => 1.0 / (turns::deviation(&differences) + EPSILON),
+                ScaleRewards::Batch => 1.0 / (of_batch + EPSILON),
+                ScaleRewards::None => 1.0,
+            };
+            for ((own, differences), &length) in group.iter().zip(differences).zip(&mut rest) {
+                let end = tokens.len() + length;
                 let of_turn =
                     |(turn, difference): (&TurnReward, f64)| std::iter::repeat_n(difference * scale, turn.tokens);
                 tokens.extend(own.iter().zip(differences).flat_map(of_turn));
+                // Those of a completion without a score.
+                tokens.resize(end, 0.0);
             }
         }
         Ok(tokens)

@@ -92,6 +92,8 @@ pub(crate) struct Inputs<'a> {
     pub advantages: &'a Tensor,
     /// The correction's factors, where there are any.
     pub correction: Option<&'a Tensor>,
+    /// Whether all tokens of a sequence have one factor, that of the sequence.
+    pub correction_is_shared: bool,
     /// One number in `0..1` for each token, for `clip_cov`.
     pub draws: Option<&'a [f64]>,
     pub sequences: &'a Sequences,
@@ -182,7 +184,11 @@ impl Clip {
         let mut log_ratio = inputs.sequences.sum(&own)?;
         if let Some(factors) = inputs.correction {
             let factors = factors.log()?.clamp(least, MAX_LOG_RATIO)?;
-            log_ratio = log_ratio.add(&inputs.sequences.sum(&factors)?)?;
+            let of_sequences = match inputs.correction_is_shared {
+                true => Tensor::new(inputs.sequences.first(&values(&factors)?), &Device::Cpu)?,
+                false => inputs.sequences.sum(&factors)?,
+            };
+            log_ratio = log_ratio.add(&of_sequences)?;
         }
         let log_ratio = inputs.sequences.spread(&log_ratio.clamp(least, MAX_LOG_RATIO)?)?;
         let gained = inputs.advantages.ge(0.0)?;

@@ -26,6 +26,9 @@
 //! where the factors of log p are constants. `full` with γ = 0 is GKD's loss, `sampled` with γ = 0 the per-token reverse KL of on-policy
 //! distillation, `full` with γ = 1 and `reverse_kl` MiniLLM.
 //!
+//! On tokens of data, `nll_weight` λ adds their negative log-likelihood, at temperature 1 as in Hinton et al. (arXiv 1503.02531), whatever `T`:
+//! `L = Σ_t w_t [ D(p_t, q_t) - λ log softmax(z_t)(y_t) ]`.
+//!
 //! Where tokens were drawn from a mixture `m_t` with the teacher, the terms of a position weigh `ρ_t = p(y_t) / m_t(y_t)`, MiniLLM's
 //! approximation of the ratio of whole beginnings, and what follows is bounded as in PPO (`epsilon`):
 //!
@@ -40,14 +43,14 @@
 //!
 //! Deviations:
 //! 1. The forward KL of GKD is `forward_kl`, not β = 0; its reverse KL is `reverse_kl`, not β = 1: the formula has neither value.
-//! 2. As in TRL, gradients are not multiplied by T², as Hinton et al. (arXiv 1503.02531) do.
+//! 2. As in TRL, gradients are not multiplied by T², as Hinton et al. do.
 //! 3. MiniLLM's exact part of a position is not counted again in its return (TRL's is).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Aggregation;
-use crate::distribution::{Distribution, check_range, times};
+use crate::distribution::{Distribution, check_range, log_add_exp, times};
 use crate::extrapolation::{ExtrapolatedRow, Extrapolation};
 use crate::loss::{Error, Reduce, Result, Statistic, check_length};
 
@@ -88,7 +91,7 @@ pub enum Estimate {
     /// Over the whole vocabulary.
     #[default]
     Full,
-    /// Reverse KL from the sampled token alone.
+    /// Reverse KL from the sampled token alone; other divergences, and a likelihood of data, it has no estimate of.
     Sampled,
 }
 
@@ -122,7 +125,7 @@ pub struct DistillationOptions {
     /// 1, on the side that its return asks for (MiniLLM's clip).
     #[schemars(extend("minimum" = 0))]
     pub epsilon: f64,
-    /// Weight of the negative log-likelihood of the tokens themselves, on completions that come from data.
+    /// Weight of the negative log-likelihood of the tokens themselves, at temperature 1, on completions that come from data.
     #[schemars(extend("minimum" = 0))]
     pub nll_weight: f64,
     /// Two teachers make one that goes beyond the first, away from the second (AlignDistil). Their weights and `mixing` are then not
@@ -150,6 +153,17 @@ impl Default for DistillationOptions {
     }
 }
 
+/// What the token of a position adds to the loss of its row: `-coefficient · log p(token)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenTerm {
+    /// The token.
+    pub token: u32,
+    /// Its coefficient, with the weight of the position inside.
+    pub coefficient: f64,
+    /// The temperature of p: that of the options for what a sampled token answers for, 1 for a token of data.
+    pub temperature: f64,
+}
+
 /// What the row of one position is worth.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DistilledRow {
@@ -175,6 +189,12 @@ impl DistillationOptions {
         check_range("discount", self.discount, (0.0..=1.0).contains(&self.discount), "0 to 1")?;
         check_range("epsilon", self.epsilon, self.epsilon >= 0.0, "a number, at least 0")?;
         check_range("nll_weight", self.nll_weight, self.nll_weight >= 0.0, "a number, at least 0")?;
+        let reverse = self.divergence == Divergence::ReverseKl && self.nll_weight == 0.0;
+        if self.estimate == Estimate::Sampled && !reverse {
+            let why = "\"sampled\" estimates the reverse KL of the student's own samples alone: it needs divergence = \"reverse_kl\" and \
+                       nll_weight = 0";
+            return Err(Error::Conflict { what: "estimate", why });
+        }
         let Some(extrapolation) = &self.extrapolation else { return Ok(()) };
         extrapolation.validate()?;
         match self.estimate == Estimate::Full && self.discount == 0.0 && self.nll_weight == 0.0 {
@@ -215,11 +235,15 @@ impl DistillationOptions {
             (_, [row]) => vec![(1.0, single(row))],
             (Mixing::Losses, _) => shares.iter().copied().zip(logits.iter().map(single)).collect(),
             (Mixing::Probabilities, _) => {
-                let mut mixed = vec![0.0; vocabulary];
+                // Of logarithms: where all probabilities are too small for a number, their mean still has one.
+                let mut mixed = vec![f64::NEG_INFINITY; vocabulary];
                 for (row, share) in logits.iter().zip(shares) {
-                    mixed.iter_mut().zip(single(row).probs()).for_each(|(sum, p)| *sum += share * p);
+                    let log_share = share.ln();
+                    let of_row = single(row);
+                    let terms = of_row.log_probs().iter().map(|log_p| log_share + log_p);
+                    mixed.iter_mut().zip(terms).for_each(|(sum, term)| *sum = log_add_exp(*sum, term));
                 }
-                vec![(1.0, Distribution::of(mixed.into_iter().map(f64::ln).collect()))]
+                vec![(1.0, Distribution::of(mixed))]
             }
             (Mixing::Logits, _) => {
                 let mixed = (0..vocabulary).map(|token| {
@@ -235,8 +259,8 @@ impl DistillationOptions {
         })
     }
 
-    /// The loss at one position, `weight · D - coefficient · log p(token)` for `(token, coefficient)` in `and`. The student's logits
-    /// are replaced by its gradient.
+    /// The loss at one position, `weight · D - coefficient · log p(token)` with the term `and`. The student's logits are replaced by its
+    /// gradient.
     ///
     /// # Errors
     /// Targets of another vocabulary.
@@ -245,7 +269,7 @@ impl DistillationOptions {
         student: &mut [f32],
         targets: &[(f64, Distribution)],
         weight: f64,
-        and: Option<(u32, f64)>,
+        and: Option<TokenTerm>,
     ) -> Result<DistilledRow> {
         let p = Distribution::new(student, self.temperature);
         let mut divergence = 0.0;
@@ -259,9 +283,19 @@ impl DistillationOptions {
             }
         }
         let mut loss = weight * divergence;
-        if let Some((token, coefficient)) = and {
-            loss -= coefficient * p.log_probs()[token as usize];
-            g[token as usize] -= coefficient;
+        if let Some(TokenTerm { token, coefficient, temperature }) = and {
+            let token = token as usize;
+            // The gradient below is divided by the options' temperature.
+            let scaled = coefficient * (self.temperature / temperature);
+            g[token] -= scaled;
+            if temperature == self.temperature {
+                loss -= coefficient * p.log_probs()[token];
+            } else {
+                let own = Distribution::new(student, temperature);
+                loss -= coefficient * own.log_probs()[token];
+                // This term's part of g then adds up to 0, so that the softmax below leaves it as it is.
+                g.iter_mut().zip(own.probs()).for_each(|(g, p)| *g += scaled * p);
+            }
         }
         p.write_gradient(&g, 1.0, self.temperature, student);
         let agrees = targets.first().is_some_and(|(_, q)| q.most_probable() == p.most_probable());
@@ -307,7 +341,9 @@ impl DistillationOptions {
                 let m = self.skew * p + (1.0 - self.skew) * q;
                 let log_m = if self.skew == 0.0 { log_q } else { m.ln() };
                 let d = times(p, log_p - log_m);
-                (d, d - self.skew * times(p, p / m))
+                // With no share of its own the mixture can be 0 in floating point where p is not.
+                let own = if self.skew == 0.0 { 0.0 } else { self.skew * times(p, p / m) };
+                (d, d - own)
             }
         }
     }

@@ -86,6 +86,12 @@ pub(crate) fn times(p: f64, x: f64) -> f64 {
     if p < f64::MIN_POSITIVE { 0.0 } else { p * x }
 }
 
+/// `log(e^a + e^b)`.
+pub(crate) fn log_add_exp(a: f64, b: f64) -> f64 {
+    let largest = a.max(b);
+    if largest == f64::NEG_INFINITY { largest } else { largest + ((a - largest).exp() + (b - largest).exp()).ln() }
+}
+
 /// Replaces rows of logits by the gradient of a loss of them all: `loss` receives them as a `[rows, vocabulary]` f32 tensor that
 /// tracks gradients and returns the weighted loss of every row, whose sum is differentiated. Returns these losses.
 ///

@@ -117,7 +117,8 @@ impl KlEstimator {
 /// ```
 ///
 /// Ziegler et al., "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2. `KL` is the mean over
-/// completions of the divergence summed over their tokens, `n` the completions it was measured on.
+/// completions of the divergence summed over their tokens, `n` the completions it was measured on, fewer than `5 horizon`: from there on
+/// one step below the target could leave nothing of β.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdaptiveKl {
     /// The coefficient of the next step.

@@ -88,6 +88,12 @@ impl PairLoss {
         matches!(self, Sigmoid | SigmoidNorm | Hinge | BcoPair | Aot | AotUnpaired | ApoZero | Sft)
     }
 
+    /// Whether the loss reads the share of preferences that are the wrong way round.
+    pub fn reads_smoothing(self) -> bool {
+        use PairLoss::{Aot, AotUnpaired, ExoPair, Robust, Sigmoid, SigmoidNorm};
+        matches!(self, Sigmoid | SigmoidNorm | ExoPair | Robust | Aot | AotUnpaired)
+    }
+
     /// Whether the loss of a pair depends on the other pairs of the batch.
     pub fn compares_pairs(self) -> bool {
         matches!(self, Self::Aot | Self::AotUnpaired)

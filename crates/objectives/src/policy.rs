@@ -27,8 +27,8 @@
 //! Metrics, named as TRL names them; a token "is clipped" where the clip changed its loss:
 //! - `kl`: mean of the divergence estimate over the loss tokens, where it is in the loss and β is not 0.
 //! - `clip_ratio/low_mean`, `clip_ratio/high_mean`: fraction held at the bound for A < 0 and for A > 0. On the first
-//!   optimisation pass both are exactly 0. `clip_ratio/region_mean`: at either. Of tokens, or of sequences where these share
-//!   one ratio.
+//!   optimisation pass both are exactly 0. `clip_ratio/region_mean`: at either. Of tokens; where a sequence's tokens share one
+//!   ratio, of the tokens of each sequence, in the mean over sequences.
 //! - `clip_ratio/low_min`, `clip_ratio/high_max`: the same fractions in the sequence where they are least and most.
 //! - `clip_ratio/dual_mean`: fraction of tokens held at `delta`, where that is set.
 //! - `cispo_clip_ratio`: fraction of tokens with A > 0 whose weight is bounded. `vespo/phi_seq_mean`: mean of `φ`.
@@ -57,7 +57,8 @@ pub struct PolicyOptions {
     /// completion, the value model's estimate (PPO), or nothing.
     pub baseline: Baseline,
     /// What the difference to the baseline is divided by (TRL's name): the standard deviation of the group, of the batch, or
-    /// nothing. Not read with a value model.
+    /// nothing. With the baselines `greedy` and `none` it has to be `none`, as with `credit = "token"` where `kl_in = "reward"` or
+    /// `gamma` is below 1. Not read with a value model.
     pub scale_rewards: ScaleRewards,
     /// Which rewards a token answers for: those of its whole completion, those from itself on, those of its turn in a
     /// conversation and of later ones, or that of its span, a part of the answer that a reward judges on its own (the
@@ -83,7 +84,7 @@ pub struct PolicyOptions {
     pub clip: ClipKind,
     /// How far the ratio may fall below 1 before it is clipped. For `gmpo` how far a log-ratio, for `dppo_*` how far a divergence.
     pub epsilon: f64,
-    /// How far the ratio may rise above 1; `epsilon` when absent. For `cispo` the largest ratio itself.
+    /// How far the ratio may rise above 1; `epsilon` when absent. For `cispo` the largest ratio itself, at least 1, which has to be given.
     pub epsilon_high: Option<f64>,
     /// The largest ratio: with `clip = "ppo"` for negative advantages (dual clip, TRL's two-sided clip), with `dppo_*` for all. None
     /// when absent.
@@ -126,7 +127,7 @@ pub struct PolicyOptions {
     /// With `kl_in = "reward"`: `beta` follows the divergence of a completion, so that this stays near the target. Absent, `beta`
     /// is constant.
     pub kl_target: Option<f64>,
-    /// With `kl_target`: completions in which `beta` changes by the factor e at most.
+    /// With `kl_target`: a step of n completions changes `beta` by at most `0.2 n / kl_horizon` of itself, which has to be below 1.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub kl_horizon: f64,
     /// Multiply the divergence in the loss by the importance ratio, which makes it unbiased where the policy has moved
@@ -304,6 +305,11 @@ impl PolicyOptions {
             true => range("epsilon", self.epsilon, (0.0..1.0).contains(&self.epsilon), "at least 0 and below 1")?,
             false => range("epsilon", self.epsilon, self.epsilon >= 0.0, "a number, at least 0")?,
         }
+        if self.clip == ClipKind::Cispo {
+            let why = "with clip = \"cispo\" it is the largest ratio itself, 5 in the method's preset, and not how far above 1";
+            let largest = self.epsilon_high.ok_or(Error::Missing { what: "epsilon_high", why })?;
+            range("epsilon_high", largest, largest >= 1.0, "at least 1: with cispo it is the largest ratio itself")?;
+        }
         range("epsilon_high", high, high >= 0.0, "a number, at least 0")?;
         if let Some(delta) = self.delta {
             range("delta", delta, delta > 1.0 + high, "a number above 1 + epsilon_high")?;
@@ -311,6 +317,13 @@ impl PolicyOptions {
             range("delta", delta, read, "nothing: this clip has no such bound")?;
         }
         unit("gamma", self.gamma)?;
+        let own_returns = self.credit == Credit::Token && (self.kl_in_reward() || self.gamma != 1.0);
+        let of_group = matches!(self.baseline, Baseline::GroupMean | Baseline::LeaveOneOut) && !own_returns;
+        if !(of_group || self.baseline == Baseline::Value || self.scale_rewards == ScaleRewards::None) {
+            let why = "a deviation of rewards bounds differences to their mean alone: with baseline = \"greedy\" or \"none\", and with credit = \"token\" where \
+                       kl_in = \"reward\" or gamma is below 1, it has to be \"none\" (whiten_advantages = true scales all advantages)";
+            return Err(Error::Conflict { what: "scale_rewards", why });
+        }
         unit("lam", self.lam)?;
         unit("lam_value", self.lam_value.unwrap_or(self.lam))?;
         positive("sapo_temperature_pos", self.sapo_temperature_pos)?;
@@ -417,6 +430,7 @@ pub fn policy(options: &PolicyOptions, batch: &PolicyBatch) -> Result<Loss> {
         log_ratio: &level.log_ratio(&learnt, &old, &sequences)?,
         advantages: &advantages,
         correction: correction.as_ref(),
+        correction_is_shared: options.correction().is_shared(),
         draws: batch.draws.as_deref(),
         sequences: &sequences,
     })?;
@@ -500,7 +514,7 @@ fn clip_statistics(
     }
     // GMPO shares one ratio, but clips each token's.
     let shared = options.importance_sampling_level.is_shared() && options.clip != ClipKind::Gmpo;
-    let counted = |values: &[f64]| if shared { sequences.first(values) } else { values.to_vec() };
+    let counted = |values: &[f64]| if shared { sequences.means(values) } else { values.to_vec() };
     let region: Vec<f64> = low.iter().zip(high).map(|(low, high)| low + high).collect();
     push("clip_ratio/low_mean", counted(low), Reduce::Mean);
     push("clip_ratio/low_min", sequences.means(low), Reduce::Min);

@@ -63,8 +63,9 @@ pub struct PreferenceOptions {
     pub beta: f64,
     /// The margin by which the chosen completion is to win, after scaling by `beta`. In `sigmoid`, `sigmoid_norm`, `hinge`.
     pub gamma: f64,
-    /// The share of preferences taken to be the wrong way round.
-    #[schemars(range(min = 0, max = 0.5))]
+    /// The share of preferences taken to be the wrong way round, below 0.5. In `sigmoid`, `sigmoid_norm`, `exo_pair`, `robust`, `aot`,
+    /// `aot_unpaired`.
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 0.5))]
     pub label_smoothing: f64,
     /// Leave the reference model out: log-ratios are log-probabilities.
     pub reference_free: bool,
@@ -174,7 +175,7 @@ impl PreferenceOptions {
     }
 
     /// The losses and their weights.
-    fn terms(&self) -> impl Iterator<Item = (PairLoss, f64)> {
+    pub(crate) fn terms(&self) -> impl Iterator<Item = (PairLoss, f64)> {
         let weights = self.loss_weights.iter().copied().chain(std::iter::repeat(1.0));
         self.loss_type.iter().copied().zip(weights)
     }
@@ -239,6 +240,10 @@ impl PreferenceOptions {
             let why =
                 "plackett_luce stands alone, without gamma, label_smoothing, ld_alpha, use_weighting and worst_case";
             return Err(Error::Conflict { what: "loss_type", why });
+        }
+        if smoothing > 0.0 && !self.loss_type.iter().any(|loss| loss.reads_smoothing()) {
+            let why = "only sigmoid, sigmoid_norm, exo_pair, robust, aot and aot_unpaired read it, none of which is in loss_type";
+            return Err(Error::Conflict { what: "label_smoothing", why });
         }
         let lowers = self.loss_type.iter().all(|loss| loss.only_lowers_rejected()) && smoothing == 0.0;
         if self.negative == Negative::CeU && !lowers {

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! h(y) = log π(y) - log π_ref(y)                              as in preference optimisation, per token with `length = "mean"`
-//! L    = - Σ_i w_i Σ_k log( e^{β h(y_k)} / Σ_{j ≥ k} e^{β h(y_j)} )         y_1, y_2, ... from best to worst
+//! L    = - λ Σ_i w_i Σ_k log( e^{β h(y_k)} / Σ_{j ≥ k} e^{β h(y_j)} )         y_1, y_2, ... from best to worst
 //! ```
 //!
 //! The model of Plackett and Luce takes the best completion, then the best of the others, and so on; DPO under it: Rafailov et
-//! al., arXiv 2305.18290, appendix A.3. Of two completions it is DPO's loss.
+//! al., arXiv 2305.18290, appendix A.3. Of two completions it is DPO's loss. `λ` is its entry in `loss_weights`.
 //!
 //! Metrics: `rewards/chosen`, `logps/chosen` of the best, `rewards/rejected`, `logps/rejected` of the worst, `rewards/margins`
 //! between them; `rewards/accuracies`: share of all pairs of a ranking whose rewards are in its order.
@@ -16,7 +16,7 @@ use candle_core::Tensor;
 use crate::loss::{Error, Loss, Reduce, Result, Statistic, check_length, constant, per_token, values};
 use crate::reward::plackett_luce;
 use crate::scalar::sequence_sums;
-use crate::{Length, PreferenceOptions};
+use crate::{Length, PairLoss, PreferenceOptions};
 
 /// The loss tokens of some rankings. Lists have one entry per loss token, sequence by sequence, each ranking from best to worst.
 #[derive(Debug)]
@@ -68,8 +68,9 @@ pub fn ranking(options: &PreferenceOptions, batch: &RankingBatch) -> Result<Loss
         }
     };
     let rewards = ratio.affine(options.beta, 0.0)?;
+    let of_loss = options.terms().find(|(loss, _)| *loss == PairLoss::PlackettLuce).map_or(1.0, |(_, weight)| weight);
     let weights: Vec<f64> = (batch.rankings.iter().zip(&batch.weights))
-        .flat_map(|(&count, &weight)| std::iter::repeat_n(weight, count))
+        .flat_map(|(&count, &weight)| std::iter::repeat_n(of_loss * weight, count))
         .collect();
     let loss = plackett_luce(&rewards, &batch.rankings, &weights)?;
 

@@ -13,8 +13,9 @@
 //! 1. The papers normalise the rewards of turns and then add the later ones up; here returns are compared, so that γ means
 //!    what it does elsewhere and an episode's number of turns does not move its advantages.
 //! 2. A turn that no other episode of the group has is compared with itself and gets 0.
-//! 3. What the difference is divided by is that of whole completions ([`mod@crate::advantage`]): with one turn an episode, the
-//!    advantages are GRPO's.
+//! 3. The papers have one deviation for each turn, or one of all turns about one mean. Here all turns of a group share that about the mean of
+//!    each, `sqrt(Σ_ik D_ik² / Σ_k (n_k - 1))`, where `n_k` episodes have a turn k (with `scale_rewards = "batch"` all turns of the batch): with one
+//!    turn an episode, the advantages are GRPO's. Episodes that come to the same total by different turns have a deviation, too.
 
 /// A turn of a completion.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,6 +41,15 @@ pub fn differences(episodes: &[Vec<TurnReward>], gamma: f64) -> Vec<Vec<f64>> {
         .collect();
     let difference = |(value, baseline): (&f64, &Option<f64>)| baseline.map_or(0.0, |mean| value - mean);
     returns.iter().map(|episode| episode.iter().zip(&baselines).map(difference).collect()).collect()
+}
+
+/// The sample standard deviation of what turns led to about the mean of the same turn elsewhere, over all turns; 0 where no turn can be
+/// compared.
+pub fn deviation(differences: &[Vec<f64>]) -> f64 {
+    let longest = differences.iter().map(Vec::len).max().unwrap_or(0);
+    let compared = differences.iter().map(Vec::len).sum::<usize>() - longest;
+    let squares: f64 = differences.iter().flatten().map(|difference| difference * difference).sum();
+    (squares / compared.max(1) as f64).sqrt()
 }
 
 /// The discounted sum of the rewards from each turn on.
@@ -70,6 +80,14 @@ mod tests {
         }
         // A discount of 0 leaves each turn its own reward.
         assert_eq!(differences(&[episode(&[1.0, 5.0]), episode(&[0.0, 5.0])], 0.0), [[0.5, 0.0], [-0.5, 0.0]]);
+    }
+
+    #[test]
+    fn all_turns_share_a_deviation() {
+        // Of three first, two second and one third turn: 2 + 1 + 0 degrees of freedom.
+        let found = deviation(&[vec![1.0, 2.0, 0.0], vec![1.0, -2.0], vec![-2.0]]);
+        assert!((found - (14.0f64 / 3.0).sqrt()).abs() < 1e-15, "{found}");
+        assert_eq!([deviation(&[]), deviation(&[vec![], vec![0.0]])], [0.0; 2]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! limits and extremes.
 
 use candle_core::{D, Device, Tensor, Var};
-use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing};
+use objectives::distillation::{DistillationOptions, DistilledRow, Divergence, Estimate, Mixing, TokenTerm};
 use objectives::distribution::by_autodiff;
 use objectives::sft::{SftLoss, SftObjective};
 use objectives::unlearning::{Forget, ForgetBatch, UnlearningOptions, forget, masked_target_row, unlikely_row};
@@ -132,7 +132,8 @@ fn minillm_agrees_with_torch() {
         given.check("minillm", case, |i, logits| {
             let targets = options.targets(&[&teacher[i]], &[1.0]).unwrap();
             let weight = given.weights[i];
-            options.row(logits, &targets, weight, Some((given.tokens[i], weight * returns[i]))).unwrap().loss
+            let term = TokenTerm { token: given.tokens[i], coefficient: weight * returns[i], temperature: 1.0 };
+            options.row(logits, &targets, weight, Some(term)).unwrap().loss
         });
     }
 }
@@ -493,11 +494,27 @@ fn extreme_rows_give_finite_losses_and_gradients() {
     let flat = vec![0.0; 6];
     for divergence in ALL {
         let options = DistillationOptions { divergence, ..DistillationOptions::default() };
-        for (student, teacher) in [(sure(0), sure(3)), (sure(0), flat.clone()), (flat.clone(), sure(0))] {
-            let (row, gradient) = distilled(&options, &student, &teacher);
-            assert!(row.loss.is_finite() && row.divergence >= 0.0, "{divergence:?}: {row:?}");
-            assert!(gradient.iter().all(|g| g.is_finite()), "{divergence:?}: {gradient:?}");
+        for skew in [options.skew, 0.0] {
+            let options = DistillationOptions { skew, ..options.clone() };
+            for (student, teacher) in [(sure(0), sure(3)), (sure(0), flat.clone()), (flat.clone(), sure(0))] {
+                let (row, gradient) = distilled(&options, &student, &teacher);
+                assert!(row.loss.is_finite() && row.divergence >= 0.0, "{divergence:?}: {row:?}");
+                assert!(gradient.iter().all(|g| g.is_finite()), "{divergence:?}: {gradient:?}");
+                // Two teachers that agree are one, where their probabilities are too small for a number, too.
+                let mut mixed = student.clone();
+                let targets = options.targets(&[&teacher, &teacher], &[0.25, 0.75]).unwrap();
+                let of_two = options.row(&mut mixed, &targets, 1.0, None).unwrap();
+                close(of_two.divergence, row.divergence, 1e-12, "two teachers");
+                for (got, expected) in mixed.iter().zip(&gradient) {
+                    close(f64::from(*got), f64::from(*expected), 1e-6, "two teachers");
+                }
+            }
         }
+        // One of two teachers alone counts, and one excludes what the other does not.
+        let targets = options.targets(&[&[0.5, f32::NEG_INFINITY], &[0.0, 0.0]], &[1.0, 0.0]).unwrap();
+        assert_eq!(targets[0].1.probs(), [1.0, 0.0]);
+        let targets = options.targets(&[&[0.5, f32::NEG_INFINITY], &[0.0, 0.0]], &[0.5, 0.5]).unwrap();
+        close(targets[0].1.probs()[1], 0.25, 1e-15, "half of a half");
         // A token that both exclude.
         let excluded = [0.3, f32::NEG_INFINITY, -0.2];
         let (row, gradient) = distilled(&options, &excluded, &[0.1, f32::NEG_INFINITY, 0.9]);
@@ -520,6 +537,14 @@ fn options_without_meaning_are_refused_by_name() {
     assert!(refused(DistillationOptions { temperature: 0.0, ..default() }).starts_with("temperature is 0"));
     assert!(refused(DistillationOptions { discount: 1.5, ..default() }).starts_with("discount is 1.5"));
     assert!(refused(DistillationOptions { nll_weight: f64::NAN, ..default() }).starts_with("nll_weight is NaN"));
+    let sampled = || DistillationOptions { estimate: Estimate::Sampled, ..default() };
+    assert!(sampled().validate().is_ok());
+    let message = "estimate: \"sampled\" estimates the reverse KL of the student's own samples alone: it needs divergence = \
+                   \"reverse_kl\" and nll_weight = 0";
+    for divergence in ALL.into_iter().filter(|divergence| *divergence != Divergence::ReverseKl) {
+        assert_eq!(refused(DistillationOptions { divergence, ..sampled() }), message);
+    }
+    assert_eq!(refused(DistillationOptions { nll_weight: 0.5, ..sampled() }), message);
     assert!(default().shares(&[]).is_err());
     assert!(default().shares(&[2.0, -1.0]).is_err());
     assert!(DistillationOptions { mixing: Mixing::Logits, ..default() }.shares(&[2.0, -1.0]).is_ok());
@@ -577,6 +602,7 @@ proptest! {
         parameter in 0.05..0.95f64,
         temperature in 0.5..2.0f64,
         coefficient in -2.0..2.0f64,
+        own in prop_oneof![Just(None), Just(Some(1.0)), (0.5..2.0f64).prop_map(Some)],
     ) {
         let options =
             DistillationOptions { divergence: ALL[kind], beta: parameter, skew: parameter, temperature, ..Default::default() };
@@ -584,10 +610,16 @@ proptest! {
         let targets = options.targets(&[&teacher], &[1.0]).unwrap();
         let at = |student: &[f32]| {
             let mut logits = student.to_vec();
-            let row = options.row(&mut logits, &targets, 0.7, Some((1, coefficient))).unwrap();
+            let term = TokenTerm { token: 1, coefficient, temperature: own.unwrap_or(temperature) };
+            let row = options.row(&mut logits, &targets, 0.7, Some(term)).unwrap();
             (row, logits)
         };
         let (row, gradient) = at(&student);
+        // The token's share of the loss is its own softmax's, whatever temperature the divergence has.
+        let own = own.unwrap_or(temperature);
+        let total: f64 = student.iter().map(|&z| (f64::from(z) / own).exp()).sum();
+        let expected = 0.7 * row.divergence - coefficient * (f64::from(student[1]) / own - total.ln());
+        prop_assert!((row.loss - expected).abs() < 1e-9, "{}, {expected}", row.loss);
         prop_assert!(row.divergence >= -1e-15, "{row:?}");
         for v in 0..student.len() {
             let (mut above, mut below) = (student.clone(), student.clone());

@@ -115,11 +115,15 @@ fn any_options() -> impl Strategy<Value = PreferenceOptions> {
             let loss_type: Vec<PairLoss> = terms.iter().map(|(index, _)| kind(*index)).collect();
             PreferenceOptions {
                 use_weighting: use_weighting && !loss_type.iter().any(|loss| loss.compares_pairs()),
+                label_smoothing: if loss_type.iter().any(|loss| loss.reads_smoothing()) {
+                    label_smoothing
+                } else {
+                    0.0
+                },
                 loss_type,
                 loss_weights: terms.iter().map(|(_, weight)| *weight).collect(),
                 beta,
                 gamma,
-                label_smoothing,
                 reference_free: reference_free || odds,
                 length: if odds { Length::Mean } else { length },
                 ld_alpha,
@@ -310,6 +314,9 @@ fn rankings_weigh_and_refuse() {
     assert!((values[0] - 0.25 * first).abs() < 1e-12 && values[1] == 0.0);
     let last: f64 = f64::exp(0.7 * -2.0);
     assert!((values[2] - 0.5 * (2.0 + last).ln()).abs() < 1e-12 && (values[3] - 0.5 * (1.0 + last).ln()).abs() < 1e-12);
+    let weighted = PreferenceOptions { loss_weights: vec![0.2], ..options.clone() };
+    let scaled = objectives::ranking(&weighted, &batch(vec![0.25, 0.5], vec![0, 0, 1, 4])).unwrap().values().unwrap();
+    assert!(scaled.iter().zip(&values).all(|(scaled, value)| (scaled - 0.2 * value).abs() < 1e-15), "{scaled:?}");
     let accuracies = loss.statistics.iter().find(|found| found.name == "rewards/accuracies").unwrap();
     assert_eq!(accuracies.values, [0.0, 0.0, 1.0, 1.0], "equal rewards are in no order");
     assert!(objectives::ranking(&options, &batch(vec![0.25], vec![0, 0, 1, 4])).is_err());
@@ -499,6 +506,18 @@ fn limits() {
     });
 }
 
+/// Smoothing changes the losses that say that they read it, and no other.
+#[test]
+fn smoothing_acts_where_it_is_read() {
+    let pairs = two_pairs();
+    for loss in LOSSES {
+        let at = |label_smoothing: f64| {
+            pairs.value(&PreferenceOptions { loss_type: vec![loss], label_smoothing, ..PreferenceOptions::default() })
+        };
+        assert_eq!(at(0.1) != at(0.3), loss.reads_smoothing(), "{loss:?}");
+    }
+}
+
 /// WPO by hand: a completion counts by the mean of its sharpened less its plain log-probs.
 #[test]
 fn likely_pairs_count_more() {
@@ -564,6 +583,15 @@ fn wrong_inputs_and_options_are_named() {
         (
             PreferenceOptions { score: Score::LogOdds, ..default.clone() },
             "score: log_odds are those of a probability: they need reference_free = true and length = \"mean\"",
+        ),
+        (
+            PreferenceOptions {
+                loss_type: vec![PairLoss::Hinge, PairLoss::Sft],
+                label_smoothing: 0.1,
+                ..default.clone()
+            },
+            "label_smoothing: only sigmoid, sigmoid_norm, exo_pair, robust, aot and aot_unpaired read it, none of which is in \
+             loss_type",
         ),
         (
             PreferenceOptions { worst_case: Some(WorstCase::new(Ball::Cvar, 1.0)), ..default },

@@ -157,7 +157,7 @@ fn any_options() -> impl Strategy<Value = PolicyOptions> {
                 beta,
                 use_bias_correction_kl: bias,
                 epsilon,
-                epsilon_high,
+                epsilon_high: if clip == ClipKind::Cispo { Some(1.0 + epsilon) } else { epsilon_high },
                 delta: delta.filter(|_| bounded),
                 top_entropy_quantile: quantile,
                 off_policy_mask_threshold: threshold,
@@ -796,12 +796,117 @@ fn wrong_inputs_are_named() {
         PolicyOptions { top_entropy_quantile: 0.0, ..default() },
         PolicyOptions { importance_sampling_clip_min: Some(3.0), ..default() },
         PolicyOptions { vespo_lambda_neg: 0.0, ..default() },
+        PolicyOptions { clip: ClipKind::Cispo, epsilon_high: Some(0.28), ..default() },
     ] {
         assert!(matches!(wrong.validate(), Err(Error::Range { .. })), "{wrong:?}");
     }
+    let unbounded = PolicyOptions { clip: ClipKind::Cispo, ..default() };
+    assert!(
+        unbounded.validate().unwrap_err().to_string().starts_with("epsilon_high is missing: with clip = \"cispo\"")
+    );
+    PolicyOptions { epsilon_high: Some(5.0), ..unbounded }.validate().unwrap();
     let mixed = PolicyOptions { clip: ClipKind::KlCov, negative: Negative::CeU, ..default() };
     assert!(matches!(mixed.validate(), Err(Error::Conflict { what: "negative", .. })));
     default().validate().unwrap();
+}
+
+/// Divided by a deviation, what is no difference to a mean of the same rewards would grow ten thousandfold where these are equal.
+#[test]
+fn deviations_divide_differences_to_a_mean_alone() {
+    let refused = |options: &PolicyOptions| {
+        let error = options.validate().err().map(|error| error.to_string());
+        error.is_some_and(|error| error.starts_with("scale_rewards: a deviation of rewards bounds differences"))
+    };
+    for scale_rewards in [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None] {
+        let plain = PolicyOptions { scale_rewards, ..PolicyOptions::default() };
+        let by_token = PolicyOptions { credit: Credit::Token, ..plain.clone() };
+        let paid = PolicyOptions { beta: 0.1, kl_in: objectives::KlPlacement::Reward, ..plain.clone() };
+        let unbounded = [
+            PolicyOptions { baseline: Baseline::Greedy, ..plain.clone() },
+            PolicyOptions { baseline: Baseline::None, ..plain.clone() },
+            PolicyOptions { gamma: 0.9, ..by_token.clone() },
+            PolicyOptions { credit: Credit::Token, ..paid.clone() },
+        ];
+        for options in &unbounded {
+            assert_eq!(refused(options), scale_rewards != ScaleRewards::None, "{options:?}");
+            assert!(!refused(&PolicyOptions { baseline: Baseline::Value, ..options.clone() }), "not read");
+        }
+        for options in [plain, by_token, paid] {
+            assert!(!refused(&options), "{options:?}");
+            assert!(!refused(&PolicyOptions { baseline: Baseline::LeaveOneOut, ..options }));
+        }
+    }
+}
+
+/// Three episodes of two turns with returns (1, 0), (1, 1) and (1, 0.5), totals equal or a rounding error apart: the first turns led to the same, of the
+/// second ones the squares are 0.5 with 2 · 2 degrees of freedom. An episode without a score takes no part.
+#[test]
+fn turns_are_scaled_by_the_deviation_of_what_they_led_to() {
+    let turn = |reward: f64, tokens: usize| TurnReward { reward, tokens };
+    let turns = [
+        vec![turn(1.0, 1), turn(0.0, 2)],
+        vec![turn(0.0, 1), turn(1.0, 1)],
+        vec![turn(5.0, 1), turn(-7.0, 1)],
+        vec![turn(0.5, 2), turn(0.5, 1)],
+    ];
+    for total in [1.0, 1.0 + f64::EPSILON] {
+        for scale in [ScaleRewards::Group, ScaleRewards::Batch] {
+            let rewards = Rewards {
+                scores: &[Some(1.0), Some(total), None, Some(1.0)],
+                groups: &[4],
+                lengths: &[3, 2, 2, 3],
+                turns: Some(&turns),
+                ..Rewards::default()
+            };
+            let found = Estimator { credit: Credit::Turn, scale, ..Estimator::default() }.advantages(&rewards).unwrap();
+            let one = 0.5 / (0.125f64.sqrt() + 1e-4);
+            let expected = [0.0, -one, -one, 0.0, one, 0.0, 0.0, 0.0, 0.0, 0.0];
+            assert_eq!(found.tokens.len(), expected.len());
+            assert!(found.tokens.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{scale:?}: {found:?}");
+            assert!(found.sequences.iter().all(|whole| whole.abs() < 1e-9), "the episodes did alike: {found:?}");
+        }
+    }
+}
+
+/// Two tokens of a sequence share one ratio and not the advantage, so that the clip acts on one of them.
+#[test]
+fn what_is_clipped_is_counted_token_by_token() {
+    let mut numbers = one_sequence(&[-1.0, -1.0], &[-2.0, -2.0], &[-1.0, -1.0], 0.0);
+    numbers.advantages = vec![0.0, 1.0];
+    for clip in [ClipKind::Ppo, ClipKind::DppoTv] {
+        let options =
+            PolicyOptions { clip, importance_sampling_level: RatioLevel::Sequence, ..PolicyOptions::default() };
+        let loss = numbers.policy(&options).0;
+        for name in ["clip_ratio/high_mean", "clip_ratio/region_mean"] {
+            let found = loss.statistics.iter().find(|statistic| statistic.name == name).unwrap();
+            assert_eq!(found.values, [0.5], "{clip:?} {name}");
+        }
+    }
+}
+
+/// `φ = exp(λ + k log w - λ w)` with `w` the sequence's ratio to the sampler: `e^0.3` to the old policy, times the bounded `e^0.4` of that, once.
+#[test]
+fn vespo_corrects_a_sequence_once() {
+    let mut numbers = one_sequence(&[-0.9, -0.8, -1.0], &[-1.0; 3], &[-1.0; 3], 1.0);
+    numbers.sampling = vec![-1.5, -0.9, -1.0];
+    for (mode, most, kept) in [
+        (CorrectionMode::SequenceTruncate, 2.0, 0.4),
+        (CorrectionMode::SequenceTruncate, 1.25, 1.25f64.ln()),
+        (CorrectionMode::SequenceMask, 2.0, 0.4),
+        (CorrectionMode::TokenTruncate, 2.0, 0.4),
+    ] {
+        let options = PolicyOptions {
+            clip: ClipKind::Vespo,
+            importance_sampling_mode: mode,
+            importance_sampling_clip_max: most,
+            ..PolicyOptions::default()
+        };
+        let loss = numbers.policy(&options).0;
+        let phi = &loss.statistics.iter().find(|statistic| statistic.name == "vespo/phi_seq_mean").unwrap().values;
+        let log_w: f64 = 0.3 + kept;
+        let expected = (3.0 + 2.0 * log_w - 3.0 * log_w.exp()).exp();
+        assert!((phi[0] - expected).abs() < 1e-12, "{mode:?} {most}: {phi:?}, expected {expected}");
+    }
 }
 
 /// With one turn a completion, credit by turns is credit by completions; a discount leaves the first of two turns its share.

@@ -130,7 +130,7 @@ fn grpo_agrees_with_trl() {
 fn every_other_loss_agrees_with_trl() {
     let reference = reference();
     let cases = reference["policy"].as_array().unwrap();
-    assert_eq!(cases.len(), 26);
+    assert_eq!(cases.len(), 28);
     for case in cases {
         let options: PolicyOptions = serde_json::from_value(case["options"].clone()).unwrap();
         check(&case["options"].to_string(), &options, case);

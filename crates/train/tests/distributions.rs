@@ -616,6 +616,7 @@ fn misuse_is_one_clear_error() {
     assert!(error.contains("teachers: expected 2, towards the first and away from the second"), "{error}");
     let mut sampled = good.clone();
     sampled.objective.estimate = objectives::distillation::Estimate::Sampled;
+    sampled.objective.divergence = objectives::distillation::Divergence::ReverseKl;
     let error = refused(sampled, vec![teacher().clone()]);
     assert!(error.contains("objective.estimate"), "{error}");
 
@@ -642,6 +643,15 @@ fn misuse_is_one_clear_error() {
     };
     let error = run.start().unwrap_err().to_string();
     assert_eq!(error, "teacher teacher has a vocabulary of 300 tokens, the student one of 259");
+
+    // Only tokens of data have a likelihood to raise: without a row that comes with one, its weight would not be read.
+    let Stage::Distillation(mut options) = named("gkd") else { panic!("another family") };
+    options.objective.nll_weight = 0.5;
+    options.validate().unwrap();
+    options.on_policy_fraction = 1.0;
+    let error = options.validate().unwrap_err().to_string();
+    let expected = "0, as the student samples for every row (on_policy_fraction)";
+    assert_eq!(error, format!("objective.nll_weight: expected {expected}, got 0.5"));
 
     let options = UnlearningOptions { objective: Default::default(), ..UnlearningOptions::default() };
     assert_eq!(options.objective.forget, Forget::Npo);

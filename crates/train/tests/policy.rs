@@ -482,6 +482,24 @@ fn options_that_contradict_each_other_are_refused() {
     assert!(error.starts_with("replay.groups_per_step: expected a number above 0"), "{error}");
     let error = refused(|options| options.objective.lam = 2.0);
     assert_eq!(error, "objective: lam is 2, expected 0 to 1");
+    let error = refused(|options| {
+        options.num_generations = 1;
+        options.objective.baseline = Baseline::None;
+    });
+    assert!(error.starts_with("objective: scale_rewards"), "{error}");
+    let moving = |kl_horizon: f64, groups_per_step: usize| {
+        let mut options = preset("rloo");
+        (options.prompts_per_step, options.num_generations) = (10, 4);
+        (options.objective.kl_target, options.objective.kl_horizon) = (Some(6.0), kl_horizon);
+        (options.replay.steps, options.replay.groups_per_step) = (groups_per_step.min(1), groups_per_step);
+        options.validate().err().map(|error| error.to_string())
+    };
+    assert_eq!((moving(8.5, 0), moving(9.0, 1)), (None, None));
+    let expected = |completions| {
+        format!("more than a fifth of the {completions} completions of a step, after which beta could be 0")
+    };
+    assert_eq!(moving(8.0, 0).unwrap(), format!("objective.kl_horizon: expected {}, got 8", expected(40)));
+    assert_eq!(moving(8.5, 1).unwrap(), format!("objective.kl_horizon: expected {}, got 8.5", expected(44)));
     let error = refused(|options| options.value.cliprange_value = Some(0.0));
     assert!(error.starts_with("value.cliprange_value"), "{error}");
     let error = refused(|options| {

@@ -7,7 +7,8 @@
 //!                     L = Σ_t w_t [ D(p_t, q_t) - c_t log p(y_t) ]        one optimiser update
 //! ```
 //!
-//! `p` is the student's distribution at a position and `q` that of its teachers, both over the whole vocabulary; logits exist for
+//! `p` is the student's distribution at a position and `q` that of its teachers, both over the whole vocabulary, at one temperature but for
+//! `log p` of a token of the data set (`nll_weight`), which is at temperature 1; logits exist for
 //! one chunk of positions at a time and are never stored. Divergences, mixtures of teachers and the factors `c` are those of
 //! [`mod@objectives::distillation`]. Student and teachers share a vocabulary.
 //!
@@ -38,7 +39,7 @@ use base::Purpose;
 use data::{Example, Prompt};
 use envs::{Reward, Score};
 use model::decoder::{Decoder, WeightFormat};
-use objectives::distillation::{Estimate, statistics};
+use objectives::distillation::{Estimate, TokenTerm, statistics};
 use objectives::{GlobalCounts, Reduce, SftBatch, Statistic};
 use rollout::{Episode, LogitsHook, Mean, Mixture, PromptTokens};
 use schemars::JsonSchema;
@@ -213,6 +214,14 @@ impl DistillationOptions {
         self.objective.validate().map_err(|error| OptionError::new("objective", error.to_string()))?;
         let own = self.objective.estimate == Estimate::Full || self.examples_per_step() == 0;
         check("objective.estimate", "sampled", own, "full, as not all completions are the student's own samples")?;
+        let likelihood = self.objective.nll_weight;
+        let read = likelihood == 0.0 || self.examples_per_step() > 0;
+        check(
+            "objective.nll_weight",
+            likelihood,
+            read,
+            "0, as the student samples for every row (on_policy_fraction)",
+        )?;
         check("teachers", "none", !self.teachers.is_empty(), "at least one model to learn from")?;
         let two = self.objective.extrapolation.is_none() || self.teachers.len() == 2;
         let expected = "2, towards the first and away from the second, with objective.extrapolation";
@@ -432,6 +441,7 @@ impl Distillation {
         };
         objective.weigh(&mut weights, &mut coefficients, drawn);
         folds.extend(&ratio_statistics(drawn));
+        let sampled = coefficients.len();
         coefficients.resize(batch.loss_tokens(), objective.nll_weight);
         let others: Vec<Other<'_>> = self.teachers.iter().map(Other::Model).collect();
         let found = rows::gradients(step, batch, 0..batch.units(), self.row_pass(&others), |row| {
@@ -441,7 +451,9 @@ impl Distillation {
             }
             let targets = objective.targets(&row.others, &self.shares)?;
             let coefficient = weight * coefficients[row.index];
-            objective.row(row.logits, &targets, weight, (coefficient != 0.0).then_some((row.token, coefficient)))
+            let temperature = if row.index < sampled { objective.temperature } else { 1.0 };
+            let term = TokenTerm { token: row.token, coefficient, temperature };
+            objective.row(row.logits, &targets, weight, (coefficient != 0.0).then_some(term))
         })?;
         folds.extend(&statistics(&found));
         Ok(found.iter().map(|row| row.loss).collect())

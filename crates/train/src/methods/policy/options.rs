@@ -1,7 +1,7 @@
 //! What a user can set about a policy gradient.
 
 use model::decoder::WeightFormat;
-use objectives::{Baseline, Credit, ScaleRewards, WorstCase};
+use objectives::{Baseline, Credit, WorstCase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -209,8 +209,7 @@ impl PolicyOptions {
     /// Refuses values that mean nothing.
     pub fn validate(&self) -> Result<(), OptionError> {
         check("prompts_per_step", self.prompts_per_step, (1..=65_536).contains(&self.prompts_per_step), "1 to 65536")?;
-        let compared = matches!(self.objective.baseline, Baseline::GroupMean | Baseline::LeaveOneOut)
-            || (self.objective.scale_rewards == ScaleRewards::Group && !self.has_value_model());
+        let compared = matches!(self.objective.baseline, Baseline::GroupMean | Baseline::LeaveOneOut);
         let (least, expected) = match compared {
             true => (2, "2 (one has no baseline in its group) to 65536"),
             false => (1, "1 to 65536"),
@@ -258,6 +257,14 @@ impl PolicyOptions {
             "turn",
             compared || !turn_by_turn,
             "\"sequence\", \"token\" or \"span\", unless `baseline` is \"group_mean\" and the divergence is in the loss",
+        )?;
+        let learnt = (self.prompts_per_step + self.replay.groups_per_step) * self.num_generations;
+        let moves = self.objective.kl_target.is_none() || 0.2 * (learnt as f64) < self.objective.kl_horizon;
+        check(
+            "objective.kl_horizon",
+            self.objective.kl_horizon,
+            moves,
+            &format!("more than a fifth of the {learnt} completions of a step, after which beta could be 0"),
         )?;
         if let Some(worst_case) = self.worst_case {
             worst_case.validate().map_err(|error| OptionError::new("worst_case", error.to_string()))?;
