@@ -418,7 +418,10 @@ impl Round<'_> {
                 let context = |(&Head { slot, position }, logits)| {
                     (self.generator.context(&self.slots[slot], position, self.stop_tokens), logits)
                 };
-                hook.prepare(&drawn.map(context).collect::<Vec<_>>())?;
+                let drawn: Vec<_> = drawn.map(context).collect();
+                if !drawn.is_empty() {
+                    hook.prepare(&drawn)?;
+                }
             }
             let (generator, slots, stop_tokens) = (self.generator, &self.slots, self.stop_tokens);
             let rows = self.logits.chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);
