@@ -1,8 +1,10 @@
 //! Rotary position embeddings (Su et al., "RoFormer", 2021) in the half-split layout of GPT-NeoX: element `i` of a head
 //! turns with element `i + head_dim / 2`.
 
+use std::sync::OnceLock;
+
 use crate::isa::{Isa, multiversion};
-use crate::parallel::{SharedMut, each, each_chunk};
+use crate::parallel::{SharedMut, each};
 
 /// A run of neighbouring heads inside rows such as `[q | k | v]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,40 +32,52 @@ impl HeadRange {
     }
 }
 
-/// Cosines and sines of every position's angles.
+/// Positions whose angles are made together.
+const BLOCK: usize = 256;
+
+/// Cosines and sines of positions' angles, made when a position is first asked for: models claim contexts far longer than most
+/// sequences.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    half: usize,
-    /// For each position `half` cosines, then `half` sines.
-    values: Vec<f32>,
+    inverse_frequencies: Vec<f64>,
+    attention_factor: f64,
+    max_positions: usize,
+    /// For each position as many cosines as there are frequencies, then as many sines.
+    blocks: Vec<OnceLock<Vec<f32>>>,
 }
 
 impl RopeTable {
     /// The table for positions below `max_positions`, computed in f64: `cos` and `sin` of
     /// `position * inverse_frequencies[i]`, both times `attention_factor` (1 except for scaled variants).
     pub fn new(inverse_frequencies: &[f64], attention_factor: f64, max_positions: usize) -> Self {
-        let half = inverse_frequencies.len();
-        let mut values = vec![0.0; 2 * half * max_positions];
-        each_chunk(&mut values, (2 * half).max(1), |start, row| {
-            let position = (start / (2 * half)) as f64;
-            let (cosines, sines) = row.split_at_mut(half);
-            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inverse_frequencies) {
-                let angle = position * frequency;
-                *cosine = (angle.cos() * attention_factor) as f32;
-                *sine = (angle.sin() * attention_factor) as f32;
-            }
-        });
-        Self { half, values }
+        let blocks = std::iter::repeat_with(OnceLock::new).take(max_positions.div_ceil(BLOCK)).collect();
+        Self { inverse_frequencies: inverse_frequencies.to_vec(), attention_factor, max_positions, blocks }
     }
 
-    /// For each position its cosines, then its sines.
-    pub fn values(&self) -> &[f32] {
-        &self.values
+    /// The cosines of a position, then its sines.
+    ///
+    /// # Panics
+    /// If the position is outside the table.
+    pub fn row(&self, position: usize) -> &[f32] {
+        assert!(position < self.max_positions, "position {position} is outside a table of {}", self.max_positions);
+        let width = 2 * self.inverse_frequencies.len();
+        let block = self.blocks[position / BLOCK].get_or_init(|| self.block(position / BLOCK * BLOCK));
+        &block[position % BLOCK * width..][..width]
+    }
+
+    fn block(&self, first: usize) -> Vec<f32> {
+        let mut values = Vec::with_capacity(BLOCK * 2 * self.inverse_frequencies.len());
+        for position in first..first + BLOCK {
+            let angles = self.inverse_frequencies.iter().map(|frequency| position as f64 * frequency);
+            values.extend(angles.clone().map(|angle| (angle.cos() * self.attention_factor) as f32));
+            values.extend(angles.map(|angle| (angle.sin() * self.attention_factor) as f32));
+        }
+        values
     }
 
     /// How many positions the table covers.
     pub fn max_positions(&self) -> usize {
-        self.values.len().checked_div(2 * self.half).unwrap_or(0)
+        self.max_positions
     }
 }
 
@@ -74,15 +88,15 @@ impl RopeTable {
 pub fn rope(rows: &mut [f32], range: HeadRange, positions: &[u32], table: &RopeTable, inverse: bool) {
     let count = range.check(rows.len());
     assert_eq!(count, positions.len(), "rope: one position for each row");
-    assert_eq!(range.head_dim, 2 * table.half, "rope: the table is for another head_dim");
+    let half = table.inverse_frequencies.len();
+    assert_eq!(range.head_dim, 2 * half, "rope: the table is for another head_dim");
     let isa = Isa::current();
     let width = range.heads * range.head_dim;
     let rows = SharedMut::new(rows);
     each(count, count * width, |row| {
         // SAFETY: row `row` belongs to this call alone.
         let heads = unsafe { rows.slice(row * range.width + range.first * range.head_dim, width) };
-        let angles = &table.values[positions[row] as usize * range.head_dim..][..range.head_dim];
-        let (cosines, sines) = angles.split_at(table.half);
+        let (cosines, sines) = table.row(positions[row] as usize).split_at(half);
         rotate(isa, heads, cosines, sines, if inverse { -1.0 } else { 1.0 });
     });
 }

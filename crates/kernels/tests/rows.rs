@@ -139,6 +139,23 @@ fn rope_turns_and_turns_back() {
     assert!(back.iter().zip(&rows).all(|(a, b)| (a - b).abs() < 1e-6));
 }
 
+/// The whole table would take 16 GiB.
+#[test]
+fn only_positions_that_are_used_take_memory() {
+    let frequencies: Vec<f64> = (0..128).map(|i| 1e4f64.powf(-f64::from(i) / 128.0)).collect();
+    let positions = 1 << 24;
+    let table = RopeTable::new(&frequencies, 0.5, positions);
+    for position in [0, 255, 256, 1000, positions - 1] {
+        let row = table.row(position);
+        assert_eq!(row.len(), 256);
+        for (i, frequency) in frequencies.iter().enumerate() {
+            let angle = position as f64 * frequency;
+            let expected = [(angle.cos() * 0.5) as f32, (angle.sin() * 0.5) as f32];
+            assert_eq!(bits(&[row[i], row[i + 128]]), bits(&expected));
+        }
+    }
+}
+
 #[test]
 fn gated_activations_and_their_gradients() {
     type Function = fn(f64) -> f64;

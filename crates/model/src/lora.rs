@@ -176,7 +176,7 @@ impl LoraConfig {
     /// Reads PEFT's `adapter_config.json`.
     ///
     /// # Errors
-    /// Text that is no such file, and every option of PEFT that would change the result and is not done here.
+    /// Text that is no such file, and every option that is on and is neither done here nor known to change nothing.
     pub fn from_peft_json(text: &str) -> Result<Self> {
         let json: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(text).map_err(|error| Error::malformed(ADAPTER_CONFIG, error))?;
@@ -194,12 +194,19 @@ impl LoraConfig {
                 "only LORA adapters can be read",
             ));
         }
-        for option in ["use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_pattern"] {
-            if json.get(option).is_some_and(|value| !is_off(value)) {
-                return Err(Error::unsupported(
-                    format!("{ADAPTER_CONFIG}: {option}"),
-                    "plain LoRA adapters can be read",
-                ));
+        if let Some(option) = json
+            .iter()
+            .find(|(key, value)| !KNOWN_OPTIONS.contains(&key.as_str()) && !is_off(value))
+            .map(|(key, _)| key)
+        {
+            return Err(Error::unsupported(format!("{ADAPTER_CONFIG}: {option}"), "plain LoRA adapters can be read"));
+        }
+        match json.get("init_lora_weights") {
+            None | Some(serde_json::Value::Null | serde_json::Value::Bool(_)) => {}
+            Some(serde_json::Value::String(name)) if FRESH_VALUES.contains(&name.as_str()) => {}
+            Some(other) => {
+                let hint = "such adapters belong to a base model changed at their start; save them as plain LoRA adapters with PEFT's `path_initial_model_for_weight_conversion`";
+                return Err(Error::unsupported(format!("{ADAPTER_CONFIG}: init_lora_weights {other}"), hint));
             }
         }
         if saved_modules(&json).any(|module| !["classifier", SCORE].contains(&module)) {
@@ -241,6 +248,32 @@ impl LoraConfig {
     }
 }
 
+/// What may be on in PEFT's configuration: options that are read here, and those that change nothing about what a trained adapter
+/// computes.
+const KNOWN_OPTIONS: [&str; 19] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+];
+/// Initial values of PEFT's adapters, by name, that leave the base weights as they are.
+const FRESH_VALUES: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
 const LAYERS: &str = "lora.layers_to_transform";
 const SCORE: &str = "score";
 const SEQUENCES: &str = "SEQ_CLS";
@@ -254,18 +287,22 @@ fn saved_modules(config: &serde_json::Map<String, serde_json::Value>) -> impl It
 /// The score head that is part of an adapter, by its `adapter_config.json` and its tensors.
 ///
 /// # Errors
-/// Text that is no such file.
+/// Text that is no such file, a head that is no matrix.
 pub fn saved_head(text: &str, tensors: &Tensors) -> Result<Option<ScoreHead>> {
     let json: serde_json::Map<String, serde_json::Value> =
         serde_json::from_str(text).map_err(|error| Error::malformed(ADAPTER_CONFIG, error))?;
-    let weight = tensors.get(&format!("{PEFT_PREFIX}{SCORE}.weight"));
-    let Some(outputs) = weight.filter(|_| saved_modules(&json).any(|module| module == SCORE)) else { return Ok(None) };
+    let name = format!("{PEFT_PREFIX}{SCORE}.weight");
+    let weight = tensors.get(&name).filter(|_| saved_modules(&json).any(|module| module == SCORE));
+    let Some(weight) = weight else { return Ok(None) };
+    let [outputs, 1..=usize::MAX] = weight.shape[..] else {
+        return Err(Error::tensor(name, format!("expected shape [outputs, width], found {:?}", weight.shape)));
+    };
     let task = match json.get("task_type").and_then(serde_json::Value::as_str) {
         Some(SEQUENCES) => HeadTask::Sequence,
         Some(TOKENS) => HeadTask::Token,
         _ => HeadTask::Value,
     };
-    Ok(Some(ScoreHead { outputs: outputs.shape[0], task }))
+    Ok(Some(ScoreHead { outputs, task }))
 }
 
 /// What PEFT puts in front of the name of every module.
@@ -279,7 +316,11 @@ pub(crate) fn peft_key(module: &str, matrix: char) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
+    use base::Hint;
+    use serde_json::json;
+
     use super::*;
+    use crate::weights::Tensor;
 
     #[test]
     fn peft_config_round_trip() {
@@ -310,11 +351,72 @@ mod tests {
         LoraConfig::default().check_layers(0).unwrap();
     }
 
+    /// The configuration of the default adapter, changed.
+    fn with(keys: serde_json::Value) -> Result<LoraConfig> {
+        let text = LoraConfig::default().to_peft_json("base", None);
+        let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+        json.extend(keys.as_object().unwrap().clone());
+        LoraConfig::from_peft_json(&serde_json::Value::from(json).to_string())
+    }
+
     #[test]
     fn peft_options_that_change_the_result_are_refused() {
-        let text = LoraConfig::default().to_peft_json("base", None).replace("\"bias\": \"none\"", "\"use_dora\": true");
-        assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("use_dora"));
-        let text = LoraConfig::default().to_peft_json("base", None).replace("q_proj", "c_attn");
-        assert!(LoraConfig::from_peft_json(&text).unwrap_err().to_string().contains("c_attn"));
+        for (keys, expected) in [
+            (json!({ "use_dora": true }), "use_dora"),
+            (json!({ "bias": "lora_only" }), "bias"),
+            (json!({ "lora_bias": true }), "lora_bias"),
+            (json!({ "alora_invocation_tokens": [1, 2] }), "alora_invocation_tokens"),
+            (json!({ "layer_replication": [[0, 2], [1, 3]] }), "layer_replication"),
+            (json!({ "trainable_token_indices": [7] }), "trainable_token_indices"),
+            (json!({ "rank_pattern": { "q_proj": 4 } }), "rank_pattern"),
+            (json!({ "an_option_to_come": 0.5 }), "an_option_to_come"),
+            (json!({ "init_lora_weights": "pissa" }), "init_lora_weights \"pissa\""),
+            (json!({ "init_lora_weights": "pissa_niter_16" }), "pissa_niter_16"),
+            (json!({ "init_lora_weights": "olora" }), "olora"),
+            (json!({ "init_lora_weights": "corda" }), "corda"),
+            (json!({ "init_lora_weights": "loftq" }), "loftq"),
+            (json!({ "target_modules": ["c_attn"] }), "c_attn"),
+        ] {
+            let error = with(keys).unwrap_err();
+            assert!(error.to_string().contains(expected), "{expected:?} in {error}");
+            assert!(error.hint().is_some());
+        }
+    }
+
+    #[test]
+    fn peft_options_that_change_nothing_are_read_over() {
+        // What PEFT 0.18 writes when nothing but the common options was chosen.
+        let defaults = json!({
+            "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+            "bias": "none", "corda_config": null, "ensure_weight_tying": false, "eva_config": null,
+            "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true,
+            "layer_replication": null, "layers_pattern": null, "layers_to_transform": null, "loftq_config": {},
+            "lora_bias": false, "lora_dropout": 0.05, "megatron_config": null, "megatron_core": "megatron.core",
+            "modules_to_save": null, "peft_version": "0.18.0", "qalora_group_size": 16, "rank_pattern": {},
+            "revision": null, "target_parameters": null, "trainable_token_indices": null, "use_dora": false,
+            "use_qalora": false, "use_rslora": false,
+        });
+        assert_eq!(with(defaults).unwrap(), LoraConfig::default());
+        for keys in [
+            json!({ "init_lora_weights": false }),
+            json!({ "init_lora_weights": "gaussian" }),
+            json!({ "init_lora_weights": "orthogonal" }),
+            json!({ "init_lora_weights": "eva", "eva_config": { "rho": 2.0, "tau": 0.99 } }),
+            json!({ "exclude_modules": ["vision_tower"], "revision": "main" }),
+            json!({ "an_option_to_come": null, "another": false, "a_third": [], "a_fourth": {}, "a_fifth": "none" }),
+        ] {
+            assert_eq!(with(keys).unwrap(), LoraConfig::default());
+        }
+    }
+
+    #[test]
+    fn a_saved_head_that_is_no_matrix_is_refused() {
+        let text = LoraConfig::default().to_peft_json("base", Some(ScoreHead::VALUE));
+        for shape in [vec![], vec![1], vec![1, 0], vec![1, 1, 1]] {
+            let head = Tensor::new(shape.clone(), vec![0.0; shape.iter().product()]);
+            let tensors = Tensors::from([("base_model.model.score.weight".to_owned(), head)]);
+            let error = saved_head(&text, &tensors).unwrap_err().to_string();
+            assert!(error.contains("score.weight: expected shape [outputs, width]"), "{error}");
+        }
     }
 }

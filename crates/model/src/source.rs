@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::hub::{self, Origin, Progress};
 use crate::save;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::load::{CONFIG, SPECIAL_MAP, TOKENIZER};
 use crate::weights::{self, Source, gguf, safetensors};
 
 /// A model ready to become a decoder. The weights stay where they are until then, unless something was made of them ([`load_into`]).
@@ -22,7 +23,7 @@ pub struct Loaded<W = Box<dyn Source>> {
     pub config: ModelConfig,
     /// The weights, or `None` for a preset, whose weights are to be drawn.
     pub weights: Option<W>,
-    /// The tokenizer; its vocabulary is at most the embedding's.
+    /// The tokenizer. It gives no token beyond the embedding's rows: added tokens that the file has beyond them are ordinary text.
     pub tokenizer: Tokenizer,
     /// The chat template, if the model has one.
     pub chat_template: Option<ChatTemplate>,
@@ -138,7 +139,7 @@ fn folder_sha256(folder: &Path) -> Result<Digest> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(files::io_error("list", folder))? {
         let name = entry.map_err(files::io_error("list", folder))?.file_name().to_string_lossy().into_owned();
-        let model = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+        let model = ["config.json", "generation_config.json", TOKENIZER, CONFIG, SPECIAL_MAP, safetensors::INDEX];
         if model.contains(&name.as_str()) || name.ends_with(".safetensors") || name.ends_with(".jinja") {
             names.push(name);
         }
@@ -164,10 +165,7 @@ impl<W> Loaded<W> {
         chat_template: Option<ChatTemplate>,
         sha256: Digest,
     ) -> Result<Self> {
-        if tokenizer.vocab_size() > config.vocab_size {
-            let reason = format!("{} tokens, but the embedding has {} rows", tokenizer.vocab_size(), config.vocab_size);
-            return Err(Error::malformed("tokenizer", reason));
-        }
+        let tokenizer = tokenizer.with_embeddings(config.vocab_size)?;
         config.bos_token_id = config.bos_token_id.or(tokenizer.bos());
         config.pad_token_id = config.pad_token_id.or(tokenizer.pad());
         config.eos_token_ids.extend(tokenizer.eos());

@@ -86,6 +86,7 @@ fn windows_of_mistral_and_qwen() {
     };
     assert_eq!(windows("MistralForCausalLM", json!({ "sliding_window": 9 })), [Some(9); 4]);
     assert_eq!(windows("MistralForCausalLM", json!({ "sliding_window": null })), [None; 4]);
+    assert_eq!(windows("MistralForCausalLM", json!({})), [Some(4096); 4]);
     let qwen = json!({ "sliding_window": 9, "max_window_layers": 3, "use_sliding_window": true });
     assert_eq!(windows("Qwen2ForCausalLM", qwen), [None, None, None, Some(9)]);
     let off = json!({ "sliding_window": 9, "max_window_layers": 0, "use_sliding_window": false });
@@ -101,6 +102,12 @@ fn defaults_are_those_of_the_architecture() {
     let config = with("Qwen2ForCausalLM", json!({ "eos_token_id": [7, 8] })).unwrap();
     assert!(config.qkv_bias);
     assert_eq!(config.eos_token_ids, [7, 8]);
+    let mut mistral = base("MistralForCausalLM");
+    mistral["num_attention_heads"] = 16.into();
+    mistral["num_key_value_heads"] = Value::Null;
+    assert_eq!(ModelConfig::from_json(&mistral).unwrap().kv_heads, 16);
+    mistral.as_object_mut().unwrap().remove("num_key_value_heads");
+    assert_eq!(ModelConfig::from_json(&mistral).unwrap().kv_heads, 8);
 }
 
 #[test]

@@ -175,6 +175,32 @@ fn metadata_errors_name_the_key() {
     }
 }
 
+/// What llama.cpp does where a file says nothing about it.
+#[test]
+fn rules_of_llama_3_put_the_begin_of_sequence_in_front() {
+    let adds_bos = |name: &str, said: Option<bool>| {
+        let texts = |texts: &[&str]| Value::Texts(texts.iter().map(|&text| text.into()).collect());
+        let mut metadata = vec![
+            ("model", Value::Text("gpt2".into())),
+            ("pre", Value::Text(name.into())),
+            ("tokens", texts(&["<|begin_of_text|>", "a", "b", "ab"])),
+            ("merges", texts(&["a b"])),
+            ("bos_token_id", Value::Unsigned(0)),
+        ];
+        metadata.extend(said.map(|adds| ("add_bos_token", Value::Bool(adds))));
+        let metadata = metadata.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect();
+        Tokenizer::from_gguf(&Metadata(metadata)).unwrap().adds_bos()
+    };
+    for name in ["llama3", "llama-v3", "llama-bpe", "falcon3"] {
+        assert!(adds_bos(name, None), "{name}");
+        assert!(!adds_bos(name, Some(false)), "{name}");
+    }
+    for name in ["smollm", "qwen2", "default"] {
+        assert!(!adds_bos(name, None), "{name}");
+        assert!(adds_bos(name, Some(true)), "{name}");
+    }
+}
+
 /// All of the stream's text: what came piece by piece, then what was held back.
 fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     let mut stream = tokenizer.decode_stream();

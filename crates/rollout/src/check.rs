@@ -6,6 +6,17 @@ use model::ModelConfig;
 
 use crate::{Error, Request, Result, SamplingOptions};
 
+/// Refuses stop tokens that the model does not have.
+pub(crate) fn stop_tokens(options: &SamplingOptions, config: &ModelConfig) -> Result<()> {
+    match options.stop_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        Some(id) => {
+            let got = format!("{id} for a vocabulary of {}", config.vocab_size);
+            Err(Error::Option { option: "stop_token_ids", got, expected: "tokens of the vocabulary" })
+        }
+        None => Ok(()),
+    }
+}
+
 /// Refuses the first request that the model cannot serve.
 pub(crate) fn requests(requests: &[Request], options: &SamplingOptions, config: &ModelConfig) -> Result<()> {
     let mut names = HashMap::new();

@@ -109,8 +109,8 @@ impl<'a> Generator<'a> {
 
     /// Answers `requests`, in their order. The decoder's weights must be prepared.
     ///
-    /// Besides the options' own stop tokens, the end-of-text tokens of the model and the tokenizer end a completion. Prompts
-    /// that begin alike are computed once.
+    /// Besides the options' own stop tokens, the end-of-text tokens of the model and the tokenizer end a completion, and the special
+    /// tokens whose names are stop strings: text does not show them. Prompts that begin alike are computed once.
     ///
     /// # Errors
     /// Options outside their range; a request that is empty, too long for the model or a duplicate of another; logits
@@ -187,11 +187,14 @@ impl<'a> Generator<'a> {
         mut on_progress: impl FnMut(Progress<'_>),
     ) -> Result<Vec<Episode>> {
         self.options.validate()?;
+        crate::check::stop_tokens(self.options, decoder.config())?;
         crate::check::requests(requests, self.options, decoder.config())?;
         cache.prefixes.serve(decoder);
         let mut stop_tokens = decoder.config().eos_token_ids.clone();
         stop_tokens.extend(tokenizer.eos());
         stop_tokens.extend(&self.options.stop_token_ids);
+        let named = self.options.stop.iter().filter_map(|name| tokenizer.id(name));
+        stop_tokens.extend(named.filter(|&id| tokenizer.is_special(id)));
 
         let mut episodes: Vec<Option<Episode>> = vec![None; requests.len()];
         let mut round = Round {
@@ -415,7 +418,10 @@ impl Round<'_> {
                 let context = |(&Head { slot, position }, logits)| {
                     (self.generator.context(&self.slots[slot], position, self.stop_tokens), logits)
                 };
-                hook.prepare(&drawn.map(context).collect::<Vec<_>>())?;
+                let drawn: Vec<_> = drawn.map(context).collect();
+                if !drawn.is_empty() {
+                    hook.prepare(&drawn)?;
+                }
             }
             let (generator, slots, stop_tokens) = (self.generator, &self.slots, self.stop_tokens);
             let rows = self.logits.chunks_exact_mut(vocabulary).zip(heads).zip(&mut self.scratch);

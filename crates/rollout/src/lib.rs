@@ -26,6 +26,7 @@ mod queue;
 pub mod sampling;
 pub mod scoring;
 pub mod search;
+mod served;
 mod slot;
 pub mod stop;
 

@@ -14,13 +14,13 @@
 //! resampling (Rubin, 1988): of candidates `y` of the mixture `q`, one with a chance in proportion to `Π_k π_k(y)^{w_k} / q(y)`. With ever
 //! more candidates that is exact.
 
-use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use base::Random;
 use model::decoder::{DecodeRow, Decoder, SequenceCache, Workspace};
 
 use crate::generator::{LogitsContext, LogitsHook};
+use crate::served::Served;
 use crate::{Episode, Result, SamplingOptions, scoring};
 
 /// What is averaged.
@@ -59,18 +59,11 @@ pub struct Resampled {
     pub effective: f64,
 }
 
-/// A request's name: its prompt and its sample.
-type Name = (u32, u32);
-
-/// Rounds after which a completion that asks for nothing is taken to be finished. One that comes back is read again.
-const FORGET_AFTER: u64 = 64;
-
 /// What the other model knows.
 #[derive(Default)]
 struct Reader {
     workspace: Workspace,
-    known: HashMap<Name, Known>,
-    round: u64,
+    known: Served<Known>,
 }
 
 /// What it knows of one completion.
@@ -80,8 +73,6 @@ struct Known {
     read: usize,
     /// Of the next token.
     logits: Vec<f32>,
-    /// The last round in which it was asked for.
-    round: u64,
 }
 
 impl<'a> Mixture<'a> {
@@ -138,24 +129,21 @@ impl Reader {
     /// Reads what is new in the completions of `rows`, and makes up the logits of their next tokens.
     fn read(&mut self, other: &Decoder, rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
         let rows: Vec<&LogitsContext<'_>> = rows.iter().map(|(context, _)| context).collect();
-        self.round += 1;
-        let round = self.round;
-        self.known.retain(|_, known| known.round + FORGET_AFTER > round);
-        let new: Vec<&LogitsContext<'_>> =
-            rows.iter().copied().filter(|row| !self.known.contains_key(&name(row))).collect();
+        self.known.next_round();
+        let new: Vec<&LogitsContext<'_>> = rows.iter().copied().filter(|row| self.known.get(row).is_none()).collect();
         let prompts: Vec<&[u32]> = new.iter().map(|row| &row.request.prompt[..]).collect();
-        let mut hidden: Vec<(Name, Vec<f32>)> = Vec::with_capacity(rows.len());
+        let mut hidden: Vec<(&LogitsContext<'_>, Vec<f32>)> = Vec::with_capacity(rows.len());
         for (row, prefill) in new.iter().zip(other.prefill(&prompts, &mut self.workspace)?) {
             let cache = SequenceCache::new(other, prefill.cache, row.completion.len());
-            self.known.insert(name(row), Known { cache, read: 0, logits: Vec::new(), round });
+            self.known.keep(row, Known { cache, read: 0, logits: Vec::new() });
             if row.completion.is_empty() {
-                hidden.push((name(row), prefill.hidden));
+                hidden.push((row, prefill.hidden));
             }
         }
         // Out of the map while the model works on them.
         let mut reading: Vec<(&LogitsContext<'_>, Known)> = Vec::with_capacity(rows.len());
         for &row in &rows {
-            if let Some(known) = self.known.remove(&name(row)) {
+            if let Some(known) = self.known.take(row) {
                 reading.push((row, known));
             }
         }
@@ -166,7 +154,7 @@ impl Reader {
             let tokens = &row.completion[known.read..];
             if !tokens.is_empty() {
                 total += tokens.len();
-                ends.push((name(row), total - 1));
+                ends.push((*row, total - 1));
                 extended.push(DecodeRow { tokens, cache: &mut known.cache });
             }
         }
@@ -174,23 +162,19 @@ impl Reader {
             other.decode(&mut extended, &mut self.workspace)?;
         }
         let width = other.config().hidden_size;
-        let last = |(name, row): (Name, usize)| (name, self.workspace.hidden()[row * width..][..width].to_vec());
+        let last = |(row, end): (_, usize)| (row, self.workspace.hidden()[end * width..][..width].to_vec());
         hidden.extend(ends.into_iter().map(last));
         for (row, known) in reading {
-            self.known.insert(name(row), Known { read: row.completion.len(), round, ..known });
+            self.known.keep(row, Known { read: row.completion.len(), ..known });
         }
-        for (name, hidden) in hidden {
-            if let Some(known) = self.known.get_mut(&name) {
+        for (row, hidden) in hidden {
+            if let Some(known) = self.known.get_mut(row) {
                 known.logits.resize(other.config().vocab_size, 0.0);
                 other.logits(&hidden, &mut known.logits)?;
             }
         }
         Ok(())
     }
-}
-
-fn name(row: &LogitsContext<'_>) -> Name {
-    (row.request.prompt_id, row.request.sample)
 }
 
 impl Other<'_> {
@@ -200,7 +184,7 @@ impl Other<'_> {
 
     /// What the model says of the next token.
     fn logits(&self, context: &LogitsContext<'_>) -> Vec<f32> {
-        self.reader().known.get(&name(context)).map(|known| known.logits.clone()).unwrap_or_default()
+        self.reader().known.get(context).map(|known| known.logits.clone()).unwrap_or_default()
     }
 }
 

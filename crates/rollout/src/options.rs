@@ -25,7 +25,8 @@ pub struct SamplingOptions {
     pub max_new_tokens: usize,
     /// Fewest tokens in a completion: no token or string stops it before.
     pub min_new_tokens: usize,
-    /// Strings that end a completion. The tokens up to the end of the string stay; the text is cut before it.
+    /// Strings that end a completion. The tokens up to the end of the string stay; the text is cut before it. The name of a special
+    /// token, such as `<|im_end|>`, stands for the token too.
     pub stop: Vec<String>,
     /// Tokens that end a completion, besides the model's own end-of-text tokens.
     pub stop_token_ids: Vec<u32>,

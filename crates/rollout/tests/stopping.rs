@@ -96,6 +96,48 @@ fn own_stop_tokens_work_like_the_models() {
     assert_eq!((episode.text.as_str(), episode.completion.len(), episode.finish), ("Yes", 4, Finish::Stop));
 }
 
+/// Makes the model say these tokens, then end-of-text for ever.
+struct Tokens(Vec<u32>);
+
+impl LogitsHook for Tokens {
+    fn apply(&self, logits: &mut [f32], context: &LogitsContext<'_>) {
+        logits.fill(-50.0);
+        logits[*self.0.get(context.completion.len()).unwrap_or(&common::END) as usize] = 0.0;
+    }
+}
+
+#[test]
+fn the_name_of_a_special_token_stops_at_the_token_and_at_its_text() {
+    let decoder = common::tiny(Family::Llama, Precision::F32);
+    let tokenizer = Tokenizer::bytes().unwrap();
+    let options = stopping_at(&["<|im_start|>"]);
+    let say = |tokens: Vec<u32>| {
+        let script = Tokens(tokens);
+        let random = Random::new(1, Purpose::Sampling);
+        let generator = Generator { hook: Some(&script), ..Generator::new(&options, 4, random) };
+        let request = Request { prompt_id: 0, sample: 0, prompt: [1, 2, 3].into(), prefix: Vec::new() };
+        generator.generate(&decoder, &tokenizer, &[request], |_| {}).unwrap().remove(0)
+    };
+    let episode = say(vec![97, 256, 98]);
+    assert_eq!((episode.text.as_str(), episode.finish), ("a", Finish::Stop));
+    assert_eq!(episode.completion, [97, 256]);
+    let spelt: Vec<u32> = "a<|im_start|>b".bytes().map(u32::from).collect();
+    let episode = say(spelt.clone());
+    assert_eq!((episode.text.as_str(), episode.finish), ("a", Finish::Stop));
+    assert_eq!(episode.completion, spelt[..spelt.len() - 1]);
+}
+
+#[test]
+fn stop_tokens_outside_the_vocabulary_are_refused() {
+    let decoder = common::tiny(Family::Llama, Precision::F32);
+    let options = SamplingOptions { stop_token_ids: vec![3, 259], ..SamplingOptions::greedy(4) };
+    let generator = Generator::new(&options, 4, Random::new(1, Purpose::Sampling));
+    let error =
+        generator.generate(&decoder, &Tokenizer::bytes().unwrap(), &common::requests(1, 1), |_| {}).unwrap_err();
+    let expected = "stop_token_ids is 259 for a vocabulary of 259, expected tokens of the vocabulary";
+    assert_eq!(error.to_string(), expected);
+}
+
 #[test]
 fn nothing_stops_before_the_fewest_tokens() {
     let options = SamplingOptions { min_new_tokens: 6, ..stopping_at(&["b"]) };

@@ -7,7 +7,7 @@
 mod message;
 mod python;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -32,9 +32,14 @@ const NAME: &str = "chat template";
 /// Steps after which a template is given up; long conversations take some ten thousand.
 const FUEL: u64 = 50_000_000;
 
-/// Put in front of a special token's name in a message, so that it can be told from the template's own. Doubled where
-/// a message has this character itself, a code point that Unicode reserves for such internal use.
-const MARK: char = '\u{fdd0}';
+/// Put in front of a special token's name in a message, and behind it, so that it can be told from the template's own. A name that
+/// the template cuts out of a message leaves a mark that is not one of two around a name. These are code points that Unicode
+/// reserves for such internal use.
+const OPEN: char = '\u{fdd0}';
+const CLOSE: char = '\u{fdd2}';
+/// Put in front of these three characters where a message has them itself.
+const ESCAPE: char = '\u{fdd3}';
+const MARKS: [char; 3] = [OPEN, CLOSE, ESCAPE];
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -131,6 +136,10 @@ impl ChatTemplate {
     }
 
     /// Like [`ChatTemplate::render`], to text that remembers which special tokens are the template's.
+    ///
+    /// # Errors
+    /// A template that refuses the conversation, or that cuts at the name of a special token in a message so that its own cannot be told
+    /// from those of the message.
     pub fn rendering(
         &self,
         tokenizer: &Tokenizer,
@@ -138,10 +147,23 @@ impl ChatTemplate {
         tools: Option<&[Value]>,
         add_generation_prompt: bool,
     ) -> Result<Rendering> {
-        let marked = |value: &Value| minijinja::Value::from_serialize(mark(tokenizer, value));
-        let messages = messages.iter().map(|message| marked(message.fields())).collect();
-        let tools = tools.map(|tools| tools.iter().map(marked).collect());
-        Ok(Rendering::from_marked(&self.render_values(messages, tools, add_generation_prompt)?))
+        let mut is_marked = false;
+        let mut marked = |value: &Value| {
+            let marked = mark(tokenizer, value);
+            is_marked |= marked != *value;
+            minijinja::Value::from_serialize(marked)
+        };
+        let values = messages.iter().map(|message| marked(message.fields())).collect();
+        let tool_values = tools.map(|tools| tools.iter().map(marked).collect());
+        let marked = self.render_values(values, tool_values, add_generation_prompt)?;
+        let rendering = Rendering::from_marked(tokenizer, &marked);
+        // What the template does must not depend on the marks.
+        let plain = is_marked.then(|| self.render(messages, tools, add_generation_prompt)).transpose()?;
+        rendering.filter(|rendering| plain.is_none_or(|plain| rendering.text == plain)).ok_or_else(|| {
+            let reason = "the chat template treats the name of a special token in a message in a way of its own, so that \
+                          it cannot be kept as ordinary text; leave the name out of the message";
+            Error::Text(reason.into())
+        })
     }
 
     /// The tokens of a conversation.
@@ -180,7 +202,9 @@ pub struct Rendering {
 impl Rendering {
     /// Text that is not from a template, in which no name of a special token is the token.
     pub fn ordinary(tokenizer: &Tokenizer, text: &str) -> Self {
-        Self { text: text.to_owned(), ordinary: tokenizer.special_names(text) }
+        let mut ordinary: Vec<usize> = tokenizer.special_names(text).into_iter().map(|name| name.start).collect();
+        ordinary.dedup();
+        Self { text: text.to_owned(), ordinary }
     }
 
     /// Text in which every name of a special token is the token.
@@ -188,18 +212,36 @@ impl Rendering {
         Self { text: text.to_owned(), ordinary: Vec::new() }
     }
 
-    fn from_marked(marked: &str) -> Self {
+    /// The rendering of marked messages, or `None` where a mark without its fellow lies at a name: whose name that is cannot be told.
+    fn from_marked(tokenizer: &Tokenizer, marked: &str) -> Option<Self> {
         let mut text = String::with_capacity(marked.len());
-        let mut ordinary = Vec::new();
-        let mut characters = marked.chars().peekable();
+        let (mut starts, mut ends) = (Vec::new(), Vec::new());
+        let mut characters = marked.chars();
         while let Some(character) = characters.next() {
-            if character == MARK && characters.next_if_eq(&MARK).is_none() {
-                ordinary.push(text.len());
-            } else {
-                text.push(character);
+            match character {
+                OPEN => starts.push(text.len()),
+                // The name between them was taken out.
+                CLOSE if starts.last() == Some(&text.len()) => drop(starts.pop()),
+                CLOSE => ends.push(text.len()),
+                ESCAPE => text.extend(characters.next()),
+                _ => text.push(character),
             }
         }
-        Self { text, ordinary }
+        let opened = |name: &Range<usize>| starts.binary_search(&name.start).is_ok();
+        let closed = |name: &Range<usize>| ends.binary_search(&name.end).is_ok();
+        let names = tokenizer.special_names(&text).into_iter();
+        let (whole, others): (Vec<_>, Vec<_>) = names.partition(|name| opened(name) && closed(name));
+        // Names may begin or end alike.
+        let is_torn = |name: &Range<usize>| {
+            opened(name) && whole.iter().all(|whole| whole.start != name.start)
+                || closed(name) && whole.iter().all(|whole| whole.end != name.end)
+        };
+        if others.iter().any(is_torn) {
+            return None;
+        }
+        let mut ordinary: Vec<usize> = whole.into_iter().map(|name| name.start).collect();
+        ordinary.dedup();
+        Some(Self { text, ordinary })
     }
 
     /// The text.
@@ -238,16 +280,19 @@ fn mark(tokenizer: &Tokenizer, value: &Value) -> Value {
 
 fn mark_text(tokenizer: &Tokenizer, text: &str) -> String {
     let names = tokenizer.special_names(text);
-    if names.is_empty() && !text.contains(MARK) {
+    if names.is_empty() && !text.contains(MARKS) {
         return text.to_owned();
     }
-    let mut marked = String::with_capacity(text.len() + MARK.len_utf8() * names.len());
+    let mut marked = String::with_capacity(text.len() + 2 * OPEN.len_utf8() * names.len());
+    let starts: BTreeSet<usize> = names.iter().map(|name| name.start).collect();
+    let ends: BTreeSet<usize> = names.iter().map(|name| name.end).collect();
     for (position, character) in text.char_indices() {
-        if character == MARK || names.binary_search(&position).is_ok() {
-            marked.push(MARK);
-        }
+        marked.extend(ends.contains(&position).then_some(CLOSE));
+        marked.extend(starts.contains(&position).then_some(OPEN));
+        marked.extend(MARKS.contains(&character).then_some(ESCAPE));
         marked.push(character);
     }
+    marked.extend(ends.contains(&text.len()).then_some(CLOSE));
     marked
 }
 

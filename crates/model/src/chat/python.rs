@@ -221,19 +221,20 @@ fn number(value: &Value) -> String {
     format!("{float:?}")
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=..., separators=..., sort_keys=...)`.
+/// `json.dumps(value, ensure_ascii=..., indent=..., separators=..., sort_keys=...)`, where `ensure_ascii` is false unless given.
 fn to_json(value: &Value, arguments: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = arguments.get("indent")?;
     let separators: Option<Vec<String>> = arguments.get("separators")?;
     let sort_keys: Option<bool> = arguments.get("sort_keys")?;
-    let _: Option<bool> = arguments.get("ensure_ascii")?;
+    let ensure_ascii: Option<bool> = arguments.get("ensure_ascii")?;
     arguments.assert_all_used()?;
     let (item, key) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
         Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings")),
         None => (if indent.is_some() { "," } else { ", " }.into(), ": ".into()),
     };
-    let mut writer = Json { output: String::new(), indent, item, key, sort_keys: sort_keys.unwrap_or(false) };
+    let (sort_keys, ensure_ascii) = (sort_keys.unwrap_or(false), ensure_ascii.unwrap_or(false));
+    let mut writer = Json { output: String::new(), indent, item, key, sort_keys, ensure_ascii };
     writer.write(value, 0)?;
     Ok(writer.output)
 }
@@ -245,6 +246,7 @@ struct Json {
     item: String,
     key: String,
     sort_keys: bool,
+    ensure_ascii: bool,
 }
 
 impl Json {
@@ -305,6 +307,15 @@ impl Json {
     }
 
     fn string(&mut self, text: &str) {
-        self.output.push_str(&serde_json::Value::from(text).to_string());
+        let quoted = serde_json::Value::from(text).to_string();
+        for character in quoted.chars() {
+            if self.ensure_ascii && !(' '..='~').contains(&character) {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    self.output.push_str(&format!("\\u{unit:04x}"));
+                }
+            } else {
+                self.output.push(character);
+            }
+        }
     }
 }

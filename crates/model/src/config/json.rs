@@ -14,7 +14,9 @@ impl ModelConfig {
         Self::from_json(&value)
     }
 
-    /// Reads a parsed `config.json`. Absent keys take the defaults of the architecture's class in `transformers`.
+    /// Reads a parsed `config.json`. Absent keys take the defaults of the architecture's class in `transformers`, with two exceptions: the
+    /// sizes of the vocabulary, the layers and the context must be there, and heads are not grouped unless the file, or Mistral's class, says
+    /// so.
     pub fn from_json(value: &Value) -> Result<Self> {
         let Some(object) = value.as_object() else {
             return Err(Error::malformed("JSON", "expected an object"));
@@ -36,7 +38,11 @@ impl ModelConfig {
             intermediate_size: keys.required_size("intermediate_size")?,
             layers: layer_count(&keys)?,
             heads,
-            kv_heads: keys.size("num_key_value_heads")?.unwrap_or(heads),
+            kv_heads: match keys.size("num_key_value_heads")? {
+                Some(kv_heads) => kv_heads,
+                None if family == Family::Mistral && keys.absent("num_key_value_heads") => 8,
+                None => heads,
+            },
             head_dim: keys.size("head_dim")?.unwrap_or(head_dim),
             max_positions: keys.required_size("max_position_embeddings")?,
         };
@@ -310,6 +316,9 @@ fn rope(keys: &Keys, default_theta: f64) -> Result<RopeConfig> {
 /// The window of each layer.
 fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usize>>> {
     let mut window = keys.size("sliding_window")?;
+    if family == Family::Mistral && keys.absent("sliding_window") {
+        window = Some(4096);
+    }
     if matches!(family, Family::Qwen2 | Family::Qwen3) && !keys.flag("use_sliding_window")?.unwrap_or(false) {
         window = None;
     }
@@ -352,7 +361,7 @@ fn layer_windows(types: &Value, window: Option<usize>, layers: usize) -> Result<
     types.iter().enumerate().map(window_of).collect()
 }
 
-/// Typed access to the keys of one JSON object. `null` counts as absent.
+/// Typed access to the keys of one JSON object. `null` counts as absent, but for [`Keys::absent`].
 struct Keys<'a> {
     object: &'a Map<String, Value>,
     /// In front of the key in messages.
@@ -362,6 +371,11 @@ struct Keys<'a> {
 impl<'a> Keys<'a> {
     fn present(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether the key is not there, not even as `null`, which says none where the class has a default.
+    fn absent(&self, key: &str) -> bool {
+        !self.object.contains_key(key)
     }
 
     fn typed<T>(&self, key: &str, expected: &str, view: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {

@@ -19,6 +19,11 @@ mod kind {
     pub const BYTE: i64 = 6;
 }
 
+/// The key of the rules that cut text into words, for byte-level BPE.
+const PRE: &str = "tokenizer.ggml.pre";
+/// The names of LLaMA 3's rules.
+const LLAMA3_NAMES: [&str; 4] = ["llama3", "llama-v3", "llama-bpe", "falcon3"];
+
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
@@ -53,9 +58,11 @@ impl Tokenizer {
         let pad = id("tokenizer.ggml.padding_token_id")?;
         json["version"] = "1.0".into();
         json["added_tokens"] = vocabulary.added_tokens(&[bos, eos, pad]);
-        let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(model == "llama");
+        // Where the file says nothing, llama.cpp decides by the kind of vocabulary.
+        let by_default = model == "llama" || metadata.text(PRE)?.is_some_and(|name| LLAMA3_NAMES.contains(&name));
+        let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(by_default);
         if let (true, Some(bos)) = (adds_bos, bos) {
-            json["post_processor"] = begin_of_sequence(&vocabulary.tokens[bos as usize], bos);
+            json["post_processor"] = load::begin_of_sequence(&vocabulary.tokens[bos as usize], bos);
         }
         Self::from_json(&json.to_string())?.with_special_ids(bos, eos, pad)
     }
@@ -129,7 +136,7 @@ fn byte_pairs(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Value> {
         rules.push(byte_level(false));
         json!({ "type": "Sequence", "pretokenizers": rules })
     };
-    let name = metadata.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let name = metadata.text(PRE)?.unwrap_or("default");
     let mut normalizer = Value::Null;
     let mut ignore_merges = false;
     let pre_tokenizer = match name {
@@ -137,7 +144,7 @@ fn byte_pairs(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Value> {
             json!({ "type": "Sequence", "pretokenizers": [{ "type": "Digits", "individual_digits": true }, byte_level(true)] })
         }
         "gpt-2" | "gpt2" | "phi-2" | "olmo" | "mpt" | "roberta-bpe" => byte_level(true),
-        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" => {
+        name if LLAMA3_NAMES.contains(&name) => {
             ignore_merges = true;
             sequence(vec![split(LLAMA3)])
         }
@@ -229,17 +236,4 @@ fn merges(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Value> {
         b.0.total_cmp(&a.0).then_with(|| length(b.1).cmp(&length(a.1))).then_with(|| length(b.2).cmp(&length(a.2)))
     });
     found.into_iter().map(|(_, left, right)| json!([left, right])).collect()
-}
-
-/// The post-processor that puts one token in front of a text.
-fn begin_of_sequence(token: &str, id: u32) -> Value {
-    json!({
-        "type": "TemplateProcessing",
-        "single": [{ "SpecialToken": { "id": token, "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
-        "pair": [
-            { "SpecialToken": { "id": token, "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } },
-            { "SpecialToken": { "id": token, "type_id": 1 } }, { "Sequence": { "id": "B", "type_id": 1 } },
-        ],
-        "special_tokens": { token: { "id": token, "ids": [id], "tokens": [token] } },
-    })
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use super::{SpecialTokens, Tokenizer, guard};
 use crate::error::{Error, Result};
@@ -14,9 +14,19 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 /// Which tokens are special, and the chat template.
 pub(crate) const CONFIG: &str = "tokenizer_config.json";
 /// An older place for the special tokens.
-const SPECIAL_MAP: &str = "special_tokens_map.json";
+pub(crate) const SPECIAL_MAP: &str = "special_tokens_map.json";
 /// No vocabulary is larger; a larger id is a damaged file.
 const MAX_VOCABULARY: usize = 1 << 24;
+/// The classes of `transformers` whose `add_bos_token` decides, whatever the rules of `tokenizer.json` say: LLaMA's and those made like it.
+const OWN_BOS: [&str; 7] = [
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "CohereTokenizerFast",
+];
 
 /// What a `tokenizer.json` says about its added tokens.
 #[derive(Deserialize)]
@@ -37,8 +47,13 @@ impl Tokenizer {
         let path = folder.join(TOKENIZER);
         let tokenizer = Self::from_json(&base::files::read_to_string(&path)?).map_err(|error| error.in_file(&path))?;
         let mut named = [None, None, None];
+        let mut adds_bos = None;
         for file in [CONFIG, SPECIAL_MAP] {
             let Some(config) = read_object(&folder.join(file))? else { continue };
+            let class = config.get("tokenizer_class").and_then(Value::as_str);
+            if file == CONFIG && class.is_some_and(|class| OWN_BOS.contains(&class)) {
+                adds_bos = config.get("add_bos_token").and_then(Value::as_bool);
+            }
             for (token, key) in named.iter_mut().zip(["bos_token", "eos_token", "pad_token"]) {
                 let name = config.get(key).and_then(|value| value.as_str().or_else(|| value.get("content")?.as_str()));
                 if let (None, Some(name)) = (&token, name) {
@@ -53,7 +68,11 @@ impl Tokenizer {
             }
         }
         let [bos, eos, pad] = named;
-        tokenizer.with_special_ids(bos, eos, pad)
+        let tokenizer = tokenizer.with_special_ids(bos, eos, pad)?;
+        match adds_bos {
+            Some(adds_bos) if adds_bos != tokenizer.adds_bos => tokenizer.with_bos_added(adds_bos),
+            _ => Ok(tokenizer),
+        }
     }
 
     /// Reads a `tokenizer.json`. It does not say which tokens begin and end a sequence:
@@ -122,6 +141,50 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// With rules that put the begin of sequence, if there is one, in front of a text, or that put nothing around it.
+    fn with_bos_added(mut self, adds: bool) -> Result<Self> {
+        let bos = self.bos.filter(|_| adds).and_then(|id| Some((id, self.token(id)?)));
+        let rules = bos.as_ref().map(|(id, token)| serde_json::from_value(begin_of_sequence(token, *id)));
+        let rules: Option<PostProcessorWrapper> =
+            rules.transpose().map_err(|error| Error::malformed(TOKENIZER, error))?;
+        self.inner.with_post_processor(rules);
+        self.adds_bos = bos.is_some();
+        Ok(self)
+    }
+
+    /// The tokenizer of a model with so many embeddings. Added tokens beyond them, of which such a model can make nothing, are found in no
+    /// text: their names are ordinary text.
+    ///
+    /// # Errors
+    /// Ordinary tokens beyond them, or one that begins, ends or pads a sequence.
+    pub(crate) fn with_embeddings(mut self, rows: usize) -> Result<Self> {
+        if self.vocab_size <= rows {
+            return Ok(self);
+        }
+        let ordinary = self.inner.get_vocab(false).values().max().map_or(0, |&id| id as usize + 1);
+        if ordinary > rows {
+            return Err(Error::malformed("tokenizer", format!("{ordinary} tokens, but the embedding has {rows} rows")));
+        }
+        for (name, id) in [("bos_token", self.bos), ("eos_token", self.eos), ("pad_token", self.pad)] {
+            if let Some(id) = id.filter(|&id| id as usize >= rows) {
+                let reason = format!("token {id} is outside the embedding of {rows} rows");
+                return Err(Error::malformed(format!("tokenizer: {name}"), reason));
+            }
+        }
+        let beyond = |id: u32| id as usize >= rows;
+        let added = self.inner.get_added_tokens_decoder();
+        let plain = added.iter().filter(|(id, token)| beyond(**id) && !token.special);
+        // Special tokens are looked for by this type alone.
+        let hidden: Vec<AddedToken> = plain.map(|(_, token)| AddedToken { special: true, ..token.clone() }).collect();
+        for inner in std::iter::once(&mut self.inner).chain(self.continuing.as_deref_mut()) {
+            inner.add_special_tokens(hidden.iter().cloned()).map_err(|error| Error::malformed(TOKENIZER, error))?;
+        }
+        self.special =
+            SpecialTokens::new(added.into_iter().filter(|(id, token)| token.special && !beyond(*id)).collect())?;
+        self.vocab_size = rows;
+        Ok(self)
+    }
+
     /// The `tokenizer.json` of this tokenizer, which [`Tokenizer::from_json`] reads back to the same.
     pub fn to_json(&self) -> Result<String> {
         self.inner.to_string(true).map_err(|error| Error::malformed(TOKENIZER, error))
@@ -186,6 +249,19 @@ pub(super) fn added_token(id: u32, content: &str, special: bool) -> Value {
     json!({
         "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
         "normalized": false, "special": special,
+    })
+}
+
+/// The post-processor that puts one token in front of a text.
+pub(super) fn begin_of_sequence(token: &str, id: u32) -> Value {
+    json!({
+        "type": "TemplateProcessing",
+        "single": [{ "SpecialToken": { "id": token, "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+        "pair": [
+            { "SpecialToken": { "id": token, "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } },
+            { "SpecialToken": { "id": token, "type_id": 1 } }, { "Sequence": { "id": "B", "type_id": 1 } },
+        ],
+        "special_tokens": { token: { "id": token, "ids": [id], "tokens": [token] } },
     })
 }
 

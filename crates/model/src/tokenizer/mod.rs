@@ -177,18 +177,17 @@ impl Tokenizer {
         self.adds_bos
     }
 
-    /// One more than the largest token id.
+    /// One more than the largest token id that text can give.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// Every place in `text` where the name of a special token starts, ascending.
-    pub(crate) fn special_names(&self, text: &str) -> Vec<usize> {
-        let mut starts: Vec<usize> =
-            self.special.every.find_overlapping_iter(text).map(|found| found.start()).collect();
-        starts.sort_unstable();
-        starts.dedup();
-        starts
+    /// Every place in `text` that is the name of a special token, overlapping ones too, by ascending start.
+    pub(crate) fn special_names(&self, text: &str) -> Vec<Range<usize>> {
+        let mut names: Vec<Range<usize>> =
+            self.special.every.find_overlapping_iter(text).map(|found| found.range()).collect();
+        names.sort_unstable_by_key(|name| name.start);
+        names
     }
 }
 

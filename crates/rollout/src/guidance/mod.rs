@@ -17,7 +17,6 @@
 
 pub mod returns;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base::Hint;
@@ -26,6 +25,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::generator::{LogitsContext, LogitsHook};
+use crate::served::Served;
 use crate::{Error, Request, Result, SamplingOptions};
 pub use returns::{Returns, ValueHead, ValueOutputs, Worth};
 
@@ -82,12 +82,6 @@ pub struct Guidance<'a> {
     reader: Mutex<Reader>,
 }
 
-/// A request's name: its prompt and its sample.
-type Name = (u32, u32);
-
-/// Rounds after which a completion that asks for nothing is taken to be finished. One that comes back is read again.
-const FORGET_AFTER: u64 = 64;
-
 /// Tokens that are known one by one, after which they are read again in one piece: every piece costs a little at every later token.
 const PIECES: usize = 32;
 
@@ -95,8 +89,7 @@ const PIECES: usize = 32;
 #[derive(Default)]
 struct Reader {
     workspace: Workspace,
-    known: HashMap<Name, Known>,
-    round: u64,
+    known: Served<Known>,
 }
 
 /// What it knows of one completion.
@@ -111,8 +104,6 @@ struct Known {
     /// Pieces behind `solid`.
     pieces: usize,
     candidates: Vec<Candidate>,
-    /// The last round in which it was asked for.
-    round: u64,
 }
 
 /// A token that may come next.
@@ -170,21 +161,18 @@ impl<'a> Guidance<'a> {
 
     /// Reads what is new in the completions of `rows`, and what is said of every candidate.
     fn read(&self, reader: &mut Reader, rows: &[(LogitsContext<'_>, &[f32])]) -> Result<()> {
-        reader.round += 1;
-        let round = reader.round;
-        reader.known.retain(|_, known| known.round + FORGET_AFTER > round);
+        reader.known.next_round();
         let text = |context: &LogitsContext<'_>| [&context.request.prompt[..], context.completion].concat();
         let mut all: Vec<(Vec<u32>, Known)> = Vec::with_capacity(rows.len());
         for (context, _) in rows {
-            let known = reader.known.remove(&name(context)).unwrap_or_default();
-            all.push((text(context), Known { round, ..known }));
+            all.push((text(context), reader.known.take(context).unwrap_or_default()));
         }
         match self.outputs.head {
             ValueHead::State => self.read_states(&mut reader.workspace, rows, &mut all)?,
             ValueHead::Action => self.read_actions(&mut reader.workspace, rows, &mut all)?,
         }
         for ((context, _), (_, known)) in rows.iter().zip(all) {
-            reader.known.insert(name(context), known);
+            reader.known.keep(context, known);
         }
         Ok(())
     }
@@ -240,7 +228,7 @@ impl<'a> Guidance<'a> {
         for ((_, known), (context, _)) in all.iter_mut().zip(rows) {
             // What the head said is known of the end alone.
             if context.completion.len() <= known.read {
-                *known = Known { round: known.round, ..Known::default() };
+                *known = Known::default();
             }
         }
         let prompts = all.iter().map(|(tokens, known)| {
@@ -306,7 +294,7 @@ impl Known {
     fn after(mut self, completion: &[u32]) -> Self {
         let candidates = std::mem::take(&mut self.candidates);
         if completion.len() < self.read {
-            return Self { round: self.round, ..Self::default() };
+            return Self::default();
         }
         if let [.., last] = completion
             && completion.len() == self.read + 1
@@ -333,10 +321,6 @@ impl Known {
     }
 }
 
-fn name(context: &LogitsContext<'_>) -> Name {
-    (context.request.prompt_id, context.request.sample)
-}
-
 fn failed(error: model::Error) -> Error {
     Error::ValueModel { reason: error.to_string(), hint: error.hint() }
 }
@@ -351,7 +335,7 @@ impl LogitsHook for Guidance<'_> {
         let (worth, floor) = (self.options.worth, self.options.floor);
         let guided: Vec<(usize, f32)> = {
             let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-            let candidates = reader.known.get(&name(context)).map_or(&[][..], |known| &known.candidates);
+            let candidates = reader.known.get(context).map_or(&[][..], |known| &known.candidates);
             let guided = candidates.iter().map(|candidate| {
                 let worth = self.outputs.returns.worth(&candidate.outputs, worth, eta, floor);
                 let logit = f64::from(logits[candidate.token as usize]) + self.temperature * worth / eta;

@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use kernels::Precision;
+use kernels::{Precision, RopeTable};
 
 use super::head::Head;
 use super::identity::Values;
@@ -43,8 +43,7 @@ pub(super) use cache::{Pool, Slots};
 #[derive(Clone)]
 pub(super) struct OnDevice {
     device: Device,
-    /// Cosines and sines of all positions, one tensor of `positions × head_dim` a rotary table.
-    tables: Vec<Tensor>,
+    tables: Arc<[RopeTable]>,
     weights: Option<Weights>,
     /// Why the weights of the last preparation are not there.
     failed: Option<String>,
@@ -82,11 +81,12 @@ impl Decoder {
     /// [`Decoder::prepare`] copies the weights there. 8-bit weights are not for devices.
     ///
     /// # Errors
-    /// A device without the memory for the rotary tables.
+    /// A device that takes no tensor.
     pub fn to_device(&mut self, device: &Device) -> Result<()> {
         self.check_whole();
         self.device = None;
-        self.device = Some(OnDevice::new(self, device)?);
+        Tensor::zeros(1, DType::F32, device)?;
+        self.device = Some(OnDevice::new(self, device));
         self.values = Values::fresh();
         (self.precision, self.base_packed, self.int8) = (None, false, None);
         self.layers.iter_mut().flat_map(Layer::linears_mut).for_each(Linear::release_base);
@@ -163,17 +163,14 @@ fn accumulate(gradients: &mut Gradients, range: &Range<usize>, gradient: &Tensor
 }
 
 impl OnDevice {
-    pub fn new(decoder: &Decoder, device: &Device) -> Result<Self> {
-        let half = decoder.config.head_dim / 2;
-        let table =
-            |table: &kernels::RopeTable| Tensor::from_slice(table.values(), (table.max_positions(), 2 * half), device);
-        Ok(Self {
+    pub fn new(decoder: &Decoder, device: &Device) -> Self {
+        Self {
             device: device.clone(),
-            tables: decoder.tables.iter().map(table).collect::<candle_core::Result<_>>()?,
+            tables: Arc::clone(&decoder.tables),
             weights: None,
             failed: None,
             pool: Pool::new(device, decoder.config.layer_count(), decoder.config.kv_size()),
-        })
+        }
     }
 
     pub fn device(&self) -> &Device {
@@ -337,11 +334,11 @@ impl OnDevice {
 
     /// Cosines and sines of rows at these positions.
     fn angles(&self, positions: &[u32]) -> Result<Vec<(Tensor, Tensor)>> {
-        let positions = Tensor::new(positions, &self.device)?;
-        let of = |table: &Tensor| {
-            let rows = table.index_select(&positions, 0)?.unsqueeze(1)?;
-            let half = rows.dim(2)? / 2;
-            Ok((rows.narrow(2, 0, half)?.contiguous()?, rows.narrow(2, half, half)?.contiguous()?))
+        let of = |table: &RopeTable| {
+            let rows: Vec<&[f32]> = positions.iter().map(|&position| table.row(position as usize)).collect();
+            let width = rows.first().map_or(0, |row| row.len());
+            let rows = Tensor::from_vec(rows.concat(), (positions.len(), 1, width), &self.device)?;
+            Ok((rows.narrow(2, 0, width / 2)?.contiguous()?, rows.narrow(2, width / 2, width / 2)?.contiguous()?))
         };
         self.tables.iter().map(of).collect()
     }
