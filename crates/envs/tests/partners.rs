@@ -115,20 +115,18 @@ fn hello() -> Vec<Line> {
 
 #[test]
 fn a_question_is_one_request_in_openais_form() {
-    let logprobs = json!({"content": [{"token": "hi", "logprob": -0.5}, {"token": "!", "logprob": -1.25}]});
-    let body = json!({"choices": [{"message": {"content": "hi!"}, "logprobs": logprobs, "finish_reason": "length"}]});
+    let body = json!({"choices": [{"message": {"content": "hi!"}, "finish_reason": "length"}]});
     let server = Server::new(vec![Act::Reply(200, "", body.to_string())]);
-    let options = RemoteOptions { log_probs: true, seed: Some(4), temperature: 0.5, max_tokens: 9, ..server.options() };
+    let options = RemoteOptions { seed: Some(4), temperature: 0.5, max_tokens: 9, ..server.options() };
     let reply = partner(options).reply(&hello()).unwrap();
     assert_eq!(reply.text, "hi!");
-    assert_eq!(reply.log_probs, [("hi".to_owned(), -0.5), ("!".to_owned(), -1.25)]);
     assert!(reply.truncated);
     let (head, body) = server.asked().remove(0);
     assert!(head.starts_with("POST /v1/chat/completions HTTP/1.1\r\n"), "{head}");
     assert!(!head.to_lowercase().contains("authorization"));
     let messages = json!([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]);
     let expected = json!({
-        "model": "judge", "messages": messages, "temperature": 0.5, "max_tokens": 9, "seed": 4, "logprobs": true
+        "model": "judge", "messages": messages, "temperature": 0.5, "max_tokens": 9, "seed": 4
     });
     assert_eq!(body, expected);
 }
@@ -287,6 +285,29 @@ fn a_judges_number_becomes_a_value_and_nothing_else_does() {
         "reward judge: the judge's reply has no <score> with a number from 1 to 5: \"Five points.\""
     );
     assert!(score(&stop, &["unheard of"]).unwrap_err().contains("no rule"));
+    let body = json!({"choices": [{"message": {"content": "Well, <sco"}, "finish_reason": "length"}]});
+    let server = Server::new(vec![Act::Reply(200, "", body.to_string())]);
+    assert_eq!(
+        score(&judge(PartnerConfig::Remote(server.options()), OnError::Stop), &["long"]).unwrap_err(),
+        "reward judge: the judge's reply, cut off at `max_tokens`, has no <score> with a number from 1 to 5: \"Well, <sco\""
+    );
+}
+
+#[test]
+fn a_share_of_the_best_score_is_that_score_and_other_fractions_are_none() {
+    let rules = ["8/10", "10 / 10", "1/2", "8/100", "12/10", "0.8", r"\frac{8}{10}"];
+    let rules: Vec<(String, String)> =
+        rules.iter().map(|says| (format!("[{says}]"), format!("<score>{says}</score>"))).collect();
+    let rules: Vec<(&str, &str)> = rules.iter().map(|(when, say)| (when.as_str(), say.as_str())).collect();
+    let asked: Vec<&str> = rules.iter().map(|(when, _)| *when).collect();
+    let judged = |low: f64, high: f64| -> Vec<Option<f64>> {
+        let options = json!({"partner": script(&rules, None), "template": "{completion}", "low": low, "high": high});
+        let options = JudgeOptions { on_error: OnError::Score, ..serde_json::from_value(options).unwrap() };
+        let scores = score(&JudgeReward::new("judge".into(), options).unwrap(), &asked).unwrap();
+        scores.into_iter().map(|(value, status)| (status != Status::Error).then_some(value)).collect()
+    };
+    assert_eq!(judged(0.0, 10.0), [Some(0.8), Some(1.0), None, None, None, Some(0.08), None]);
+    assert_eq!(judged(-10.0, 10.0), [None, None, None, None, None, Some(0.54), None], "where 0 is not the worst");
 }
 
 #[test]

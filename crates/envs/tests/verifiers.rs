@@ -62,6 +62,34 @@ fn the_last_number_is_compared_exactly() {
         ("1e40", "1", Malformed),
         ("1e999999999999999999999999999999", "1", Malformed),
         ("0e999999", "0", Ok),
+        (r"so $\frac{1}{2}$", "1/2", Ok),
+        (r"-\dfrac{ 3 } { 4 }.", "-0.75", Ok),
+        (r"\tfrac{1,000}{-8}", "-125", Ok),
+        (r"\frac{1/2}{0.25}", "2", Ok),
+        (r"\frac{7}{42}", "42", Wrong),
+        (r"\frac{7}{0}", "0", Malformed),
+        (r"\frac{x}{42}", "42", Ok),
+        (r"\frac{\frac{1}{2}}{3}", "3", Ok),
+        (r"1{,}234", "1234", Ok),
+        (r"1,\!234{,}567", "1234567", Ok),
+        // A minus apart from its number, and marks that are none.
+        ("- 5", "-5", Ok),
+        ("x = - 5", "-5", Ok),
+        ("it is: \u{2212} 5", "-5", Ok),
+        (r"so $- 5$ or $-\$5$", "-5", Ok),
+        ("is -$5", "-5", Ok),
+        ("**-€5**", "-5", Ok),
+        ("(- $ 5)", "-5", Ok),
+        ("3 - 5", "5", Ok),
+        ("$3 - $5", "5", Ok),
+        ("$3 -$5", "5", Ok),
+        ("3-$5", "5", Ok),
+        (r"$3$ - 5", "5", Ok),
+        ("5% - 3%", "3", Ok),
+        ("x - 5", "5", Ok),
+        ("the answer - 5", "5", Ok),
+        ("In all:\n- 5 apples", "5", Ok),
+        ("---\n5", "5", Ok),
     ] {
         assert_eq!(verify(completion, gold), expected, "{completion:?} against {gold:?}");
     }
@@ -78,6 +106,8 @@ fn options_change_what_a_number_is() {
     assert_eq!(percent("it is 25 %", "1/4"), Ok);
     assert_eq!(percent("12.5%", "0.125"), Ok);
     assert_eq!(percent("25", "1/4"), Wrong);
+    assert_eq!(percent(r"it is 25\%", "1/4"), Ok);
+    assert_eq!(percent(r"\frac{50\%}{2}", "1/4"), Ok);
 
     let near = number(NumberOptions { tolerance: 0.01, ..defaults() });
     assert_eq!(near("0.3333", "1/3"), Ok);
@@ -107,6 +137,30 @@ fn options_change_what_a_number_is() {
     let boxed = number(NumberOptions { place: Place::Boxed, ..defaults() });
     assert_eq!(boxed(r"so \boxed{42} = 40 + 2", "42"), Ok);
     assert_eq!(boxed(r"so \boxed{}", "42"), Malformed);
+    for (content, gold, expected) in [
+        (r"\frac{7}{42}", "42", Wrong),
+        (r"\frac{1}{2}", "1/2", Ok),
+        (r"\frac{1}{2}", "2", Wrong),
+        (r"1{,}234", "1234", Ok),
+        (r"1{,}234", "234", Wrong),
+        ("-$5", "-5", Ok),
+        ("- 5", "-5", Ok),
+        ("x = 5", "5", Ok),
+        (r"\$5\,\text{ apples}", "5", Ok),
+        (r"25\%", "25", Ok),
+        (r"90^\circ", "90", Ok),
+        (r"\frac{x}{5}", "5", Malformed),
+        (r"3\frac{1}{2}", "1/2", Malformed),
+        (r"\sqrt{5}", "5", Malformed),
+        (r"5\pi", "5", Malformed),
+        ("2^5", "5", Malformed),
+        ("3, 5", "5", Malformed),
+    ] {
+        assert_eq!(boxed(&format!(r"\boxed{{{content}}}"), gold), expected, "{content}");
+    }
+    let units = NumberOptions { place: Place::Boxed, only: true, units: vec!["$".into()], ..defaults() };
+    let units = number(units);
+    assert_eq!((units(r"\boxed{\$5}", "5"), units(r"\boxed{5\%}", "5")), (Ok, Malformed));
 
     for tolerance in [-1.0, f64::NAN, f64::INFINITY] {
         assert!(NumberReward::new("n".into(), NumberOptions { tolerance, ..defaults() }).is_err());
@@ -192,6 +246,11 @@ fn formats_are_checked_to_the_letter() {
     let inside = FormatReward::new("format".into(), inside).unwrap();
     assert_eq!(inside.judge("a</think><answer>b</answer>").status, Status::Ok);
     assert_eq!(inside.judge("<think>a</think><answer>b</answer>").status, Status::Malformed);
+    let open = FormatOptions { tags: vec!["answer".into()], boxed: true, first_tag_open: true, ..Default::default() };
+    let open = FormatReward::new("format".into(), open).unwrap();
+    assert_eq!(open.judge(r"so \boxed{1}</answer>").status, Status::Ok);
+    assert_eq!(open.judge(r"so 1</answer>\boxed{1}").status, Status::Malformed);
+    assert_eq!(open.judge("so 1</answer>").status, Status::Malformed);
     let boxed = FormatOptions { tags: vec![], boxed: true, ..Default::default() };
     let boxed = FormatReward::new("format".into(), boxed).unwrap();
     assert_eq!(boxed.judge(r"so \boxed{\frac{1}{2}}.").status, Status::Ok);
@@ -268,6 +327,10 @@ fn pathological_answers_end_quickly() {
         "1 ".repeat(within / 2),
         "\u{2212}".repeat(within / 3),
         "\u{10ffff}\0\u{202e}".repeat(within / 10),
+        " ".repeat(within / 2) + &"- 1 ".repeat(within / 8),
+        " - $ ".repeat(within / 5) + "1",
+        r"\frac{1}{".repeat(within / 9),
+        r"\frac{".to_owned() + &" ".repeat(within / 2) + "1}{" + &"2".repeat(within / 4),
     ];
     for answer in &answers {
         let started = Instant::now();
@@ -287,7 +350,7 @@ proptest! {
     }
 
     #[test]
-    fn verifiers_never_panic_on_near_misses(text in r"([-+*/^(){}.,=%e0-9 \n−×]|\\frac|\\boxed\{|<think>|</think>|<answer>|</answer>){0,40}") {
+    fn verifiers_never_panic_on_near_misses(text in r"([-+*/^(){}.,=%$€e0-9 \n−×]|\\frac\{1\}\{|\\[$%!]|\\frac|\\boxed\{|<think>|</think>|<answer>|</answer>){0,40}") {
         all_verdicts(&text);
         let found: Vec<_> = Numbers::new(&text, true, true).collect();
         for pair in found.windows(2) {
@@ -404,6 +467,13 @@ fn rows_without_a_usable_answer_are_named() {
             .contains("expects \"seven\" in column \"answer\", which is not a number")
     );
     assert!(message(serde_json::json!({"answer": [7]})).contains("not a text or a number"));
+    assert!(message(serde_json::json!({"answer": "25%"})).contains("not a number"));
+    // Where a percent sign counts, it does in the column too.
+    let options = NumberOptions { percent: true, ..Default::default() };
+    let reward = RewardConfig::new(RewardKind::Number(options)).build().unwrap();
+    let columns = Columns::from_iter([("answer".to_owned(), "25%".into())]);
+    let answer = Answer { prompt_text: "", completion: "a quarter, 1/4", completion_ids: &[], columns: &columns };
+    assert_eq!(reward.score(&[answer]).unwrap()[0].as_ref().map(|score| score.status), Some(Status::Ok));
 }
 
 #[test]

@@ -51,8 +51,9 @@ pub struct Evaluation {
     pub mean_length: f64,
     /// Right answers among the samples of each prompt, in the order of the prompts.
     pub correct: Vec<u32>,
-    /// `(k, pass@k)` for k = 1, 2, 4, ... up to the samples per prompt.
-    pub pass_at_k: Vec<(u32, f64)>,
+    /// `(k, pass@k, its 95 % interval)` for k = 1, 2, 4, ... up to the samples per prompt. pass@1 is the accuracy and has its
+    /// interval; the others are bootstrapped over prompts.
+    pub pass_at_k: Vec<(u32, f64, Interval)>,
     /// Answers by status, in the order of [`Status::ALL`].
     pub statuses: Vec<(Status, usize)>,
     /// Prompts that the reward does not apply to. They count nowhere else, but have their place in `correct`.
@@ -62,10 +63,23 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// For each prompt, whether its first sample is right: what paired tests compare.
-    pub fn solved(&self) -> Vec<bool> {
-        self.samples.iter().filter(|sample| sample.sample == 0).map(Sample::is_right).collect()
+    /// For each prompt, the share of its samples that are right, or nothing where the reward does not apply: what paired tests
+    /// compare. The accuracy is their mean.
+    pub fn shares(&self) -> Vec<Option<f64>> {
+        let count = self.samples.len() / self.correct.len().max(1);
+        self.samples.chunks(count.max(1)).map(share).collect()
     }
+}
+
+/// The share of a prompt's samples that are right; `None` where the reward does not apply to any.
+fn share(samples: &[Sample]) -> Option<f64> {
+    let applies = samples.iter().any(|sample| sample.score.is_some());
+    applies.then(|| right(samples) as f64 / samples.len() as f64)
+}
+
+/// The right ones among samples.
+fn right(samples: &[Sample]) -> usize {
+    samples.iter().filter(|sample| sample.is_right()).count()
 }
 
 /// One answer and its judgement.
@@ -236,14 +250,12 @@ fn judge(
 /// The numbers of an evaluation with `count` consecutive samples for each prompt.
 pub fn summarise(samples: Vec<Sample>, count: u32, seed: u64) -> Evaluation {
     let groups = || samples.chunks(count.max(1) as usize);
-    let applies = |group: &&[Sample]| group.iter().any(|sample| sample.score.is_some());
-    let right = |group: &[Sample]| group.iter().filter(|sample| sample.is_right()).count();
     let reward = |group: &[Sample]| {
         let values: Vec<f64> = group.iter().filter_map(|sample| Some(sample.score.as_ref()?.value)).collect();
         mean(&values)
     };
-    let judged: Vec<&[Sample]> = groups().filter(applies).collect();
-    let shares: Vec<f64> = judged.iter().map(|group| right(group) as f64 / group.len() as f64).collect();
+    let judged: Vec<&[Sample]> = groups().filter(|group| share(group).is_some()).collect();
+    let shares: Vec<f64> = judged.iter().filter_map(|group| share(group)).collect();
     let rewards: Vec<f64> = judged.iter().map(|group| reward(group)).collect();
     let lengths: Vec<f64> = samples.iter().map(|sample| sample.length as f64).collect();
     let interval = match count {
@@ -253,7 +265,7 @@ pub fn summarise(samples: Vec<Sample>, count: u32, seed: u64) -> Evaluation {
     let pass_at = |k: u32| {
         let estimates: Vec<f64> =
             judged.iter().filter_map(|group| pass_at_k(group.len(), right(group), k as usize)).collect();
-        mean(&estimates)
+        (k, mean(&estimates), if k == 1 { interval } else { bootstrap_mean(&estimates, RESAMPLES, seed) })
     };
     let of_status =
         |status| samples.iter().filter_map(|sample| sample.score.as_ref()).filter(|s| s.status == status).count();
@@ -266,7 +278,7 @@ pub fn summarise(samples: Vec<Sample>, count: u32, seed: u64) -> Evaluation {
         correct: groups().map(|group| right(group) as u32).collect(),
         pass_at_k: std::iter::successors(Some(1u32), |k| k.checked_mul(2))
             .take_while(|k| *k <= count)
-            .map(|k| (k, pass_at(k)))
+            .map(pass_at)
             .collect(),
         statuses: Status::ALL.into_iter().map(|status| (status, of_status(status))).collect(),
         not_applicable: groups().count() - judged.len(),

@@ -30,9 +30,9 @@ fn one_sample_a_prompt() {
     assert_eq!((evaluation.accuracy, evaluation.mean_reward), (0.5, 0.5));
     assert_eq!(evaluation.interval, wilson(2, 4));
     assert_eq!(evaluation.correct, [1, 0, 1, 0, 0]);
-    assert_eq!(evaluation.solved(), [true, false, true, false, false]);
+    assert_eq!(evaluation.shares(), [Some(1.0), Some(0.0), Some(1.0), Some(0.0), None]);
     assert_eq!(evaluation.not_applicable, 1);
-    assert_eq!(evaluation.pass_at_k, [(1, 0.5)]);
+    assert_eq!(evaluation.pass_at_k, [(1, 0.5, evaluation.interval)]);
     let counts: Vec<usize> = evaluation.statuses.iter().map(|(_, count)| *count).collect();
     assert_eq!(counts, [2, 1, 0, 1, 0]);
     let text = serde_json::to_string(&evaluation).unwrap();
@@ -53,11 +53,14 @@ fn several_samples_a_prompt() {
     assert!((evaluation.mean_length - 5.5).abs() < 1e-12);
     // pass@2 of one right among four is 1 - C(3, 2) / C(4, 2) = 1/2.
     let expected = [(1, 1.25 / 3.0), (2, 1.5 / 3.0), (4, 2.0 / 3.0)];
-    for ((k, found), (expected_k, value)) in evaluation.pass_at_k.iter().zip(expected) {
+    for ((k, found, interval), (expected_k, value)) in evaluation.pass_at_k.iter().zip(expected) {
         assert_eq!(*k, expected_k);
         assert!((found - value).abs() < 1e-12, "pass@{k}: {found}");
+        // Of three prompts, all may be the one that is never solved, or the one that always is.
+        assert_eq!((interval.low, interval.high), (0.0, 1.0), "pass@{k}");
     }
     assert!(evaluation.interval.contains(evaluation.accuracy));
+    assert_eq!(evaluation.shares(), [Some(1.0), Some(0.25), Some(0.0)]);
 }
 
 /// Right where the completion's first token is even; tells the row it was given.

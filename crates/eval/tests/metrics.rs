@@ -138,7 +138,10 @@ fn a_comparison_is_paired() {
     let before: Vec<bool> = (0..200).map(|index| index % 4 == 0).collect();
     // 50 right before; of those 5 get lost, of the 150 others 45 are gained.
     let after: Vec<bool> = (0..200).map(|index| if index % 4 == 0 { index >= 20 } else { index < 60 }).collect();
-    let comparison = compare(&before, &after, 2000, 1);
+    let shares =
+        |right: &[bool]| -> Vec<Option<f64>> { right.iter().map(|&is| Some(f64::from(u8::from(is)))).collect() };
+    let (before, after) = (shares(&before), shares(&after));
+    let comparison = compare(&before, &after, 2000, 1).unwrap();
     assert_eq!((comparison.gained, comparison.lost), (45, 5));
     close(comparison.difference, 0.2);
     assert_eq!(comparison.p_value, mcnemar_exact(45, 5));
@@ -146,8 +149,20 @@ fn a_comparison_is_paired() {
     let half = 1.96 * (0.21f64 / 200.0).sqrt();
     assert!((comparison.interval.low - (0.2 - half)).abs() < 0.01, "{comparison:?}");
     assert!((comparison.interval.high - (0.2 + half)).abs() < 0.01, "{comparison:?}");
-    let same = compare(&before, &before, 100, 1);
+    let same = compare(&before, &before, 100, 1).unwrap();
     assert_eq!((same.difference, same.p_value, same.interval), (0.0, 1.0, Interval { low: 0.0, high: 0.0 }));
+    assert!(!comparison.shares && !serde_json::to_string(&comparison).unwrap().contains("shares"));
+
+    // Items of which nothing is said one of the times change nothing.
+    let with = |items: &[Option<f64>], others: [Option<f64>; 3]| [items, &others[..]].concat();
+    let known = compare(&with(&before, [None, Some(1.0), None]), &with(&after, [Some(1.0), None, None]), 2000, 1);
+    assert_eq!(known.unwrap(), comparison);
+    assert_eq!(compare(&[None, Some(1.0)], &[Some(1.0), None], 100, 1), None);
+
+    // Shares of several answers.
+    let found = compare(&[Some(0.25), Some(0.5), Some(1.0)], &[Some(0.75), Some(0.25), Some(1.0)], 100, 1).unwrap();
+    assert_eq!((found.gained, found.lost, found.p_value, found.shares), (1, 1, 1.0, true));
+    close(found.difference, 0.25 / 3.0);
 }
 
 proptest! {

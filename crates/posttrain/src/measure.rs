@@ -115,8 +115,8 @@ impl Measurer<'_> {
             measure("reward", found.mean_reward, found.reward_interval.low, found.reward_interval.high),
         ];
         if self.options.samples > 1 {
-            let pass = |(k, value): &(u32, f64)| measure(&format!("pass@{k}"), *value, *value, *value);
-            measures.extend(found.pass_at_k.iter().map(pass));
+            let pass = found.pass_at_k.iter();
+            measures.extend(pass.map(|(k, value, of)| measure(&format!("pass@{k}"), *value, of.low, of.high)));
         }
         let answers = found.samples.chunks(self.options.samples as usize);
         let answers = self
@@ -124,7 +124,13 @@ impl Measurer<'_> {
             .iter()
             .zip(answers)
             .flat_map(|(prompt, samples)| samples.iter().map(|sample| written(prompt, sample)));
-        Ok(Evaluation { step: 0, measures, solved: found.solved(), samples: answers.collect() })
+        let (shares, samples) = (found.shares(), answers.collect());
+        let plain = self.options.samples == 1 && found.not_applicable == 0;
+        let (solved, shares) = match plain {
+            true => (shares.iter().map(|share| *share == Some(1.0)).collect(), Vec::new()),
+            false => (Vec::new(), shares),
+        };
+        Ok(Evaluation { step: 0, measures, solved, shares, samples })
     }
 }
 

@@ -39,14 +39,14 @@ pub(crate) fn text(run: &Run<'_>, stages: &[&str], state: &State) -> String {
         line("95 % confidence intervals in brackets.\n".into());
         evaluation_table(before, after).into_iter().for_each(&mut line);
         if let Some(change) = before.and_then(|before| after.compare(before, run.seed)) {
+            let changed = match change.shares {
+                false => format!("{} solved only after, {} only before", change.gained, change.lost),
+                true => format!("{} more often right after, {} before", change.gained, change.lost),
+            };
+            let test = if change.shares { "sign test's" } else { "McNemar's exact" };
             line(format!(
-                "\nProblem by problem: {} solved only after, {} only before; difference {:+.3} [{:+.3}, {:+.3}], McNemar's exact p = {:.2e}.",
-                change.gained,
-                change.lost,
-                change.difference,
-                change.interval.low,
-                change.interval.high,
-                change.p_value
+                "\nProblem by problem: {changed}; difference {:+.3} [{:+.3}, {:+.3}], {test} p = {:.2e}.",
+                change.difference, change.interval.low, change.interval.high, change.p_value
             ));
         }
     }

@@ -1,4 +1,4 @@
-//! Answers that deserve nothing, made without knowing the right one, and the right one to compare with.
+//! Answers that deserve nothing, and the right one to compare with.
 
 use crate::reward::{RewardConfig, RewardKind};
 use crate::verify::Place;
@@ -52,7 +52,7 @@ impl Layout {
 pub struct Task<'a> {
     /// The prompt as the model sees it.
     pub prompt: &'a str,
-    /// The right answer; only [`wrong`](Task::wrong) and the judge of the judge use it.
+    /// The right answer, from which wrong ones are made.
     pub gold: &'a str,
     /// The right answers of all rows that are tried, in order, each once.
     pub golds: &'a [String],
@@ -123,6 +123,8 @@ pub const ADVERSARIES: &[Adversary] = &[
             format!("{}\n{}", answers.join(" or "), task.layout.put(&task.wrong()))
         },
     },
+    // Two over the answer is never the answer, which would be the square root of 2.
+    Adversary { name: "part of a fraction", answer: |task| task.layout.put(&format!("\\frac{{2}}{{{}}}", task.gold)) },
     Adversary { name: "not a number", answer: |task| task.layout.put("nan") },
     Adversary { name: "infinity", answer: |task| task.layout.put("1e999999") },
     Adversary {

@@ -1,7 +1,7 @@
 //! Partners: other models, or scripts in their place, that answer messages with text.
 //!
-//! A partner judges answers ([`crate::reward::judge`]) or plays the user of a conversation. What a remote model says is
-//! not a function of a seed: a run with one repeats to the same bytes only if the model does.
+//! A partner judges answers ([`crate::reward::judge`]). What a remote model says is not a function of a seed: a run with one
+//! repeats to the same bytes only if the model does.
 
 pub mod remote;
 pub mod scripted;
@@ -36,8 +36,6 @@ impl Line {
 pub struct Reply {
     /// The text.
     pub text: String,
-    /// Its tokens as text with their log-probabilities, where the partner gives them and was asked to.
-    pub log_probs: Vec<(String, f64)>,
     /// Whether the answer was cut off for its length.
     pub truncated: bool,
 }
@@ -148,12 +146,14 @@ pub enum PartnerError {
         reason: String,
     },
     /// A judge replied without a score.
-    #[error("the judge's reply has no {expected}: {reply:?}")]
+    #[error("the judge's reply{} has no {expected}: {reply:?}", if *.truncated { ", cut off at `max_tokens`," } else { "" })]
     NoScore {
         /// What was asked for.
         expected: String,
         /// The beginning of the reply.
         reply: String,
+        /// Whether the reply was cut off for its length.
+        truncated: bool,
     },
     /// A script has no answer.
     #[error("the script has no rule for {0:?}")]
@@ -174,6 +174,7 @@ impl base::Hint for PartnerError {
                 "check that the server runs and `base_url`; for a slow one raise `timeout_seconds` and `deadline_seconds`".into()
             }
             Self::Malformed { .. } => "`base_url` must lead to an OpenAI-compatible server; it usually ends with /v1".into(),
+            Self::NoScore { truncated: true, .. } => "raise the partner's `max_tokens`, or set `on_error = \"score\"` to go on".into(),
             Self::NoScore { .. } => "make the template ask for it more clearly, or set `on_error = \"score\"` to go on".into(),
             Self::NoRule(_) => "give the script an answer for everything else: `otherwise`".into(),
         })

@@ -43,9 +43,6 @@ pub struct RemoteOptions {
     /// Seed that is sent along; servers that know it give the same answer again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Ask for the log-probabilities of the answer's tokens.
-    #[serde(default)]
-    pub log_probs: bool,
     /// Seconds that one attempt may take.
     #[serde(default = "default_timeout")]
     pub timeout_seconds: f64,
@@ -90,7 +87,6 @@ impl RemoteOptions {
             temperature: 0.0,
             max_tokens: default_max_tokens(),
             seed: None,
-            log_probs: false,
             timeout_seconds: default_timeout(),
             deadline_seconds: default_deadline(),
             retries: default_retries(),
@@ -155,13 +151,10 @@ impl Remote {
     }
 
     fn body(&self, lines: &[Line]) -> String {
-        let RemoteOptions { model, temperature, max_tokens, seed, log_probs, .. } = &self.options;
+        let RemoteOptions { model, temperature, max_tokens, seed, .. } = &self.options;
         let mut body = json!({"model": model, "messages": lines, "temperature": temperature, "max_tokens": max_tokens});
         if let Some(seed) = seed {
             body["seed"] = (*seed).into();
-        }
-        if *log_probs {
-            body["logprobs"] = true.into();
         }
         body.to_string()
     }
@@ -260,15 +253,7 @@ fn parse(answer: &Value) -> Result<Reply, String> {
         Value::Null => String::new(),
         other => return Err(format!("`choices[0].message.content` is {}", shorten(&other.to_string()))),
     };
-    let tokens = choice["logprobs"]["content"].as_array().map_or(&[][..], Vec::as_slice);
-    let log_probs = tokens
-        .iter()
-        .map(|entry| match (&entry["token"], entry["logprob"].as_f64()) {
-            (Value::String(token), Some(log_prob)) => Ok((token.clone(), log_prob)),
-            _ => Err(format!("an entry of `logprobs` is {}", shorten(&entry.to_string()))),
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(Reply { text, log_probs, truncated: choice["finish_reason"] == "length" })
+    Ok(Reply { text, truncated: choice["finish_reason"] == "length" })
 }
 
 /// What a server says about a failure: the message in OpenAI's error object, or the text itself.

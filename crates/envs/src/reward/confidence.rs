@@ -22,7 +22,8 @@
 //! not: it is largest at 0 or 1.
 //!
 //! An answer is read as `Answer: <answer>, Confidence: <number>`, at the first place where it stands so; what follows the digits is ignored. It is
-//! right if it equals one of the expected answers in lower case, without punctuation and the articles a, an, the.
+//! right if it equals one of the expected answers in lower case, without punctuation and the articles a, an, the, unless there are only articles; where
+//! an expected answer is a number, if it is the same number. An answer of which nothing is left is wrong.
 //!
 //! With `facts = "several"` a reply states any number of facts of this form, each a bet of its own. A fact is right if it shares enough words with an expected
 //! answer: `F1 = 2 · common / (words of one + words of the other)` above 1/2. Its number must be whole: `8.5` cannot be read, where a single answer's
@@ -32,8 +33,13 @@
 //! its own bet: answers carry no loss, as in the paper, and how many facts a reply states is not paid for. With credit by whole replies all tokens share the
 //! mean, and a reply gains by repeating the fact that it is surest of. A reply without any fact is paid as a whole either way.
 //!
-//! Deviation from the paper, with several facts: there every confidence is sampled anew, at temperature 1, after an answer that was sampled at 0.6. Here
-//! a reply is sampled once.
+//! Deviations from the paper:
+//!
+//! - With several facts, every confidence is sampled anew there, at temperature 1, after an answer that was sampled at 0.6. Here a reply is sampled once.
+//! - An answer to a multiple-choice question cannot be read there if more than one character stands before a colon in it, as in `Rome: a city`. Here it
+//!   is read like any other.
+//! - Numbers are texts there, so that `-5` is `5` and `1,234` is not `1234`; and of the option `A`, an article, nothing is left, which any
+//!   punctuation equals.
 
 use std::ops::Range;
 
@@ -43,6 +49,8 @@ use serde_json::Value;
 
 use super::{Reward, RewardError};
 use crate::score::{Answer, Score, SpanScore, Status};
+use crate::verify::Rational;
+use crate::verify::number::Numbers;
 
 /// How a bet is paid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -186,7 +194,10 @@ impl Facts {
         let mut accepted = accepted.iter().map(String::as_str);
         match self {
             Self::One => is_right(answer, accepted),
-            Self::Several => accepted.any(|accepted| token_f1(answer, accepted) > 0.5),
+            Self::Several => accepted.any(|accepted| match number(accepted).zip(number(answer)) {
+                Some((expected, found)) => expected == found,
+                None => token_f1(answer, accepted) > 0.5,
+            }),
         }
     }
 }
@@ -235,7 +246,7 @@ pub fn token_f1(answer: &str, accepted: &str) -> f64 {
     let mut left: Vec<&str> = accepted.split_whitespace().collect();
     let all = answer.split_whitespace().count() + left.len();
     if all == 0 {
-        return 1.0;
+        return 0.0;
     }
     let taken = answer.split_whitespace().filter(|word| {
         let place = left.iter().position(|other| other == word);
@@ -244,17 +255,35 @@ pub fn token_f1(answer: &str, accepted: &str) -> f64 {
     2.0 * taken.count() as f64 / all as f64
 }
 
-/// Text as answers are compared: lower case, punctuation and underscores as spaces, no articles, single spaces.
+/// Text as answers are compared: lower case, punctuation and underscores as spaces, no articles beside other words, single
+/// spaces.
 pub fn normalised(text: &str) -> String {
     let spaced: String = text.to_lowercase().chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
-    let words = spaced.split_whitespace().filter(|word| !matches!(*word, "a" | "an" | "the"));
-    words.collect::<Vec<_>>().join(" ")
+    let words: Vec<&str> = spaced.split_whitespace().collect();
+    let others: Vec<&str> = words.iter().copied().filter(|word| !ARTICLES.contains(word)).collect();
+    if others.is_empty() { words.join(" ") } else { others.join(" ") }
 }
 
-/// Whether an answer equals one of the accepted ones.
+/// Words that say nothing.
+const ARTICLES: [&str; 3] = ["a", "an", "the"];
+
+/// The number that a text is, beside punctuation and articles; `None` for any other text, or if it does not fit.
+fn number(text: &str) -> Option<Rational> {
+    let mut numbers = Numbers::new(text, true, false);
+    let found = numbers.next().filter(|_| numbers.next().is_none())?;
+    let (before, after) = (&text[..found.start], &text[found.end..]);
+    let apart = !before.ends_with(char::is_alphanumeric) && !after.starts_with(char::is_alphanumeric);
+    let silent = |text: &str| normalised(text).split(' ').all(|word| word.is_empty() || ARTICLES.contains(&word));
+    found.value.filter(|_| apart && silent(before) && silent(after))
+}
+
+/// Whether an answer equals one of the accepted ones: as a number where that is one, else as [`normalised`] text.
 pub fn is_right<'a>(answer: &str, accepted: impl IntoIterator<Item = &'a str>) -> bool {
-    let answer = normalised(answer);
-    accepted.into_iter().any(|accepted| normalised(accepted) == answer)
+    let (text, value) = (normalised(answer), number(answer));
+    accepted.into_iter().any(|accepted| match number(accepted) {
+        Some(expected) => value == Some(expected),
+        None => !text.is_empty() && normalised(accepted) == text,
+    })
 }
 
 /// The accepted answers in a column: a text, a number, or a list of these, and of lists of other names.
@@ -438,7 +467,11 @@ mod tests {
     #[test]
     fn facts_are_right_by_more_than_half_of_their_words() {
         assert_eq!(token_f1("The Beatles", "beatles!"), 1.0);
-        assert_eq!(token_f1("", "a"), 1.0, "nothing is left of either");
+        assert_eq!(
+            (token_f1("", "a"), token_f1("!", ""), token_f1("A.", "a")),
+            (0.0, 0.0, 1.0),
+            "nothing is right in nothing"
+        );
         assert_eq!((token_f1("x", ""), token_f1("x", "y")), (0.0, 0.0));
         // A word counts as often as it is there.
         assert!((token_f1("new york new york", "new york") - 2.0 / 3.0).abs() < 1e-15);
@@ -447,6 +480,8 @@ mod tests {
         assert!(right("austen") && right("emma") && right("Jane Austen, the novelist"));
         assert!(!right("jane smith"), "one half is not enough");
         assert!(!Facts::One.is_right("austen", &["Jane Austen".into()]), "a single answer has to be the same");
+        let right = |answer: &str| Facts::Several.is_right(answer, &["5".into()]);
+        assert!(right("5.0") && right("5 apples") && !right("-5") && !right("!"));
     }
 
     #[test]
@@ -483,6 +518,30 @@ mod tests {
     fn right_answers_may_differ_in_form() {
         assert!(is_right("The  Beatles!", ["beatles"]) && is_right("new_york", ["x", "New York"]));
         assert!(!is_right("beat", ["beatles"]));
+        // Numbers are compared as such.
+        for (answer, expected) in [
+            ("5", "5"),
+            ("the **5**.", "5"),
+            ("$5", "5"),
+            ("5%", "5"),
+            ("1234", "1,234"),
+            ("1.50", "1.5"),
+            ("1/2", "0.5"),
+            ("-5", "- 5"),
+            ("1914 - 1918", "1914-1918"),
+            ("f 16", "F-16"),
+        ] {
+            assert!(is_right(answer, [expected]) && is_right(expected, [answer]), "{answer:?}, {expected:?}");
+        }
+        for (answer, expected) in [("-5", "5"), ("-$5", "$5"), ("5", "5a"), ("5", "u5"), ("5 or 6", "5")] {
+            assert!(!is_right(answer, [expected]) && !is_right(expected, [answer]), "{answer:?}, {expected:?}");
+        }
+        assert!(!is_right("1 5", ["1.5"]));
+        // The letter of an option is no article, and nothing is no answer.
+        assert!(is_right("(A)", ["a"]) && is_right("the", ["The"]));
+        for expected in ["A", "", "!", "?!"] {
+            assert!(!is_right("", [expected]) && !is_right("!!", [expected]), "{expected:?}");
+        }
         assert_eq!(accepted(&serde_json::json!(["a", 3])), Some(vec!["a".into(), "3".into()]));
         assert_eq!(accepted(&serde_json::json!([["a", "b"], 3])), Some(vec!["a".into(), "b".into(), "3".into()]));
         assert_eq!((accepted(&serde_json::json!([])), accepted(&Value::Null)), (None, None));

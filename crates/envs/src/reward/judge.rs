@@ -2,8 +2,8 @@
 //!
 //! The judge is asked once for each answer, by a template that the prompt, the completion and the row's columns fill, and
 //! must reply with a number between `low` and `high` inside the last `<score>...</score>`. The value is that number's place
-//! in the range, from 0 to 1. Nothing else is read into a reply: one without such a number is a failure of the judge, with
-//! status `error`, and never a score.
+//! in the range, from 0 to 1. Where the range begins at 0, `8/10` is 8 if it ends at 10. Nothing else is read into a reply: one
+//! without such a number is a failure of the judge, with status `error`, and never a score.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -111,7 +111,14 @@ impl JudgeReward {
     /// The score in a reply; `None` where there is none.
     fn read(&self, reply: &str) -> Option<Score> {
         let JudgeOptions { low, high, passes, .. } = self.options;
-        let number = number::parse(Place::Tag.find(reply, TAG)?)?.to_f64();
+        let stated = Place::Tag.find(reply, TAG)?;
+        let score = match stated.split_once('/') {
+            Some((score, of)) if low == 0.0 && number::parse(of)?.to_f64() == high => score,
+            None if !stated.contains(r"\frac") => stated,
+            // Of any other fraction it is not said whether it is a number or a share of the range.
+            _ => return None,
+        };
+        let number = number::parse(score)?.to_f64();
         let value = (number - low) / (high - low);
         let status = if value >= passes { Status::Ok } else { Status::Wrong };
         (0.0..=1.0).contains(&value).then(|| Score::new(value, status))
@@ -132,11 +139,12 @@ impl Reward for JudgeReward {
         };
         let judge = |reply: Result<_, PartnerError>| match reply {
             Err(error) => failed(error),
-            Ok(crate::partner::Reply { text, .. }) => match self.read(&text) {
+            Ok(crate::partner::Reply { text, truncated }) => match self.read(&text) {
                 Some(score) => Ok(Some(score)),
                 None => failed(PartnerError::NoScore {
                     expected: format!("<{TAG}> with a number from {} to {}", self.options.low, self.options.high),
                     reply: super::shorten(&text),
+                    truncated,
                 }),
             },
         };

@@ -108,9 +108,13 @@ impl FormatReward {
         if !self.options.boxed {
             return true;
         }
-        let place = match self.options.tags.last() {
-            Some(tag) => Place::Tag.find(completion, tag),
-            None => Some(completion),
+        let place = match &self.options.tags[..] {
+            [] => Some(completion),
+            // The prompt has opened it.
+            [tag] if self.options.first_tag_open => {
+                completion.split_once(&format!("</{tag}>")).map(|(inside, _)| inside)
+            }
+            [.., tag] => Place::Tag.find(completion, tag),
         };
         completion.matches(r"\boxed{").count() == 1 && place.and_then(|text| Place::Boxed.find(text, "")).is_some()
     }

@@ -99,8 +99,12 @@ pub fn difference(change: &eval::paired::Comparison) -> String {
         p if p < 1e-4 => "p < 0.0001".to_owned(),
         p => format!("p = {p:.4}"),
     };
+    let (gained, lost, test) = match change.shares {
+        false => ("became right", "became wrong", "McNemar's exact test"),
+        true => ("more often right", "less often", "sign test"),
+    };
     format!(
-        "{:+.1} points on the same problems (95 % interval {:+.1} to {:+.1}; {} became right, {} became wrong; {p}, McNemar's exact test)",
+        "{:+.1} points on the same problems (95 % interval {:+.1} to {:+.1}; {} {gained}, {} {lost}; {p}, {test})",
         100.0 * change.difference,
         100.0 * change.interval.low,
         100.0 * change.interval.high,

@@ -124,7 +124,7 @@ impl Evaluator for Accuracy {
             high: interval.high,
             items: solved.len(),
         }];
-        Ok(Evaluation { step: 0, measures, solved, samples })
+        Ok(Evaluation { measures, solved, samples, ..Evaluation::default() })
     }
 }
 
