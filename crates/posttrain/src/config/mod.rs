@@ -242,8 +242,10 @@ impl Config {
     /// # Errors
     /// As [`Config::load`], files apart.
     pub fn from_tree(written: Node) -> Result<Self, Failure> {
-        check(&written, Schema::new(&schema()), "")?;
-        let tree = methods::resolve(written)?;
+        let mut tree = Node::default();
+        methods::lay(&mut tree, written)?;
+        check(&tree, Schema::new(&schema()), "")?;
+        let tree = methods::resolve(tree)?;
         let config: Self = load::typed(&tree)?;
         config.validate(&tree)?;
         Ok(config)
