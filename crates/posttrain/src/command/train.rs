@@ -261,6 +261,8 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         directory: output,
         options: config.run.clone(),
         referee: config.referee.clone(),
+    let steps: Vec<u64> =
+        stages.iter().map(|stage| stage.training().steps(stage.rows(), stage.rows_per_step())).collect();
         seed: config.seed,
         precision: config.model.precision.into(),
         decoder: model.decoder,
@@ -287,7 +289,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     drop(watcher);
     match outcome? {
         Outcome::Finished(summary) => {
-            assemble::write(&directory, &summary)?;
+            assemble::write(&directory, &summary, &steps)?;
             finish(&summary, output, terminal)
         }
         Outcome::Interrupted { step } => {
@@ -366,11 +368,11 @@ fn finish(summary: &Summary, output: &Path, terminal: Terminal) -> Result<(), Fa
     for (when, evaluation) in [("before", &summary.before), ("after", &summary.after)] {
         if let Some(measure) = evaluation.as_ref().and_then(|evaluation| evaluation.measures.first()) {
             text += &format!(
-                "{} {when:6} {:5.1} %  (95 % interval {:.1} to {:.1}, {} problems)\n",
+                "{} {when:6} {:5.digits$}{unit}  (95 % interval {:.digits$} to {:.digits$}, {} problems)\n",
                 measure.name,
-                100.0 * measure.value,
-                100.0 * measure.low,
-                100.0 * measure.high,
+                scale * measure.value,
+                scale * measure.low,
+                scale * measure.high,
                 measure.items
             );
         }
@@ -383,3 +385,4 @@ fn finish(summary: &Summary, output: &Path, terminal: Terminal) -> Result<(), Fa
     }
     print(text)
 }
+            let (scale, unit, digits) = measure::scale(&measure.name, 1);
