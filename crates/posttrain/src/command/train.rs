@@ -261,6 +261,9 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         directory: output,
         options: config.run.clone(),
         referee: config.referee.clone(),
+    corpus.sources.extend(judges::sources(&config, opener)?);
+    let steps: Vec<u64> =
+        stages.iter().map(|stage| stage.training().steps(stage.rows(), stage.rows_per_step())).collect();
     let steps: Vec<u64> =
         stages.iter().map(|stage| stage.training().steps(stage.rows(), stage.rows_per_step())).collect();
         seed: config.seed,
