@@ -245,6 +245,16 @@ fn a_new_run_harms_nothing_that_is_there() {
     copy(&RUN.path().join("run"), &folder.path().join("run"));
     write(folder.path(), "run/notes.txt", "mine");
     refused(&train(&["--output", "run"]), &["already holds a run"]);
+    // A run that cannot begin takes nobody's place.
+    let overwrite = |set: &str| train(&["--output", "run", "--overwrite", "--set", set]);
+    refused(&overwrite("data.train=['nowhere.jsonl']"), &["nowhere.jsonl"]);
+    refused(&overwrite("model.name='run'"), &["run lies in it, which the new run reads"]);
+    assert_same_run(&RUN.path().join("run"), &{
+        let copied = folder.path().join("copied");
+        copy(&folder.path().join("run"), &copied);
+        fs::remove_file(copied.join("notes.txt")).unwrap();
+        copied
+    });
     expect(0, &train(&["--output", "run", "--overwrite"]));
     assert_eq!(fs::read_to_string(folder.path().join("run/notes.txt")).unwrap(), "mine");
     fs::remove_file(folder.path().join("run/notes.txt")).unwrap();

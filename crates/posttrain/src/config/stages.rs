@@ -291,6 +291,16 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// The models that it reads beside the one that is trained, by the names that the recipe gives.
+    pub fn models_beside(self) -> Vec<&'a str> {
+        match self {
+            Self::Distillation(options) => options.teachers.iter().map(|teacher| &*teacher.model).collect(),
+            Self::Policy(options) => options.value.init.iter().map(String::as_str).collect(),
+            Self::ValueModel(options) => options.reference.iter().map(String::as_str).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether it compares with the model it started from.
     pub fn needs_reference(self) -> bool {
         match self {
