@@ -427,7 +427,7 @@ pub struct Generate {
     #[arg(long, short)]
     pub prompt: Option<String>,
     /// A system message for `--prompt`
-    #[arg(long)]
+    #[arg(long, requires = "prompt", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Take prompts as plain text, without the chat template
     #[arg(long)]

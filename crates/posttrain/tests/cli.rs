@@ -72,6 +72,9 @@ shows! {
     missing_data: ["train", "rows.toml", "--set", "data.train=['nowhere.jsonl']"];
     unknown_model: ["generate", "--model", "smolm2-135m-instruct", "--prompt", "hi"];
     offline_and_uncached: ["generate", "--offline", "--prompt", "hi"];
+    pull_offline: ["pull", "--offline", "smollm2-135m-instruct"];
+    system_message_without_a_prompt: ["generate", "--model", "tiny-llama", "--system", "Be brief."];
+    system_message_without_a_template: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--raw", "--system", "Be brief."];
     resume_without_a_run: ["resume", "nowhere"];
     merge_without_an_adapter: ["merge", "tiny-llama", "--out", "merged"];
     wrong_flag_value: ["doctor", "--threads", "0"];
@@ -250,7 +253,20 @@ fn generate_reads_lines_and_writes_lines() {
 
     let output = generate(&write(folder.path(), "bad.jsonl", "{\"prompt\": \"a\"}\n{\"question\": \"b\"}\n"));
     expect(1, &output);
-    assert!(stderr(&output).contains("standard input, line 2"), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 2: expected an object with `prompt`"), "{told}");
+    let output = generate(&write(folder.path(), "list.jsonl", "\u{feff}{\"prompt\": \"a\"}\n[1, 2]\n"));
+    expect(1, &output);
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 2: expected an object, got a list"), "{told}");
+    let output = posttrain(folder.path())
+        .args(["generate", "--model", "tiny-llama", "--raw"])
+        .stdin(std::fs::File::open(&path).unwrap())
+        .output()
+        .unwrap();
+    expect(1, &output);
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 3: expected a text in `prompt`, as `--raw` says"), "{told}");
 }
 
 #[test]
