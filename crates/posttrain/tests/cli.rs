@@ -72,9 +72,6 @@ shows! {
     missing_data: ["train", "rows.toml", "--set", "data.train=['nowhere.jsonl']"];
     unknown_model: ["generate", "--model", "smolm2-135m-instruct", "--prompt", "hi"];
     offline_and_uncached: ["generate", "--offline", "--prompt", "hi"];
-    pull_offline: ["pull", "--offline", "smollm2-135m-instruct"];
-    system_message_without_a_prompt: ["generate", "--model", "tiny-llama", "--system", "Be brief."];
-    system_message_without_a_template: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--raw", "--system", "Be brief."];
     resume_without_a_run: ["resume", "nowhere"];
     merge_without_an_adapter: ["merge", "tiny-llama", "--out", "merged"];
     wrong_flag_value: ["doctor", "--threads", "0"];
@@ -84,6 +81,17 @@ shows! {
     guide_without_a_price: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--raw", "--guide", "tiny-llama", "--guide-eta", "0"];
     price_without_a_guide: ["generate", "--model", "tiny-llama", "--prompt", "hi", "--guide-eta", "0.2"];
     bench_beyond_the_context: ["bench", "--model", "tiny-llama", "--length", "513", "--quiet"];
+}
+
+#[test]
+fn flags_that_would_be_left_out_are_refused() {
+    let told = run(&["pull", "--offline", "smollm2-135m-instruct"]);
+    assert!(told.starts_with("exit 1") && told.contains("--offline forbids to fetch it"), "{told}");
+    let system = ["generate", "--model", "tiny-llama", "--system", "Be brief."];
+    let told = run(&system);
+    assert!(told.starts_with("exit 2") && told.contains("--prompt"), "{told}");
+    let told = run(&[&system[..], &["--prompt", "hi", "--raw"]].concat());
+    assert!(told.starts_with("exit 2") && told.contains("'--raw'"), "{told}");
 }
 
 #[test]
