@@ -85,13 +85,23 @@ pub fn read_to_string(path: &Path) -> Result<String, FileError> {
     fs::read_to_string(path).map_err(io_error("read", path))
 }
 
-/// Writes `bytes` to `path` so that the file is whole or untouched. Creates the folders above it.
+/// Writes `bytes` to `path` so that the file is whole or untouched. Creates the folders above it. A link stays one: what it leads to
+/// is written. What is no file (a pipe, a device) is written as it is.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     write_with(path, |file| file.write_all(bytes))
 }
 
 /// Like [`write()`], for content that is produced piece by piece.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>) -> Result<(), FileError> {
+    let real = match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => match path.canonicalize() {
+            Ok(real) if found.is_file() => Some(real),
+            // A rename would put a file in its place, and what has no path of its own cannot be renamed to.
+            _ => return write_through(path, fill),
+        },
+        _ => None,
+    };
+    let path = real.as_deref().unwrap_or(path);
     let folder = parent(path);
     fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;
     let aside = aside(path);
@@ -106,6 +116,16 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut io::BufWriter<File>) -> io
         return Err(FileError::Io { action: "write", path: path.to_owned(), source });
     }
     rename(&aside, path)
+}
+
+/// Writes to what is there.
+fn write_through(path: &Path, fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>) -> Result<(), FileError> {
+    let filled = (|| {
+        let mut writer = io::BufWriter::new(File::options().write(true).truncate(true).open(path)?);
+        fill(&mut writer)?;
+        writer.flush()
+    })();
+    filled.map_err(io_error("write", path))
 }
 
 /// Renames a file or folder that is already synced, and syncs the folder above.
@@ -298,6 +318,23 @@ mod tests {
         assert!(matches!(error, Err(FileError::Io { action: "write", .. })));
         assert_eq!(read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no leftover");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_a_link_leads_to_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link, null) = (folder.path().join("a/file"), folder.path().join("link"), folder.path().join("null"));
+        write(&file, b"old").unwrap();
+        std::os::unix::fs::symlink("a/file", &link).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &null).unwrap();
+        write(&link, b"new").unwrap();
+        write(&null, b"nothing").unwrap();
+        assert_eq!(read(&file).unwrap(), b"new");
+        for link in [link, null] {
+            assert!(fs::symlink_metadata(&link).unwrap().is_symlink(), "{}", link.display());
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "no leftover");
     }
 
     #[test]

@@ -106,7 +106,8 @@ impl Hint for Error {
             Self::File(error) => error.hint(),
             Self::Format { .. } => Some("data files end in .jsonl, .json or .parquet".into()),
             Self::NoFiles { .. } => Some(
-                "give a .jsonl, .json or .parquet file, a folder of them, or a pattern such as \"data/*.jsonl\"".into(),
+                "give a .jsonl, .json or .parquet file, a folder with .jsonl or .parquet files, or a pattern such as \"data/*.jsonl\""
+                    .into(),
             ),
             Self::Damaged { .. } => Some(DAMAGED.into()),
             Self::Empty(_) => Some("check the files, and what was left out of them and why".into()),

@@ -17,25 +17,29 @@ struct Auditor {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     rendering: RenderOptions,
-    used: Use,
+    used: Vec<Use<'static>>,
+    held_out: Vec<Use<'static>>,
 }
 
 impl Default for Auditor {
     fn default() -> Self {
         let (tokenizer, template) = (Tokenizer::bytes().unwrap(), ChatTemplate::chatml().unwrap());
-        Self { tokenizer, template, rendering: RenderOptions::default(), used: Use::Learn }
+        let (used, held_out) = (vec![Use::Learn], vec![Use::Answer]);
+        Self { tokenizer, template, rendering: RenderOptions::default(), used, held_out }
     }
 }
 
 impl Auditor {
     fn audit(&self, train: &[Value], test: &[Value]) -> Audit {
         let lines = |rows: &[Value]| rows.iter().map(|row| format!("{row}\n")).collect::<String>();
-        self.audit_lines(&lines(train), &lines(test))
+        self.audit_lines(&lines(train), "", &lines(test))
     }
 
-    fn audit_lines(&self, train: &str, test: &str) -> Audit {
+    fn audit_lines(&self, train: &str, forget: &str, test: &str) -> Audit {
         let read = |text: &str, name: &str| jsonl::parse_each(text.as_bytes(), Path::new(name)).collect();
-        let rows = Rows { train: read(train, "train.jsonl"), generated: Vec::new(), test: read(test, "test.jsonl") };
+        let (train, forget, test) =
+            (read(train, "train.jsonl"), read(forget, "forget.jsonl"), read(test, "test.jsonl"));
+        let rows = Rows { train, generated: Vec::new(), forget, test };
         let setting = Setting {
             tokenizer: &self.tokenizer,
             template: Some(&self.template),
@@ -43,7 +47,8 @@ impl Auditor {
             answer: 20,
             held_out_answer: 50,
             rendering: &self.rendering,
-            used: self.used,
+            used: &self.used,
+            held_out: &self.held_out,
         };
         audit(rows, setting, 2)
     }
@@ -86,7 +91,7 @@ fn sound_rows_are_left_alone() {
 fn every_bad_row_is_named_and_the_others_are_still_looked_at() {
     let lines = "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \n[1]\n\
                  {\"prompt\": \"a\", \"completion\": 3}\n{\"text\": \"c\"}\n{\"prompt\": \"d\", \"completion\": \"e\"}\n";
-    let audit = Auditor::default().audit_lines(lines, "");
+    let audit = Auditor::default().audit_lines(lines, "", "");
     assert_eq!(
         found(&audit),
         [
@@ -154,7 +159,7 @@ fn long_rows_are_told_by_what_happens_to_them() {
     assert_eq!(found(&with(Overlong::Truncate)), [at(Check::TooLong, 3), at(Check::TruncatedCompletion, 2)]);
     assert_eq!(with(Overlong::Error).count(Severity::Error), 2);
     // An answer needs room behind a prompt.
-    let prompts = Auditor { used: Use::Answer, ..Auditor::default() };
+    let prompts = Auditor { used: vec![Use::Answer], ..Auditor::default() };
     let audit = prompts.audit(&[json!({"prompt": "p".repeat(180)}), json!({"prompt": "q".repeat(181)})], &[]);
     assert_eq!(found(&audit), [at(Check::TooLong, 2)]);
 }
@@ -191,19 +196,59 @@ fn columns_are_counted_with_their_types() {
         .collect();
     let mut rows = rows;
     rows[3].as_object_mut().unwrap().remove("answer");
-    let audit = Auditor { used: Use::Answer, ..Auditor::default() }.audit(&rows, &[]);
+    let audit = Auditor { used: vec![Use::Answer], ..Auditor::default() }.audit(&rows, &[]);
     assert_eq!(found(&audit), [at(Check::MixedColumn, 8), at(Check::MissingValue, 4)]);
     let answer = audit.columns.iter().find(|column| column.name == "answer").unwrap();
     let types: Vec<(&str, usize)> = answer.types.iter().map(|seen| (seen.name, seen.rows)).collect();
     assert_eq!((answer.rows, types), (19, vec![("a string", 18), ("a number", 1)]));
 }
 
+#[test]
+fn rows_are_looked_at_as_they_are_used() {
+    let rows = [pair("a", "b"), pair(&"c".repeat(190), "d")];
+    let used = |used: &[Use<'static>]| {
+        let audit = Auditor { used: used.to_vec(), ..Auditor::default() }.audit(&rows, &[]);
+        (found(&audit), audit.findings.first().map(|finding| finding.detail.clone()).unwrap_or_default())
+    };
+    assert_eq!(used(&[Use::Learn]).0, []);
+    // What is not a pair is not compared, and what has no score is not learnt.
+    for (wrong, expected) in [
+        (Use::Compare, "expected preference, got a prompt-completion row"),
+        (Use::Judge, "expected unpaired preference or preference, got a prompt-completion row"),
+        (Use::Score, "score: missing"),
+        (Use::Steps("\n"), "expected stepwise supervision, got a prompt-completion row"),
+    ] {
+        let (found, detail) = used(&[wrong]);
+        assert_eq!(found, [at(Check::Unusable, 1), at(Check::Unusable, 2)], "{wrong:?}");
+        assert!(detail.ends_with(expected), "{detail}");
+        assert_eq!(used(&[Use::Imitate, wrong]).0.len(), 2, "{wrong:?} in a later stage");
+    }
+    // Imitated it fits; answered in a later stage, there is no room behind the prompt.
+    assert_eq!(used(&[Use::Imitate, Use::Answer]).0, [at(Check::TooLong, 2)]);
+    let pairs = [json!({"prompt": "a", "chosen": "b", "rejected": "c".repeat(300)})];
+    let audit = Auditor { held_out: vec![Use::Compare], ..Auditor::default() }.audit(&rows[..1], &pairs);
+    assert!(found(&audit).contains(&(Check::TooLong, "test.jsonl, row 1".to_owned())), "{:?}", found(&audit));
+}
+
+#[test]
+fn rows_to_forget_are_looked_at_too() {
+    let audit =
+        Auditor::default().audit_lines("", "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"c\"}\n[]\n", "");
+    let row = |check, row: u64| (check, format!("forget.jsonl, row {row}"));
+    assert_eq!(found(&audit), [row(Check::Unusable, 3), row(Check::MixedTypes, 2)]);
+    assert_eq!((audit.train, audit.forget, audit.test), (0, 2, 0));
+}
+
+/// Everything that rows are used for.
+const USES: [Use<'static>; 7] =
+    [Use::Learn, Use::Answer, Use::Imitate, Use::Compare, Use::Judge, Use::Score, Use::Steps(" ")];
+
 proptest! {
     #[test]
-    fn no_lines_make_it_panic(lines in prop::collection::vec(line(), 0..8), used in prop::sample::select(vec![Use::Learn, Use::Answer])) {
-        let auditor = Auditor { used, ..Auditor::default() };
+    fn no_lines_make_it_panic(lines in prop::collection::vec(line(), 0..8), used in prop::sample::subsequence(USES.to_vec(), 1..=USES.len())) {
+        let auditor = Auditor { held_out: used.clone(), used, ..Auditor::default() };
         let text = lines.join("\n");
-        let audit = auditor.audit_lines(&text, &text);
+        let audit = auditor.audit_lines(&text, &text, &text);
         for sequence in audit.specimens.iter().flat_map(|specimen| &specimen.sequences) {
             let shown: String = pieces(&auditor.tokenizer, sequence).into_iter().map(|piece| piece.text).collect();
             prop_assert_eq!(shown, auditor.tokenizer.decode_with_special(&sequence.ids));

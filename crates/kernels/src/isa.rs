@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 /// An instruction set that kernels are compiled for.
 ///
 /// The best one that the processor has is used, unless the environment variable `POSTTRAIN_ISA` names another
-/// (`avx512bf16`, `avx512`, `avx2`, `neon`, `portable`) or [`Isa::with`] forces one.
+/// (`avx512bf16`, `avx512`, `avx2`, `neon`, `portable`; empty for none) or [`Isa::with`] forces one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512 (F, BW, DQ, VL) with the bfloat16 dot product `VDPBF16PS`.
@@ -54,23 +54,28 @@ impl Isa {
         self == Isa::Avx512Bf16
     }
 
+    /// The instruction set that `POSTTRAIN_ISA` names, or else the best that the processor has.
+    ///
+    /// # Errors
+    /// A name that is none, or that of one which the processor does not have.
+    pub fn chosen() -> Result<Isa, String> {
+        let best = Isa::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Isa::Portable);
+        let Some(name) = std::env::var_os("POSTTRAIN_ISA").filter(|name| !name.is_empty()) else { return Ok(best) };
+        match name.to_string_lossy().parse::<Isa>() {
+            Ok(isa) if isa.available() => Ok(isa),
+            Ok(isa) => Err(format!("POSTTRAIN_ISA: this processor has no {isa}; the best it has is {best}")),
+            Err(error) => Err(format!("POSTTRAIN_ISA: {error}")),
+        }
+    }
+
     /// The instruction set that kernels called from this thread use.
     ///
     /// # Panics
-    /// If `POSTTRAIN_ISA` names none, or one that the processor does not have.
+    /// If `POSTTRAIN_ISA` names none ([`Isa::chosen`]).
     pub fn current() -> Isa {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
-        FORCED.get().unwrap_or_else(|| {
-            *DETECTED.get_or_init(|| {
-                let best = Isa::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Isa::Portable);
-                let Ok(name) = std::env::var("POSTTRAIN_ISA") else { return best };
-                match name.parse::<Isa>() {
-                    Ok(isa) if isa.available() => isa,
-                    Ok(isa) => panic!("POSTTRAIN_ISA: this processor has no {isa}; the best it has is {best}"),
-                    Err(error) => panic!("POSTTRAIN_ISA: {error}"),
-                }
-            })
-        })
+        let detected = || *DETECTED.get_or_init(|| Isa::chosen().unwrap_or_else(|reason| panic!("{reason}")));
+        FORCED.get().unwrap_or_else(detected)
     }
 
     /// Runs `work` with the kernels that it calls from this thread compiled for this instruction set. A

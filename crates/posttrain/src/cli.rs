@@ -225,7 +225,7 @@ pub struct Several {
     #[arg(long, help_heading = "Several models", value_enum, requires = "frontier")]
     pub utility: Option<Utility>,
     /// What a nat of divergence from the model before training costs, in standard deviations of an objective [default: 0]
-    #[arg(long, help_heading = "Several models", value_name = "COST", requires = "frontier")]
+    #[arg(long, help_heading = "Several models", value_name = "COST", requires = "frontier", value_parser = finite)]
     pub kl_weight: Option<f64>,
     /// Answer with a mixture of models that were trained from one, each by its share; repeat for every model
     #[arg(long, help_heading = "Several models", value_name = "MODEL", conflicts_with = "model")]
@@ -236,6 +236,17 @@ pub struct Several {
     /// Of so many candidates of the mixture, answer with one by the mixture's law of whole answers; 1 mixes token by token
     #[arg(long, help_heading = "Several models", value_name = "N", default_value_t = 1, requires = "mix", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub candidates: u32,
+}
+
+/// A number that is one.
+fn finite(text: &str) -> Result<f64, String> {
+    let number = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if f64::is_finite(number) { Ok(number) } else { Err("expected a finite number".into()) }
+}
+
+/// A number above 0.
+fn positive(text: &str) -> Result<f64, String> {
+    finite(text).ok().filter(|number| *number > 0.0).ok_or_else(|| "expected a finite number above 0".into())
 }
 
 /// How objectives are weighed.
@@ -350,7 +361,7 @@ pub struct MixWeights {
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
     /// Its step size times the root of the steps
-    #[arg(long, value_name = "C", default_value_t = 1.0)]
+    #[arg(long, value_name = "C", default_value_t = 1.0, value_parser = positive)]
     pub rate: f64,
     /// Print one JSON object with everything instead
     #[arg(long)]
@@ -416,7 +427,7 @@ pub struct Generate {
     #[arg(long, short)]
     pub prompt: Option<String>,
     /// A system message for `--prompt`
-    #[arg(long)]
+    #[arg(long, requires = "prompt", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Take prompts as plain text, without the chat template
     #[arg(long)]

@@ -16,7 +16,7 @@ use train::run::DataSource;
 use train::verdicts::Held;
 
 use crate::config::environment::EnvironmentOptions;
-use crate::config::{Config, Rows, TaskOptions};
+use crate::config::{Config, Rows, Stage, TaskOptions};
 use crate::failure::Failure;
 use crate::terminal::Terminal;
 
@@ -69,15 +69,28 @@ impl Corpus {
         let mut corpus = Self::for_evaluation(config, language, terminal)?;
         let rows = train_rows(config, &mut corpus.sources)?;
         let samples = data::sample::parse(rows)?;
+        let room = |stage: &Stage<'_>| match stage.sampling() {
+            Some(sampling) => {
+                language.with_room(&format!("{}.sampling.max_new_tokens", stage.method()), sampling.max_new_tokens)
+            }
+            None => Ok(language),
+        };
+        // Stages that sample share their prompts, which must leave room for the longest answers.
+        let rooms = config.stages().iter().map(room).collect::<Result<Vec<_>, Failure>>()?;
+        let shared = rooms.into_iter().min_by_key(|language| language.context).unwrap_or(language);
+        let mut rendered = Vec::new();
         for stage in config.stages() {
-            let language = match stage.sampling() {
-                Some(sampling) => {
-                    language.with_room(&format!("{}.sampling", stage.method()), sampling.max_new_tokens)?
-                }
-                None => language,
-            };
-            let renderer = language.renderer(&config.rendering);
             for rows in stage.rows() {
+                if rendered.contains(&rows) {
+                    continue;
+                }
+                rendered.push(rows);
+                let language = match rows {
+                    Rows::Prompts => shared,
+                    Rows::Hints(_) => room(&stage)?,
+                    _ => language,
+                };
+                let renderer = language.renderer(&config.rendering);
                 match rows {
                     Rows::Examples => {
                         corpus.examples = kept(renderer.examples(&samples)?, "training examples", terminal);
@@ -185,11 +198,12 @@ impl Corpus {
         }
         let samples = data::sample::parse(rows)?;
         if !config.rewards.is_empty() || config.environment.is_some() {
-            let mut language = language.with_room("evaluation.sampling", config.evaluation.sampling.max_new_tokens)?;
+            let mut language =
+                language.with_room("evaluation.sampling.max_new_tokens", config.evaluation.sampling.max_new_tokens)?;
             if let Some(test_time) = &config.test_time {
                 // A step may begin just before the answer is as long as it may be.
                 let longest = test_time.sampling.max_new_tokens + test_time.max_step_tokens;
-                language = language.with_room("test_time.sampling", longest)?;
+                language = language.with_room("test_time.sampling.max_new_tokens", longest)?;
             }
             corpus.test = kept(language.renderer(&config.rendering).prompts(&samples)?, "held-out problems", terminal);
         }
@@ -203,15 +217,20 @@ impl Corpus {
 }
 
 impl<'a> Language<'a> {
-    /// For prompts that `table` answers with up to `max_new_tokens` tokens: what is left of the context for them.
-    pub fn with_room(self, table: &str, max_new_tokens: usize) -> Result<Self, Failure> {
+    /// For prompts that are answered with up to `max_new_tokens` tokens, as `option` says (a dotted key, or a flag): what is left of
+    /// the context for them.
+    pub fn with_room(self, option: &str, max_new_tokens: usize) -> Result<Self, Failure> {
         match self.context.checked_sub(max_new_tokens) {
             None | Some(0) => {
                 let failure = Failure::new(format!(
-                    "`{table}.max_new_tokens`: {max_new_tokens} tokens leave no room for a prompt in the model's context of {}",
+                    "`{option}`: {max_new_tokens} tokens leave no room for a prompt in the model's context of {}",
                     self.context
                 ));
-                Err(failure.hint(format!("lower it: `--set {table}.max_new_tokens={}`", self.context / 2)))
+                let enough = self.context / 2;
+                Err(failure.hint(match option.starts_with("--") {
+                    true => format!("lower it: `{option} {enough}`"),
+                    false => format!("lower it: `--set {option}={enough}`"),
+                }))
             }
             Some(context) => Ok(Self { context, ..self }),
         }
@@ -261,7 +280,8 @@ pub fn rows_to_audit(config: &Config) -> Result<data::audit::Rows, Failure> {
         true => Ok(Vec::new()),
         false => data::read::read_each(files, &config.data.columns),
     };
-    let mut rows = data::audit::Rows { train: read(&config.data.train)?, ..Default::default() };
+    let (train, forget) = (read(&config.data.train)?, read(&config.data.forget)?);
+    let mut rows = data::audit::Rows { train, forget, ..Default::default() };
     for task in &config.tasks {
         rows.generated.extend(made_rows(task, config.seed, config.compares())?);
         rows.test.extend(test_rows(task, config.compares())?.into_iter().map(Ok));
@@ -404,4 +424,35 @@ fn source_of(part: &str, name: &str, rows: &[Row]) -> DataSource {
         text.push('\n');
     }
     DataSource { name: format!("{part}: {name}"), rows: rows.len(), sha256: files::sha256_of(text.as_bytes()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+    use crate::config::tree::Node;
+
+    /// A prompt of two hundred tokens fits answers of fifty and not of eighty, in a context of 256.
+    #[test]
+    fn prompts_leave_room_for_the_longest_answers_and_examples_need_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("rows.jsonl");
+        let row = |prompt: &str| json!({"prompt": prompt, "completion": "b"}).to_string() + "\n";
+        files::write(&file, (row("a") + &row(&"a".repeat(200))).as_bytes()).unwrap();
+        let tokenizer = Tokenizer::bytes().unwrap();
+        let language = Language { tokenizer: &tokenizer, template: None, context: 256 };
+        let (terminal, file) = (Terminal::new(true, true), file.display());
+        let sizes = |stages: &str| {
+            let text = format!("{stages}\n[[rewards]]\ntype = 'number'\n[data]\ntrain = ['{file}']\n");
+            let config = Config::from_tree(Node::from_text("recipe.toml", text).unwrap()).unwrap();
+            let corpus = Corpus::for_training(&config, language, terminal).unwrap();
+            (corpus.prompts.len(), corpus.examples.len())
+        };
+        let (short, long) = ("[grpo]\nsampling.max_new_tokens = 50\n", "[star]\nsampling.max_new_tokens = 80\n");
+        assert_eq!(sizes(short), (2, 0));
+        assert_eq!(sizes(long), (1, 0));
+        assert_eq!(sizes(&[long, short].concat()), (1, 0), "both stages are given the same prompts");
+        let mixed = "[gkd]\nsampling.max_new_tokens = 80\nteachers = [{ model = 'tiny' }]\n";
+        assert_eq!(sizes(&["[sft]\n", mixed].concat()), (1, 2), "what is imitated is not answered");
+    }
 }

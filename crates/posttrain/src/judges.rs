@@ -2,6 +2,7 @@
 
 use envs::{ModelRewardOptions, Reward, RewardError};
 use train::judges::{Judge, ModelReward};
+use train::run::DataSource;
 
 use crate::config::Config;
 use crate::failure::Failure;
@@ -15,6 +16,14 @@ pub fn judgement(config: &Config, opener: Opener) -> Result<Box<dyn Reward>, Fai
 /// What a recipe pays for answers, its reward models loaded.
 pub fn rewards(config: &Config, opener: Opener) -> Result<Box<dyn Reward>, Failure> {
     config.reward(&mut |name, options| load(name, options, config, opener))
+}
+
+/// The models behind the rewards of a recipe, for what a run writes down of its origin.
+pub fn sources(config: &Config, opener: Opener) -> Result<Vec<DataSource>, Failure> {
+    let source = |name: &&str| {
+        Ok(DataSource { name: format!("reward model: {name}"), rows: 0, sha256: opener.digest(name)?.get()? })
+    };
+    config.reward_models().iter().map(source).collect()
 }
 
 /// A reward of this name, made of models that are loaded here.

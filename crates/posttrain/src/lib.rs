@@ -11,6 +11,7 @@ pub mod failure;
 pub mod frontier_file;
 pub mod interrupt;
 pub mod judges;
+pub mod lines;
 pub mod measure;
 pub mod opened;
 pub mod plan;

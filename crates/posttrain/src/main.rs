@@ -1,5 +1,6 @@
 //! The `posttrain` binary.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -16,7 +17,8 @@ fn main() -> ExitCode {
     match posttrain::command::run(&cli, terminal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprint!("{}", failure.render(terminal.color));
+            // The exit code says that it failed, even if nobody listens.
+            let _ = write!(std::io::stderr(), "{}", failure.render(terminal.color));
             ExitCode::from(failure.exit_code())
         }
     }

@@ -134,6 +134,17 @@ impl Measurer<'_> {
     }
 }
 
+/// Whether a measure of this name is a share, from 0 to 1, which people read in percent.
+pub fn is_share(name: &str) -> bool {
+    matches!(name, "accuracy" | "preference_accuracy") || name.starts_with("pass@")
+}
+
+/// How people read a measure: the factor of its numbers, their unit, and digits after the point. Shares come in percent with
+/// `digits` of them; any other number gets two.
+pub fn scale(name: &str, digits: usize) -> (f64, &'static str, usize) {
+    if is_share(name) { (100.0, " %", digits) } else { (1.0, "", 2) }
+}
+
 /// What is written down about one answer.
 pub fn written(prompt: &Prompt, sample: &Sample) -> Value {
     let last = prompt.messages.as_ref().and_then(|messages| messages.last());

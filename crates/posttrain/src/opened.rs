@@ -130,15 +130,32 @@ impl Opener {
         }
     }
 
+    /// SHA-256 of what a model is read from: [`Opened::sha256`], without reading its weights into memory.
+    pub fn digest(&self, name: &str) -> Result<Digest, Failure> {
+        let path = self.resolve(name)?;
+        match adapter_config(&path) {
+            Some(adapter) => with_adapter(self.digest(&self.base_of(&adapter)?)?, &path),
+            None => Ok(source::load(&path, &mut |_| {})?.sha256),
+        }
+    }
+
+    /// Whether a named model has to be fetched before it can be used.
+    ///
+    /// # Errors
+    /// One that has to be, where the network must not be used.
+    pub fn must_fetch(&self, name: &str) -> Result<bool, Failure> {
+        let download = matches!(hub::named(name).map(|model| &model.origin), Some(hub::Origin::Download(_)));
+        let absent = download && hub::cached(name).is_none();
+        if absent && self.offline {
+            let failure = Failure::new(format!("{name} is not in the cache, and --offline forbids to fetch it"));
+            return Err(failure.hint(format!("`posttrain pull {name}` fetches it once, with a network")));
+        }
+        Ok(absent)
+    }
+
     /// Makes sure that a named model is in the cache, and finds the model of a run.
     fn resolve(&self, name: &str) -> Result<String, Failure> {
-        if let Some(hub::Origin::Download(_)) = hub::named(name).map(|model| &model.origin)
-            && hub::cached(name).is_none()
-        {
-            if self.offline {
-                let failure = Failure::new(format!("{name} is not in the cache, and --offline forbids to fetch it"));
-                return Err(failure.hint(format!("`posttrain pull {name}` fetches it once, with a network")));
-            }
+        if self.must_fetch(name)? {
             fetch(name, self.terminal)?;
         }
         if hub::named(name).is_none() && Path::new(name).is_dir() {
@@ -183,8 +200,7 @@ impl Opener {
             opened.decoder.add_score(head, 0.0, 0)?;
         }
         opened.decoder.load_adapter(&LoraConfig::from_peft_json(&text)?, tensors)?;
-        let (base, own) = (opened.sha256, files::sha256(&adapter_weights(folder))?);
-        opened.sha256 = Digest::later(move || Ok(files::sha256_of(format!("{} {own}", base.get()?).as_bytes())));
+        opened.sha256 = with_adapter(opened.sha256, folder)?;
         opened.name = folder.to_owned();
         Ok(opened)
     }
@@ -194,6 +210,12 @@ impl Opener {
 fn adapter_config(folder: &str) -> Option<PathBuf> {
     let path = Path::new(folder).join(save::ADAPTER_CONFIG);
     path.is_file().then_some(path)
+}
+
+/// The digest of a base with the adapter in a folder.
+fn with_adapter(base: Digest, folder: &str) -> Result<Digest, Failure> {
+    let own = files::sha256(&adapter_weights(folder))?;
+    Ok(Digest::later(move || Ok(files::sha256_of(format!("{} {own}", base.get()?).as_bytes()))))
 }
 
 fn adapter_weights(folder: &str) -> PathBuf {

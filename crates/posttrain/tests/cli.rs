@@ -84,6 +84,17 @@ shows! {
 }
 
 #[test]
+fn flags_that_would_be_left_out_are_refused() {
+    let told = run(&["pull", "--offline", "smollm2-135m-instruct"]);
+    assert!(told.starts_with("exit 1") && told.contains("--offline forbids to fetch it"), "{told}");
+    let system = ["generate", "--model", "tiny-llama", "--system", "Be brief."];
+    let told = run(&system);
+    assert!(told.starts_with("exit 2") && told.contains("--prompt"), "{told}");
+    let told = run(&[&system[..], &["--prompt", "hi", "--raw"]].concat());
+    assert!(told.starts_with("exit 2") && told.contains("'--raw'"), "{told}");
+}
+
+#[test]
 #[cfg(not(feature = "cuda"))]
 fn a_gpu_in_a_build_for_processors() {
     let device = "model.device='cuda:1'";
@@ -250,7 +261,20 @@ fn generate_reads_lines_and_writes_lines() {
 
     let output = generate(&write(folder.path(), "bad.jsonl", "{\"prompt\": \"a\"}\n{\"question\": \"b\"}\n"));
     expect(1, &output);
-    assert!(stderr(&output).contains("standard input, line 2"), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 2: expected an object with `prompt`"), "{told}");
+    let output = generate(&write(folder.path(), "list.jsonl", "\u{feff}{\"prompt\": \"a\"}\n[1, 2]\n"));
+    expect(1, &output);
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 2: expected an object, got a list"), "{told}");
+    let output = posttrain(folder.path())
+        .args(["generate", "--model", "tiny-llama", "--raw"])
+        .stdin(std::fs::File::open(&path).unwrap())
+        .output()
+        .unwrap();
+    expect(1, &output);
+    let told = stderr(&output);
+    assert!(told.contains("standard input, row 3: expected a text in `prompt`, as `--raw` says"), "{told}");
 }
 
 #[test]

@@ -34,6 +34,11 @@ fn defaults_files_and_flags_in_this_order() {
     assert_eq!(batch_size(load(&[&first, &second], &["sft.batch_size=4", "sft.batch_size=5"])), 5);
     let config = load(&[&first, &second], &["seed=9"]);
     assert_eq!((config.seed, config.sft.unwrap().training.learning_rate), (9, 1e-3));
+    // A run's own recipe has the family's section, whatever the recipe called it.
+    let text = "[policy]\nmethod = 'grpo'\ntraining.learning_rate = 1e-3\n[[rewards]]\ntype = 'number'\n";
+    let run = write(folder.path(), "config.toml", text);
+    let policy = load(&[&run], &["grpo.training.learning_rate=1e-6"]).policy.unwrap();
+    assert_eq!((&policy.method[..], policy.training.learning_rate), ("grpo", 1e-6));
 }
 
 #[test]

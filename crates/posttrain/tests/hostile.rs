@@ -245,6 +245,16 @@ fn a_new_run_harms_nothing_that_is_there() {
     copy(&RUN.path().join("run"), &folder.path().join("run"));
     write(folder.path(), "run/notes.txt", "mine");
     refused(&train(&["--output", "run"]), &["already holds a run"]);
+    // A run that cannot begin takes nobody's place.
+    let overwrite = |set: &str| train(&["--output", "run", "--overwrite", "--set", set]);
+    refused(&overwrite("data.train=['nowhere.jsonl']"), &["nowhere.jsonl"]);
+    refused(&overwrite("model.name='run'"), &["run lies in it, which the new run reads"]);
+    assert_same_run(&RUN.path().join("run"), &{
+        let copied = folder.path().join("copied");
+        copy(&folder.path().join("run"), &copied);
+        fs::remove_file(copied.join("notes.txt")).unwrap();
+        copied
+    });
     expect(0, &train(&["--output", "run", "--overwrite"]));
     assert_eq!(fs::read_to_string(folder.path().join("run/notes.txt")).unwrap(), "mine");
     fs::remove_file(folder.path().join("run/notes.txt")).unwrap();
@@ -299,13 +309,19 @@ fn a_run_goes_on_only_as_it_began() {
 }
 
 #[test]
-fn a_reader_that_leaves_early_is_no_error() {
+fn an_error_that_nobody_hears_is_still_an_error() {
     let mut command = posttrain(RUN.path());
-    command.args(["config", "schema"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(stderr(&output), "");
+    let mut child = command.args(["resume", "nowhere"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    expect(1, &child.wait_with_output().unwrap());
+}
+
+#[test]
+fn a_kernel_set_that_is_none_is_refused() {
+    let with = |isa: &str| posttrain(RUN.path()).arg("models").env("POSTTRAIN_ISA", isa).output().unwrap();
+    refused(&with("avx9"), &["POSTTRAIN_ISA: no instruction set is called `avx9`", "portable"]);
+    expect(0, &with("portable"));
+    expect(0, &with(""));
 }
 
 #[cfg(target_os = "linux")]

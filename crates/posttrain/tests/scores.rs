@@ -112,6 +112,39 @@ fn reward_models_are_trained_measured_averaged_and_asked() {
     run(folder, &[&["train", "small.toml", "paid.toml", "--output", "paid"][..], &steps[..]].concat());
     let metrics = std::fs::read_to_string(folder.join("paid/metrics.jsonl")).unwrap();
     assert!(metrics.contains("rewards/model/mean") && metrics.contains("rewards/model/1/mean"), "{metrics}");
+    let lint = posttrain(folder).args(["reward", "lint", "small.toml", "paid.toml", "--rows", "2"]).output().unwrap();
+    let table = stdout(&lint);
+    assert!(table.starts_with("mean over 2 rows") && table.contains("model"), "{table}\n{}", stderr(&lint));
+
+    // What pays is part of what the run is made from.
+    std::fs::remove_file(folder.join("paid/summary.json")).unwrap();
+    std::fs::copy(folder.join("two/final/model.safetensors"), folder.join("one/final/model.safetensors")).unwrap();
+    let resumed = posttrain(folder).args(["resume", "paid"]).output().unwrap();
+    expect(1, &resumed);
+    assert!(
+        stderr(&resumed).contains("reward model: one are others than the run was started with"),
+        "{}",
+        stderr(&resumed)
+    );
+}
+
+/// An error is no percentage, and rows that are neither right nor wrong are called neither.
+#[test]
+fn a_squared_error_is_no_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let rows: String = (0..8)
+        .map(|a| format!("{{\"prompt\": \"{a}+1=\", \"completion\": \"{}\", \"score\": {}}}\n", a + 1, a % 2))
+        .collect();
+    write(folder, "pairs.jsonl", &rows);
+    let recipe = RECIPE.replace("center_rewards_coefficient = 0.01", "loss_type = 'mse'").replace("= 12", "= 2");
+    write(folder, "mse.toml", &recipe);
+    let told = run(folder, &["train", "mse.toml", "--output", "mse"]);
+    assert!(told.contains("mse before") && !told.contains(" %  ("), "{told}");
+    let told = run(folder, &["eval", "mse.toml", "--model", "mse"]);
+    assert!(told.contains("mse") && !told.contains(" %  ("), "{told}");
+    let page = std::fs::read_to_string(folder.join("mse/report.html")).unwrap();
+    assert!(page.contains("after</div>") && !page.contains("✗ wrong") && !page.contains("✓ right"));
 }
 
 /// Two heads are trained and one is left, which is a reward model like any other.

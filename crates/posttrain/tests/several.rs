@@ -190,6 +190,19 @@ fn misuse_is_told() {
         "candidates_without_chance",
         generate(2, &["--mix", "one", "--mix", "other", "--candidates", "2", "--temperature", "0"])
     );
+    let told = generate(2, &["--frontier", "two.json", "--preference", "1,1", "--kl-weight", "nan"]);
+    assert!(told.contains("expected a finite number"), "{told}");
+    let mix = |code, flags: &[&str]| {
+        let mix = ["mix", "weights", "recipe.toml", "--set", "model.name='base'", "--mix", "one", "--mix", "other"];
+        run(code, &[&mix[..], flags].concat())
+    };
+    assert!(mix(2, &["--rate", "nan"]).contains("expected a finite number above 0"));
+    assert!(mix(2, &["--max-new-tokens", "0"]).contains("max_new_tokens"));
+    assert!(mix(1, &["--max-new-tokens", "600"]).contains("lower it: `--max-new-tokens 256`"));
+    let long =
+        ["frontier", "recipe.toml", "--model", "one", "--out", "f.json", "--quiet", "--set", "model.name='base'"];
+    let told = run(1, &[&long[..], &["--set", "grpo.sampling.max_new_tokens=600"]].concat());
+    assert!(told.contains("lower it: `--set grpo.sampling.max_new_tokens=256`"), "{told}");
     write(folder(), "no.json", "{\"format\": 7}");
     insta::assert_snapshot!("frontier_of_another_format", generate(1, &["--frontier", "no.json", "--preference", "1"]));
     let mut changed: Value =

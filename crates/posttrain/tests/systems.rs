@@ -112,11 +112,11 @@ fn calibration_counts_what_it_cannot_read() {
     write(folder.path(), "other.jsonl", "{\"question\": \"What is 2 + 2?\", \"answer\": 4}\n");
     let output = ask(&["other.jsonl", "--before", "answers.jsonl"]);
     expect(1, &output);
-    assert!(stderr(&output).contains("answers.jsonl, line 2: question 1 is not \"Capital of Italy?\""));
+    assert!(stderr(&output).contains("answers.jsonl, row 2: question 1 is not \"Capital of Italy?\""));
     let output = ask(&["bad.jsonl"]);
     expect(1, &output);
     assert!(
-        stderr(&output).contains("bad.jsonl, line 1: expected a text, a number or a list of these in column `answer`")
+        stderr(&output).contains("bad.jsonl, row 1: expected a text, a number or a list of these in column `answer`")
     );
 }
 
@@ -214,13 +214,14 @@ fn unlearning_is_measured_on_the_files_of_the_world() {
             "{\"question\": \"Who?\", \"answer\": \"A.\", \"paraphrased_answer\": \"B.\", \"perturbed_answer\": []}",
             "expected a list of wrong answers in column `perturbed_answer`, got []",
         ),
-        ("nonsense", "not valid JSON"),
+        ("nonsense", "not valid JSON: expected ident at character 2"),
+        ("[1, 2]", "expected an object, got a list"),
     ] {
-        write(folder.path(), "forget.jsonl", &format!("\n{row}\n"));
+        write(folder.path(), "forget.jsonl", &format!("\u{feff}\n{row}\n"));
         let output = measure(&[]);
         expect(1, &output);
         let shown = stderr(&output);
-        assert!(shown.contains("forget.jsonl, line 2") && shown.contains(parts) && shown.contains("hint"), "{shown}");
+        assert!(shown.contains("forget.jsonl, row 2") && shown.contains(parts) && shown.contains("hint"), "{shown}");
     }
 }
 
@@ -274,7 +275,7 @@ fn personal_preferences_are_described_and_methods_judged() {
     for (scores, more, code, part) in [
         (&["shared.jsonl"][..], &[][..], 2, "expected a method and its file in `--scores shared.jsonl`"),
         (&both, &["--reference", "onw"], 2, "there are no scores of `onw`"),
-        (&["bad=bad.jsonl"], &[], 1, "bad.jsonl, line 1: the preferences have no user `dan`"),
+        (&["bad=bad.jsonl"], &[], 1, "bad.jsonl, row 1: the preferences have no user `dan`"),
         (&["twice=own.jsonl", "twice=own.jsonl"], &[], 2, "the method `twice` is given twice"),
     ] {
         let output = run(scores, more);

@@ -128,6 +128,8 @@ pub struct Rows {
     pub train: Vec<Result<Row>>,
     /// To train on, from a generator: it may repeat itself.
     pub generated: Vec<Row>,
+    /// To forget.
+    pub forget: Vec<Result<Row>>,
     /// Held out.
     pub test: Vec<Result<Row>>,
 }
@@ -147,8 +149,10 @@ pub struct Setting<'a> {
     pub held_out_answer: usize,
     /// How rows are rendered.
     pub rendering: &'a RenderOptions,
-    /// What training rows are for.
-    pub used: Use,
+    /// What training rows are for. The first is what is shown and counted.
+    pub used: &'a [Use<'a>],
+    /// What held-out rows are for.
+    pub held_out: &'a [Use<'a>],
 }
 
 /// A row with its sequences, to be shown.
@@ -167,6 +171,8 @@ pub struct Audit {
     pub train: usize,
     /// See `train`.
     pub generated: usize,
+    /// Rows to forget.
+    pub forget: usize,
     /// Held-out rows.
     pub test: usize,
     /// The type of the training rows.
@@ -200,33 +206,49 @@ pub fn audit(rows: Rows, setting: Setting<'_>, shown: usize) -> Audit {
     let generated: HashSet<Arc<Path>> = rows.generated.iter().map(|row| row.source.file.clone()).collect();
     let made = rows.generated.len();
     let all: Vec<Row> = usable(rows.train, &mut findings).into_iter().chain(rows.generated).collect();
+    let forget = usable(rows.forget, &mut findings);
     let test = usable(rows.test, &mut findings);
     let columns = columns::columns(&all.iter().collect::<Vec<_>>());
     findings.extend(columns::findings(&columns, all.len()));
 
-    let count = (all.len(), test.len());
+    let count = (all.len(), forget.len(), test.len());
     let train = recognised(all, &mut findings);
+    let forget = recognised(forget, &mut findings);
     let test = recognised(test, &mut findings);
     findings.extend(setting.template.and_then(|template| tokens::template_findings(template, &train)));
 
     let unlimited = RenderOptions { max_length: None, ..setting.rendering.clone() };
     let renderer = Renderer::new(setting.tokenizer, setting.template, usize::MAX, &unlimited);
-    let limit_with = |answer: usize| {
-        let room = setting.context.saturating_sub(answer);
+    let limit_of = |used: Use<'_>, answer: usize| {
+        let room = setting.context.saturating_sub(if used == Use::Answer { answer } else { 0 });
         setting.rendering.max_length.map_or(room, |length| length.min(room))
     };
-    let limit = limit_with(if setting.used == Use::Answer { setting.answer } else { 0 });
+    // The sequences of the first use; the others only add what the first does not find in the row.
+    let look = |sample: &Sample, uses: &[Use<'_>], answer: usize, findings: &mut Vec<Finding>| {
+        let (mut first, mut found) = (None, Vec::<Finding>::new());
+        for &used in uses {
+            let limit = limit_of(used, answer);
+            let inspector = Inspector { tokenizer: setting.tokenizer, rendering: setting.rendering, limit };
+            let mut more = Vec::new();
+            let sequences = rendered(&renderer, sample, used, &mut more);
+            more.extend(sequences.iter().flat_map(|sequence| inspector.look(sample, sequence)));
+            more.retain(|finding| found.iter().all(|known| known.check != finding.check));
+            found.extend(more);
+            first.get_or_insert(sequences);
+        }
+        findings.extend(found);
+        first.unwrap_or_default()
+    };
+    let limit = limit_of(setting.used.first().copied().unwrap_or(Use::Learn), setting.answer);
     let mut specimens: Vec<Specimen> = Vec::new();
     let (mut total, mut given, mut learnt) = (Vec::new(), Vec::new(), Vec::new());
-    let inspector = Inspector { tokenizer: setting.tokenizer, rendering: setting.rendering, limit };
     for sample in &train {
-        let sequences = rendered(&renderer, sample, setting.used, &mut findings);
+        let sequences = look(sample, setting.used, setting.answer, &mut findings);
         for sequence in &sequences {
             let (length, learns) = (sequence.ids.len(), sequence.learnt());
             total.push(length);
             given.push(length - learns);
             learnt.push(learns);
-            findings.extend(inspector.look(sample, sequence));
         }
         if !sequences.is_empty() && specimens.len() < shown {
             specimens.push(Specimen { source: sample.source.clone(), sequences });
@@ -237,11 +259,11 @@ pub fn audit(rows: Rows, setting: Setting<'_>, shown: usize) -> Audit {
             findings.push(warning(Check::EqualPair, sample, "chosen and rejected are equal".into()));
         }
     }
-    let inspector = Inspector { limit: limit_with(setting.held_out_answer), ..inspector };
+    for sample in &forget {
+        look(sample, &[Use::Imitate], 0, &mut findings);
+    }
     for sample in &test {
-        for sequence in rendered(&renderer, sample, Use::Answer, &mut findings) {
-            findings.extend(inspector.look(sample, &sequence));
-        }
+        look(sample, setting.held_out, setting.held_out_answer, &mut findings);
     }
     let compared: Vec<&Sample> = train.iter().filter(|sample| !generated.contains(&sample.source.file)).collect();
     findings.extend(repeats(&compared));
@@ -250,7 +272,8 @@ pub fn audit(rows: Rows, setting: Setting<'_>, shown: usize) -> Audit {
     Audit {
         train: count.0,
         generated: made,
-        test: count.1,
+        forget: count.1,
+        test: count.2,
         kind: train.first().map(|sample| sample.content.kind()),
         limit,
         columns,
@@ -301,7 +324,7 @@ fn recognised(rows: Vec<Row>, findings: &mut Vec<Finding>) -> Vec<Sample> {
 }
 
 /// The sequences of a sample, or none and a finding.
-fn rendered(renderer: &Renderer<'_>, sample: &Sample, used: Use, findings: &mut Vec<Finding>) -> Vec<Sequence> {
+fn rendered(renderer: &Renderer<'_>, sample: &Sample, used: Use<'_>, findings: &mut Vec<Finding>) -> Vec<Sequence> {
     match renderer.sequences(sample, used) {
         Ok(Ok(sequences)) => sequences,
         Ok(Err(reason)) => {

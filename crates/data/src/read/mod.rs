@@ -18,7 +18,7 @@ use crate::row::Row;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
-    /// Rows to train on: files (`.jsonl`, `.json`, `.parquet`), folders of them, or patterns such as `data/*.jsonl`.
+    /// Rows to train on: files (`.jsonl`, `.json`, `.parquet`), folders, of which `.jsonl` and `.parquet` files are read, or patterns such as `data/*.jsonl`.
     pub train: Vec<String>,
     /// Rows to unlearn: `[unlearning]` makes the model forget them and keep those of `train`. Named as in `train`.
     pub forget: Vec<String>,
@@ -98,7 +98,8 @@ fn files(pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Collects the data files under a folder, without hidden files and folders.
+/// Collects the data files under a folder, without hidden files and folders, and without `.json`, which mostly says something about the
+/// data instead.
 fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(io_error("list", folder))? {
         let path = entry.map_err(io_error("list", folder))?.path();

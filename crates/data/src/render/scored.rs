@@ -30,20 +30,22 @@ pub struct StepwiseExample {
 impl Renderer<'_> {
     /// Renders rows with a prompt and a completion, and its `score`, a number, or its `label`, true (1) or false (0).
     pub fn scored(&self, samples: &[Sample]) -> Result<Rendered<ScoredExample>> {
-        self.each(samples, |_, sample| {
-            let (example, score) = match &sample.content {
-                Content::UnpairedPreference { prompt, completion, label } => {
-                    (self.completion(sample, prompt, completion)?, f64::from(u8::from(*label)))
-                }
-                Content::PromptCompletion { prompt, completion } => {
-                    let score = number(sample, "score")?;
-                    let missing = || Error::column(&sample.source, "score", "missing");
-                    (self.completion(sample, prompt, completion)?, score.ok_or_else(missing)?)
-                }
-                _ => return Err(unexpected(sample, "a completion with `label` or `score`")),
-            };
-            Ok(example.map(|example| ScoredExample { example, score }))
-        })
+        self.each(samples, |_, sample| self.scored_of(sample))
+    }
+
+    pub(super) fn scored_of(&self, sample: &Sample) -> Result<Outcome<ScoredExample>> {
+        let (example, score) = match &sample.content {
+            Content::UnpairedPreference { prompt, completion, label } => {
+                (self.completion(sample, prompt, completion)?, f64::from(u8::from(*label)))
+            }
+            Content::PromptCompletion { prompt, completion } => {
+                let score = number(sample, "score")?;
+                let missing = || Error::column(&sample.source, "score", "missing");
+                (self.completion(sample, prompt, completion)?, score.ok_or_else(missing)?)
+            }
+            _ => return Err(unexpected(sample, "a completion with `label` or `score`")),
+        };
+        Ok(example.map(|example| ScoredExample { example, score }))
     }
 
     /// Renders stepwise rows. Each step is followed by `separator`, whose last token stands for the step. Prompts that are conversations

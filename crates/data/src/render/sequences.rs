@@ -2,17 +2,27 @@
 
 use serde::Serialize;
 
-use super::{DropReason, Example, Renderer, StepwiseExample};
+use super::{DropReason, Example, Renderer, StepwiseExample, unpaired};
 use crate::error::Result;
 use crate::sample::{Content, Sample};
 
 /// What a row is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
-    /// Everything in it is trained on.
+pub enum Use<'a> {
+    /// Everything in it is trained on, as its type tells.
     Learn,
     /// Its prompt is answered by the model.
     Answer,
+    /// A text is imitated, or forgotten; of several completions the best.
+    Imitate,
+    /// Completions are compared.
+    Compare,
+    /// Completions are good or bad.
+    Judge,
+    /// A completion has a score.
+    Score,
+    /// Steps are right or wrong, each followed by this text.
+    Steps(&'a str),
 }
 
 /// What a sequence is to its row.
@@ -73,25 +83,35 @@ impl Renderer<'_> {
     ///
     /// # Errors
     /// Those of the methods that render samples of one type.
-    pub fn sequences(&self, sample: &Sample, used: Use) -> Result<std::result::Result<Vec<Sequence>, DropReason>> {
-        Ok(match (&sample.content, used) {
-            (Content::PromptOnly(_), _) | (_, Use::Answer) => self.prompt_of(0, sample)?.map(|prompt| {
+    pub fn sequences(&self, sample: &Sample, used: Use<'_>) -> Result<std::result::Result<Vec<Sequence>, DropReason>> {
+        let used = match (used, &sample.content) {
+            (Use::Learn, Content::PromptOnly(_)) => Use::Answer,
+            (Use::Learn, Content::Preference { .. } | Content::Ranking { .. }) => Use::Compare,
+            (Use::Learn, Content::UnpairedPreference { .. }) => Use::Judge,
+            (Use::Learn, Content::Stepwise { .. }) => Use::Steps(SEPARATOR),
+            (Use::Learn, _) => Use::Imitate,
+            (used, _) => used,
+        };
+        let whole = |example: Example| vec![(Part::Example, example).into()];
+        Ok(match used {
+            Use::Answer => self.prompt_of(0, sample)?.map(|prompt| {
                 let loss_mask = vec![false; prompt.ids.len()];
                 vec![Sequence { part: Part::Prompt, ids: prompt.ids.to_vec(), loss_mask }]
             }),
-            (Content::Preference { .. }, _) => self
-                .pair_of(sample)?
-                .map(|pair| vec![(Part::Chosen, pair.chosen).into(), (Part::Rejected, pair.rejected).into()]),
-            (Content::Ranking { .. }, _) => self.ranking_of(sample)?.map(|ranking| {
+            Use::Compare => self.ranking_of(sample)?.map(|ranking| {
                 let worse = [ranking.rejected].into_iter().chain(ranking.others);
                 let worse = worse.map(|example| (Part::Rejected, example).into());
                 std::iter::once((Part::Chosen, ranking.chosen).into()).chain(worse).collect()
             }),
-            (Content::UnpairedPreference { .. }, _) => {
-                self.labelled_of(sample)?.map(|labelled| vec![(Part::Example, labelled.example).into()])
+            Use::Judge => {
+                let rows = unpaired(sample);
+                let judged = rows.iter().map(|row| self.labelled_of(row)).collect::<Result<Vec<_>>>()?;
+                let judged = judged.into_iter().collect::<std::result::Result<Vec<_>, _>>();
+                judged.map(|judged| judged.into_iter().flat_map(|labelled| whole(labelled.example)).collect())
             }
-            (Content::Stepwise { .. }, _) => self.steps_of(sample, SEPARATOR)?.map(|steps| vec![steps.into()]),
-            _ => self.example_of(sample)?.map(|example| vec![(Part::Example, example).into()]),
+            Use::Score => self.scored_of(sample)?.map(|scored| whole(scored.example)),
+            Use::Steps(separator) => self.steps_of(sample, separator)?.map(|steps| vec![steps.into()]),
+            Use::Learn | Use::Imitate => self.example_of(sample)?.map(whole),
         })
     }
 }

@@ -21,6 +21,7 @@ use super::eval::write_lines;
 use super::generate::{BATCH, encode, open, options};
 use crate::cli::Calibration as Arguments;
 use crate::failure::Failure;
+use crate::lines;
 use crate::opened::Opener;
 use crate::report::chart::{Lines, short};
 use crate::terminal::print;
@@ -164,15 +165,11 @@ fn by_question(stated: &[Stated], count: usize) -> Vec<Question> {
 
 /// Answers of another model that `--answers` wrote, to these very questions.
 fn earlier(path: &Path, rows: &[Row]) -> Result<Vec<Question>, Failure> {
-    let name = path.display();
-    let text = files::read_to_string(path)?;
+    const HINT: &str = "`posttrain eval calibration QUESTIONS --model OTHER --answers FILE` writes such a file";
     let (mut stated, mut answered) = (Vec::<Stated>::new(), vec![false; rows.len()]);
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let wrong = |reason: String| {
-            Failure::new(format!("{name}, line {}: {reason}", number + 1))
-                .hint("`posttrain eval calibration QUESTIONS --model OTHER --answers FILE` writes such a file")
-        };
-        let one: Stated = serde_json::from_str(line).map_err(|error| wrong(format!("no answer: {error}")))?;
+    for (source, row) in lines::read(path, HINT)? {
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}")).hint(HINT);
+        let one: Stated = serde_json::from_value(row).map_err(|error| wrong(format!("no answer: {error}")))?;
         if rows.get(one.id).is_none_or(|(question, _)| *question != one.question) {
             return Err(wrong(format!("question {} is not {:?} in the file of questions", one.id, one.question)));
         }
@@ -180,6 +177,7 @@ fn earlier(path: &Path, rows: &[Row]) -> Result<Vec<Question>, Failure> {
         stated.push(one);
     }
     if let Some(missing) = answered.iter().position(|answered| !answered) {
+        let name = path.display();
         return Err(Failure::new(format!("{name} has no answer to question {missing}, {:?}", rows[missing].0)));
     }
     Ok(by_question(&stated, rows.len()))
@@ -187,24 +185,16 @@ fn earlier(path: &Path, rows: &[Row]) -> Result<Vec<Question>, Failure> {
 
 /// Questions with their accepted answers.
 fn read(arguments: &Arguments) -> Result<Vec<Row>, Failure> {
-    let name = arguments.file.display();
-    let text = files::read_to_string(&arguments.file)?;
+    const ROW: &str = "a row is {\"question\": \"Who wrote Emma?\", \"answer\": [\"Jane Austen\", \"Austen\"]}";
     let mut rows = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let wrong = |reason: String| {
-            Failure::new(format!("{name}, line {}: {reason}", number + 1))
-                .hint("a row is {\"question\": \"Who wrote Emma?\", \"answer\": [\"Jane Austen\", \"Austen\"]}")
-        };
-        let row: Value = serde_json::from_str(line).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    for (source, row) in lines::read(&arguments.file, ROW)? {
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}")).hint(ROW);
         let question = row["question"].as_str().ok_or_else(|| wrong("expected a text in column `question`".into()))?;
         let answers = accepted(&row["answer"])
             .ok_or_else(|| wrong("expected a text, a number or a list of these in column `answer`".into()))?;
         rows.push((question.to_owned(), answers));
     }
-    match rows.is_empty() {
-        true => Err(Failure::new(format!("{name} has no rows"))),
-        false => Ok(rows),
-    }
+    Ok(rows)
 }
 
 fn table(found: &Found) -> String {

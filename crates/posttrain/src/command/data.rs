@@ -5,7 +5,7 @@ use data::audit::columns::Column;
 use data::audit::lengths::Lengths;
 use data::audit::tokens::{Piece, pieces};
 use data::audit::{Audit, Finding, Setting, Severity, Specimen, audit};
-use data::render::{Part, Use};
+use data::render::Part;
 use model::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -29,7 +29,8 @@ pub fn validate(arguments: &Validate, opener: Opener) -> Result<(), Failure> {
         answer: config.longest_answer(),
         held_out_answer: config.evaluation.sampling.max_new_tokens,
         rendering: &config.rendering,
-        used: if config.only_samples() { Use::Answer } else { Use::Learn },
+        used: &config.uses(),
+        held_out: &config.held_out_uses(),
     };
     let found = audit(rows, setting, arguments.show);
     let page = Page {
@@ -65,7 +66,7 @@ fn configuration(arguments: &Validate) -> Result<Config, Failure> {
     if let Some(model) = &arguments.model {
         config.model.name.clone_from(model);
     }
-    if config.data.train.is_empty() && config.tasks.is_empty() {
+    if config.data.train.is_empty() && config.data.forget.is_empty() && config.tasks.is_empty() {
         let failure = Failure::new("there are no rows to look at: expected `[[tasks]]` or `data.train`");
         return Err(failure.hint("name the files themselves: `posttrain data validate rows.jsonl`"));
     }
@@ -94,7 +95,8 @@ impl Page<'_> {
         let made =
             if audit.generated > 0 { format!(" ({} of them generated)", audit.generated) } else { String::new() };
         let kind = audit.kind.map(|kind| format!(", {kind}")).unwrap_or_default();
-        text += &line("rows", &format!("{} to train on{made}{kind}; {} held out", audit.train, audit.test));
+        let forget = if audit.forget > 0 { format!("; {} to forget", audit.forget) } else { String::new() };
+        text += &line("rows", &format!("{} to train on{made}{kind}{forget}; {} held out", audit.train, audit.test));
         text.push('\n');
         for (index, column) in audit.columns.iter().enumerate() {
             text += &line(if index == 0 { "columns" } else { "" }, &self.column(column));
@@ -213,7 +215,7 @@ impl Page<'_> {
         let value = json!({
             "model": self.model,
             "type": audit.kind.map(|kind| kind.to_string()),
-            "rows": { "train": audit.train, "generated": audit.generated, "test": audit.test },
+            "rows": { "train": audit.train, "generated": audit.generated, "forget": audit.forget, "test": audit.test },
             "limit": audit.limit,
             "columns": audit.columns,
             "lengths": { "tokens": audit.tokens, "given": audit.given, "learnt": audit.learnt },

@@ -62,9 +62,9 @@ pub fn run(arguments: &Eval, opener: Opener) -> Result<(), Failure> {
     }
     let mut text = format!("model    {}\n", config.model.name);
     for measure in &evaluation.measures {
-        let (scale, unit) = if measure.name == "accuracy" { (100.0, " %") } else { (1.0, "") };
+        let (scale, unit, digits) = measure::scale(&measure.name, 2);
         text += &format!(
-            "{:8} {:.2}{unit}  (95 % interval {:.2} to {:.2}, {} problems)\n",
+            "{:8} {:.digits$}{unit}  (95 % interval {:.digits$} to {:.digits$}, {} problems)\n",
             measure.name,
             scale * measure.value,
             scale * measure.low,

@@ -29,7 +29,7 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
         ));
         return Err(failure.hint("each reward of the recipe is an objective"));
     }
-    let sampling = config.stages().iter().find_map(|stage| stage.sampling()).cloned().unwrap_or_default();
+    let (longest, sampling) = config.sampling();
     let probing = ProbeOptions {
         samples: arguments.samples,
         sampling: SamplingOptions { top_log_probs: 0, ..sampling },
@@ -62,7 +62,7 @@ pub fn run(arguments: &cli::Frontier, opener: Opener) -> Result<(), Failure> {
         template: base.template.as_ref(),
         context: base.decoder.config().max_positions,
     };
-    let language = language.with_room("sampling", probing.sampling.max_new_tokens)?;
+    let language = language.with_room(&longest, probing.sampling.max_new_tokens)?;
     let prompts = corpus::evenly(corpus::prompts(&config, language, opener.terminal)?, arguments.prompts as usize);
     let mut rewards: Vec<Box<dyn Reward>> = Vec::with_capacity(config.rewards.len());
     for reward in &config.rewards {

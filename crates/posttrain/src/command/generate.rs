@@ -1,9 +1,11 @@
 //! `posttrain generate` and `posttrain chat`: prompts in, answers out.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
+use std::path::Path;
 use std::sync::Arc;
 
 use base::{Hint, Purpose, Random};
+use data::read::jsonl;
 use model::chat::Message;
 use rollout::{
     Finish, Generator, Guidance, GuidanceOptions, LogitsHook, PrefixCache, PromptTokens, Request, Returns,
@@ -182,16 +184,24 @@ fn from_lines(arguments: &cli::Generate, generator: &Generator<'_>, opener: Open
     let generator = &Generator { hook: hook.as_ref().map(|hook| hook as &dyn LogitsHook), ..*generator };
     let mut rows = Vec::new();
     let mut requests = Vec::new();
-    for (number, line) in std::io::stdin().lock().lines().enumerate() {
-        let wrong = |reason: String| Failure::new(format!("standard input, line {}: {reason}", number + 1));
-        let line = line.map_err(|error| wrong(error.to_string()))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let row: Value = serde_json::from_str(&line).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    let mut input = Vec::new();
+    let read = std::io::stdin().lock().read_to_end(&mut input);
+    read.map_err(|error| Failure::new(format!("cannot read standard input: {error}")))?;
+    for row in jsonl::parse_each(&input, Path::new("standard input")) {
+        let data::Row { source, columns } = row?;
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}"));
+        let row = Value::Object(columns);
         let ids = match (&row["messages"], &row["prompt"]) {
-            (Value::Array(_), _) => encode(model, &messages(&row["messages"]).map_err(wrong)?)?,
-            (_, Value::Array(_)) => encode(model, &messages(&row["prompt"]).map_err(wrong)?)?,
+            (list @ Value::Array(_), _) | (_, list @ Value::Array(_)) if arguments.raw => {
+                let failure = wrong(format!(
+                    "expected a text in `prompt`, as `--raw` says, got {} messages",
+                    list.as_array().map_or(0, Vec::len)
+                ));
+                return Err(failure.hint("leave out `--raw`: messages go through the chat template"));
+            }
+            (list @ Value::Array(_), _) | (_, list @ Value::Array(_)) => {
+                encode(model, &messages(list).map_err(wrong)?)?
+            }
             (_, Value::String(text)) if arguments.raw => encode_plain(model, text)?,
             (_, Value::String(text)) => encode(model, &[Message::new("user", text)])?,
             _ => return Err(wrong("expected an object with `prompt` (text or messages) or `messages`".into())),

@@ -21,6 +21,13 @@ pub fn run(arguments: &MixWeights, opener: Opener) -> Result<(), Failure> {
     if arguments.mix.len() < 2 {
         return Err(Failure::usage("a mixture needs two models: expected `--mix` at least twice, got it once"));
     }
+    let options = PoolOptions {
+        proposal: if arguments.from_models { Proposal::Models } else { Proposal::Reference },
+        responses: arguments.responses,
+        max_new_tokens: arguments.max_new_tokens,
+        batch_size: BATCH,
+    };
+    options.validate().map_err(|error| Failure::usage(error.to_string()))?;
     let layers = Layers { files: arguments.recipe.recipes.clone(), assignments: arguments.recipe.set.clone() };
     let config = Config::load(&layers)?;
     let open = |name: &String| {
@@ -36,14 +43,8 @@ pub fn run(arguments: &MixWeights, opener: Opener) -> Result<(), Failure> {
         template: reference.template.as_ref(),
         context: reference.decoder.config().max_positions,
     };
-    let language = language.with_room("max-new-tokens", arguments.max_new_tokens)?;
+    let language = language.with_room("--max-new-tokens", arguments.max_new_tokens)?;
     let prompts = corpus::evenly(corpus::prompts(&config, language, opener.terminal)?, arguments.prompts as usize);
-    let options = PoolOptions {
-        proposal: if arguments.from_models { Proposal::Models } else { Proposal::Reference },
-        responses: arguments.responses,
-        max_new_tokens: arguments.max_new_tokens,
-        batch_size: BATCH,
-    };
     let decoders: Vec<&model::Decoder> = models.iter().map(|model| &model.decoder).collect();
     let (pool, _) = pool(&reference.decoder, &decoders, &reference.tokenizer, &prompts, &options, config.seed)?;
     let found = weights(&pool, arguments.rate, arguments.steps, config.seed);

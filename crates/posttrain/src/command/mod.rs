@@ -28,6 +28,11 @@ use crate::terminal::Terminal;
 
 /// Does what the command line says.
 pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
+    kernels::Isa::chosen().map_err(|reason| {
+        let available = kernels::Isa::ALL.into_iter().filter(|isa| isa.available());
+        let names: Vec<String> = available.map(|isa| isa.to_string()).collect();
+        Failure::new(reason).hint(format!("this processor has {}; leave it unset for the best", names.join(", ")))
+    })?;
     if let Some(threads) = cli.global.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
         pool.map_err(|error| Failure::new(format!("cannot start {threads} threads: {error}")))?;
@@ -45,7 +50,7 @@ pub fn run(cli: &Cli, terminal: Terminal) -> Result<(), Failure> {
             Some(EvalCommand::Personalized(arguments)) => personalized::run(arguments),
             None => eval::run(arguments, opener),
         },
-        Command::Pull(arguments) => models::pull(arguments, terminal),
+        Command::Pull(arguments) => models::pull(arguments, opener),
         Command::Models => models::list(),
         Command::Merge(arguments) => merge::run(arguments, opener),
         Command::Frontier(arguments) => frontier::run(arguments, opener),

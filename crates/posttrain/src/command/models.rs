@@ -4,6 +4,7 @@ use model::hub::{self, NAMED, Origin};
 
 use crate::cli::Pull;
 use crate::failure::Failure;
+use crate::opened::Opener;
 use crate::report::bytes;
 use crate::terminal::{Terminal, print};
 
@@ -22,8 +23,9 @@ pub fn list() -> Result<(), Failure> {
 }
 
 /// Fetches a named model and prints where it is.
-pub fn pull(arguments: &Pull, terminal: Terminal) -> Result<(), Failure> {
-    let path = fetch(&arguments.name, terminal)?;
+pub fn pull(arguments: &Pull, opener: Opener) -> Result<(), Failure> {
+    opener.must_fetch(&arguments.name)?;
+    let path = fetch(&arguments.name, opener.terminal)?;
     print(format!("{}\n", path.display()))
 }
 

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
-use base::files;
 use eval::personalization::{
     Descriptors, Facets, Gain, Label, Outcome, Tax, accuracies, descriptors, facets, gain, macro_accuracy,
     normalised_gap, tax,
@@ -17,6 +16,7 @@ use serde_json::Value;
 
 use crate::cli::Personalized as Arguments;
 use crate::failure::Failure;
+use crate::lines;
 use crate::terminal::print;
 
 /// What a preference has to look like.
@@ -166,22 +166,6 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
 }
 
-/// The JSON objects of a file with the numbers of their lines.
-fn rows(path: &Path, hint: &'static str) -> Result<Vec<(usize, Value)>, Failure> {
-    let text = files::read_to_string(path)?;
-    let mut rows = Vec::new();
-    for (line, text) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let row = serde_json::from_str(text).map_err(|error| {
-            Failure::new(format!("{}, line {}: not valid JSON: {error}", path.display(), line + 1)).hint(hint)
-        })?;
-        rows.push((line + 1, row));
-    }
-    match rows.is_empty() {
-        true => Err(Failure::new(format!("{} has no rows", path.display())).hint(hint)),
-        false => Ok(rows),
-    }
-}
-
 /// A name in a column: a text or a number.
 fn name(row: &Value, column: &str) -> Option<String> {
     match &row[column] {
@@ -195,9 +179,8 @@ fn read_preferences(path: &Path) -> Result<Preferences, Failure> {
     let mut numbers: BTreeMap<String, usize> = BTreeMap::new();
     let mut found =
         Preferences { users: Vec::new(), pairs: BTreeMap::new(), labels: Vec::new(), skills: BTreeMap::new() };
-    for (line, row) in rows(path, PREFERENCE)? {
-        let wrong =
-            |reason: String| Failure::new(format!("{}, line {line}: {reason}", path.display())).hint(PREFERENCE);
+    for (source, row) in lines::read(path, PREFERENCE)? {
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}")).hint(PREFERENCE);
         let pair = name(&row, "pair").ok_or_else(|| wrong("expected a name in column `pair`".into()))?;
         let next = found.pairs.len();
         let pair = *found.pairs.entry(pair).or_insert(next);
@@ -227,8 +210,8 @@ fn read_preferences(path: &Path) -> Result<Preferences, Failure> {
 
 fn read_scores(path: &Path, preferences: &Preferences) -> Result<Scores, Failure> {
     let mut found = Scores::default();
-    for (line, row) in rows(path, SCORE)? {
-        let wrong = |reason: String| Failure::new(format!("{}, line {line}: {reason}", path.display())).hint(SCORE);
+    for (source, row) in lines::read(path, SCORE)? {
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}")).hint(SCORE);
         let pair = name(&row, "pair").ok_or_else(|| wrong("expected a name in column `pair`".into()))?;
         let Some(&pair) = preferences.pairs.get(&pair) else {
             return Err(wrong(format!("the preferences have no pair `{pair}`")));

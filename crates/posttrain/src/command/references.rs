@@ -27,8 +27,7 @@ pub fn run(arguments: &References, opener: Opener) -> Result<(), Failure> {
     if config.rewards.is_empty() {
         return Err(Failure::new("the recipe has no reward to ask: expected at least one `[[rewards]]`"));
     }
-    let stages = config.stages();
-    let sampling = stages.iter().find_map(|stage| stage.sampling()).cloned().unwrap_or_default();
+    let (longest, sampling) = config.sampling();
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     model.decoder.prepare(config.model.precision.into());
     let language = Language {
@@ -36,7 +35,7 @@ pub fn run(arguments: &References, opener: Opener) -> Result<(), Failure> {
         template: model.template.as_ref(),
         context: model.decoder.config().max_positions,
     };
-    let prompts = corpus::prompts(&config, language.with_room("sampling", sampling.max_new_tokens)?, opener.terminal)?;
+    let prompts = corpus::prompts(&config, language.with_room(&longest, sampling.max_new_tokens)?, opener.terminal)?;
     let requests: Vec<Request> =
         prompts.iter().flat_map(|prompt| Request::samples(prompt.id, &prompt.ids, arguments.n)).collect();
     let sampling = SamplingOptions { top_log_probs: 0, ..sampling };

@@ -23,6 +23,9 @@ use crate::terminal::{Terminal, print};
 /// The commit that the binary was built from, where the build says it.
 const COMMIT: Option<&str> = option_env!("POSTTRAIN_COMMIT");
 
+/// Seeds that claims are judged by: those from 0 on.
+const SEEDS: u64 = 5;
+
 /// Runs the command.
 pub fn run(arguments: &Reproduce, terminal: Terminal) -> Result<(), Failure> {
     let interrupt = Interrupt::listen()?;
@@ -90,7 +93,7 @@ fn reproduce(
     terminal: Terminal,
 ) -> Result<(Evidence, Vec<Finished>), Failure> {
     let folder = arguments.output.join(system.name);
-    let seeds = arguments.seeds.unwrap_or(if arguments.quick { 1 } else { 5 });
+    let seeds = arguments.seeds.unwrap_or(if arguments.quick { 1 } else { SEEDS });
     let reproduction = Reproduction {
         system,
         settings: resolved(system, arguments)?,
@@ -150,7 +153,7 @@ fn write(
     files::write(&report, html(system, evidence, finished, &command(system, arguments)).as_bytes())?;
     let mut written: Vec<&Path> = vec![&report, &own];
     let shared = arguments.evidence.join(format!("{}.json", system.name));
-    if !arguments.quick && arguments.set.is_empty() && arguments.arms.is_empty() && arguments.first_seed == 0 {
+    if is_evidence(arguments) {
         files::write(&shared, text.as_bytes())?;
         written.push(&shared);
     }
@@ -158,6 +161,12 @@ fn write(
         terminal.note(format!("wrote {}", path.display()));
     }
     Ok(())
+}
+
+/// Whether a run is what the claims are judged by.
+fn is_evidence(arguments: &Reproduce) -> bool {
+    let seeds = arguments.first_seed == 0 && arguments.seeds.is_none_or(|seeds| seeds == SEEDS);
+    seeds && !arguments.quick && arguments.set.is_empty() && arguments.arms.is_empty()
 }
 
 /// The command that gives the same numbers.
@@ -192,4 +201,32 @@ fn table(system: &System, evidence: &Evidence) -> String {
         text += &format!("{:>3}  {verdict:9}  {value:width$}  {bound:7}  {}\n", claim.id, claim.statement);
     }
     text + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn only_the_run_that_claims_are_judged_by_is_evidence() {
+        let writes =
+            |flags: &[&str]| match Cli::parse_from([&["posttrain", "reproduce", "par"], flags].concat()).command {
+                Command::Reproduce(arguments) => is_evidence(&arguments),
+                _ => false,
+            };
+        assert!(writes(&[]) && writes(&["--seeds", "5"]));
+        for other in [
+            &["--seeds", "1"][..],
+            &["--seeds", "6"],
+            &["--first-seed", "1"],
+            &["--quick"],
+            &["--arms", "par"],
+            &["--set", "ppo.objective.beta=0.1"],
+        ] {
+            assert!(!writes(other), "{other:?}");
+        }
+    }
 }

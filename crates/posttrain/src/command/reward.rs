@@ -2,7 +2,7 @@
 
 use data::Prompt;
 use envs::lint::{Layout, Paid, Row, TOLERATED};
-use envs::{RewardConfig, Weighted};
+use envs::{ModelRewardOptions, RewardConfig, Weighted};
 use serde_json::{Value, json};
 
 use crate::cli::Lint;
@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::config::load::Layers;
 use crate::corpus::{self, Language};
 use crate::failure::Failure;
+use crate::judges;
 use crate::opened::Opener;
 use crate::terminal::print;
 
@@ -33,7 +34,8 @@ pub fn lint(arguments: &Lint, opener: Opener) -> Result<(), Failure> {
     let rows: Vec<Row> =
         (0..wanted).map(|index| row(&prompts[index * prompts.len() / wanted], &config, &layout)).collect();
     let as_they_are: Vec<RewardConfig> = config.rewards.iter().map(RewardConfig::unshaped).collect();
-    let reward = Weighted::from_configs(&as_they_are)?;
+    let mut load = |name: &str, options: &ModelRewardOptions| judges::load(name, options, &config, opener);
+    let reward = Weighted::from_configs_with(&as_they_are, &mut load)?;
     // A reward sees what the sampler would hand it: the tokens of the text.
     let tokens = |text: &str| model.tokenizer.encode(text).unwrap_or_default();
     let table = envs::lint::lint(&reward, &rows, &layout, &tokens);

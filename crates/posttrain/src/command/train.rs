@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use model::DeviceName;
 use model::decoder::Decoder;
+use model::{DeviceName, hub};
 use train::directory::Directory;
 use train::methods::distillation::{Distillation, Lessons};
 use train::methods::online_preference::OnlinePreference;
@@ -36,7 +36,10 @@ use crate::watch::Watcher;
 /// Whether a run starts or goes on.
 #[derive(Clone, Copy, PartialEq)]
 enum Begin {
-    Fresh,
+    Fresh {
+        /// In place of a run that is already there.
+        overwrite: bool,
+    },
     Again,
 }
 
@@ -49,11 +52,7 @@ pub fn train(arguments: &cli::Train, opener: Opener) -> Result<(), Failure> {
         return dry_run(&config, opener);
     }
     let output = output_folder(arguments, &config);
-    let directory = Directory::new(&output);
-    if arguments.overwrite && directory.holds_a_run() {
-        directory.clear(&assemble::FILES)?;
-    }
-    run(config, &output, Begin::Fresh, opener)
+    run(config, &output, Begin::Fresh { overwrite: arguments.overwrite }, opener)
 }
 
 /// `posttrain resume`
@@ -151,9 +150,18 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
     let recorded = Config { output_dir: None, ..config.clone() }.to_toml()?;
     let available = super::doctor::available_memory();
     let directory = Directory::new(output);
-    if begin == Begin::Fresh && directory.holds_a_run() {
-        return Err(train::Error::Exists { folder: output.to_owned() }.into());
-    }
+    let replaces = match begin {
+        Begin::Fresh { overwrite } if directory.holds_a_run() => {
+            if !overwrite {
+                return Err(train::Error::Exists { folder: output.to_owned() }.into());
+            }
+            // It is removed when there is a run to take its place; whether it can be is told before the work of opening everything.
+            drop(directory.lock()?);
+            spare_models(&config, output)?;
+            true
+        }
+        _ => false,
+    };
     let mut model = opener.open_on(config.model.device, &config.model.name, config.seed)?;
     model.sha256.start();
     // Before its head for tokens goes.
@@ -253,6 +261,9 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             }
         });
     }
+    corpus.sources.extend(judges::sources(&config, opener)?);
+    let steps: Vec<u64> =
+        stages.iter().map(|stage| stage.training().steps(stage.rows(), stage.rows_per_step())).collect();
     let language = (&model.tokenizer, model.template.as_ref());
     let mut measurer = measure::evaluator(&config, (corpus.test, corpus.test_pairs, corpus.held), language, opener)?;
     let interrupt = Interrupt::listen()?;
@@ -280,14 +291,17 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             data: corpus.sources,
         },
     };
+    if replaces {
+        directory.clear(&assemble::FILES)?;
+    }
     let outcome = match begin {
-        Begin::Fresh => run.start(),
+        Begin::Fresh { .. } => run.start(),
         Begin::Again => run.resume(),
     };
     drop(watcher);
     match outcome? {
         Outcome::Finished(summary) => {
-            assemble::write(&directory, &summary)?;
+            assemble::write(&directory, &summary, &steps)?;
             finish(&summary, output, terminal)
         }
         Outcome::Interrupted { step } => {
@@ -298,6 +312,26 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
             let failure = Failure::alarmed(format!("the referee stopped the run: {alarm}"));
             let resume = format!("everything is saved; `posttrain resume {}` goes on past the alarm", output.display());
             Err(failure.hint(format!("{resume}; docs/referee.md says what helps")))
+        }
+    }
+}
+
+/// Refuses to replace a run that holds a model which the new one reads: that one could not be resumed.
+fn spare_models(config: &Config, output: &Path) -> Result<(), Failure> {
+    let Ok(replaced) = output.canonicalize() else { return Ok(()) };
+    let inside = |name: &&str| {
+        hub::named(name).is_none() && Path::new(name).canonicalize().is_ok_and(|path| path.starts_with(&replaced))
+    };
+    let stages = config.stages();
+    let beside = stages.iter().flat_map(|stage| stage.models_beside());
+    match [&*config.model.name].into_iter().chain(beside).chain(config.reward_models()).find(inside) {
+        None => Ok(()),
+        Some(name) => {
+            let failure = Failure::new(format!(
+                "the run in {} cannot be replaced: {name} lies in it, which the new run reads",
+                output.display()
+            ));
+            Err(failure.hint("choose another folder with `--output`"))
         }
     }
 }
@@ -365,12 +399,13 @@ fn finish(summary: &Summary, output: &Path, terminal: Terminal) -> Result<(), Fa
     let mut text = String::new();
     for (when, evaluation) in [("before", &summary.before), ("after", &summary.after)] {
         if let Some(measure) = evaluation.as_ref().and_then(|evaluation| evaluation.measures.first()) {
+            let (scale, unit, digits) = measure::scale(&measure.name, 1);
             text += &format!(
-                "{} {when:6} {:5.1} %  (95 % interval {:.1} to {:.1}, {} problems)\n",
+                "{} {when:6} {:5.digits$}{unit}  (95 % interval {:.digits$} to {:.digits$}, {} problems)\n",
                 measure.name,
-                100.0 * measure.value,
-                100.0 * measure.low,
-                100.0 * measure.high,
+                scale * measure.value,
+                scale * measure.low,
+                scale * measure.high,
                 measure.items
             );
         }

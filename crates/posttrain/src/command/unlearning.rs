@@ -5,7 +5,6 @@
 
 use std::path::Path;
 
-use base::files;
 use data::render::Overlong;
 use data::sample::{Content, Text};
 use data::{Example, RenderOptions, Renderer, Sample, Source};
@@ -18,6 +17,7 @@ use serde_json::{Map, Value};
 use super::generate::open;
 use crate::cli::{Model, Unlearning as Arguments};
 use crate::failure::Failure;
+use crate::lines;
 use crate::opened::{Opened, Opener};
 use crate::terminal::print;
 
@@ -110,12 +110,9 @@ pub fn run(arguments: &Arguments, opener: Opener) -> Result<(), Failure> {
 
 /// The rows of a file.
 fn read(path: &Path, kind: Kind) -> Result<Vec<Row>, Failure> {
-    let name = path.display();
-    let text = files::read_to_string(path)?;
     let mut rows = Vec::new();
-    for (line, text) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let wrong = |reason: String| Failure::new(format!("{name}, line {}: {reason}", line + 1)).hint(ROW);
-        let row: Value = serde_json::from_str(text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    for (source, row) in lines::read(path, ROW)? {
+        let wrong = |reason: String| Failure::new(format!("{source}: {reason}")).hint(ROW);
         let column = |column: &str| match row[column].as_str().map(str::trim) {
             Some(text) if !text.is_empty() => Ok(text.to_owned()),
             _ => Err(wrong(format!("expected a text in column `{column}`, got {}", row[column]))),
@@ -137,12 +134,9 @@ fn read(path: &Path, kind: Kind) -> Result<Vec<Row>, Failure> {
             ))
         })?;
         let (question, answer) = (column("question")?, column("answer")?);
-        rows.push(Row { source: Source::new(path, line as u64 + 1), question, answer, paraphrased, perturbed });
+        rows.push(Row { source, question, answer, paraphrased, perturbed });
     }
-    match rows.is_empty() {
-        true => Err(Failure::new(format!("{name} has no rows")).hint(ROW)),
-        false => Ok(rows),
-    }
+    Ok(rows)
 }
 
 /// Puts the questions of some rows to a model.

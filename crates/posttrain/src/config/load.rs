@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::methods;
 use super::tree::{Kind, Node};
 use crate::failure::Failure;
 
@@ -98,10 +99,10 @@ impl Layers {
     pub fn merged(&self) -> Result<Node, Failure> {
         let mut tree = Node::default();
         for file in &self.files {
-            tree.merge(Node::from_file(file)?);
+            methods::lay(&mut tree, Node::from_file(file)?)?;
         }
         for assignment in &self.assignments {
-            tree.merge(Node::from_assignment(assignment)?);
+            methods::lay(&mut tree, Node::from_assignment(assignment)?)?;
         }
         Ok(tree)
     }

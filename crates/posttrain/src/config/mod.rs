@@ -11,8 +11,9 @@ pub mod tree;
 use std::path::PathBuf;
 
 use base::Hint;
+use data::render::Use;
 use data::{DataOptions, RenderOptions};
-use envs::{ModelRewardOptions, RewardConfig, TaskConfig};
+use envs::{ModelRewardOptions, RewardConfig, RewardKind, TaskConfig};
 use eval::{EvaluateOptions, TestTimeOptions};
 use model::DeviceName;
 use model::decoder::WeightFormat;
@@ -242,8 +243,10 @@ impl Config {
     /// # Errors
     /// As [`Config::load`], files apart.
     pub fn from_tree(written: Node) -> Result<Self, Failure> {
-        check(&written, Schema::new(&schema()), "")?;
-        let tree = methods::resolve(written)?;
+        let mut tree = Node::default();
+        methods::lay(&mut tree, written)?;
+        check(&tree, Schema::new(&schema()), "")?;
+        let tree = methods::resolve(tree)?;
         let config: Self = load::typed(&tree)?;
         config.validate(&tree)?;
         Ok(config)
@@ -403,10 +406,46 @@ impl Config {
         held_out && (!self.rewards.is_empty() || self.preference.is_some())
     }
 
-    /// Whether rows are only there to be answered: every stage samples.
-    pub fn only_samples(&self) -> bool {
-        let stages = self.stages();
-        !stages.is_empty() && stages.iter().all(|stage| stage.rows() == [Rows::Prompts])
+    /// What becomes of the rows to train on, in the order of the stages; what their type tells, where no stage learns from them.
+    pub fn uses(&self) -> Vec<Use<'_>> {
+        let mut uses = Vec::new();
+        for used in self.stages().iter().flat_map(|stage| stage.rows()).filter_map(Rows::used) {
+            if !uses.contains(&used) {
+                uses.push(used);
+            }
+        }
+        if uses.is_empty() { vec![Use::Learn] } else { uses }
+    }
+
+    /// What becomes of held-out rows.
+    pub fn held_out_uses(&self) -> Vec<Use<'_>> {
+        let scoring = self.stages().into_iter().find(|stage| stage.is_scoring());
+        match scoring {
+            Some(scoring) => scoring.rows().into_iter().filter_map(Rows::used).collect(),
+            None if self.preference.is_some() && self.rewards.is_empty() => vec![Use::Compare],
+            None => vec![Use::Answer],
+        }
+    }
+
+    /// The models behind the rewards, each once.
+    pub fn reward_models(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for reward in &self.rewards {
+            let RewardKind::Model(options) = &reward.kind else { continue };
+            for name in &options.models {
+                if !names.contains(&&**name) {
+                    names.push(name);
+                }
+            }
+        }
+        names
+    }
+
+    /// How the first stage that samples does so, and the option of its longest answer; without one, how `[grpo]` does.
+    pub fn sampling(&self) -> (String, SamplingOptions) {
+        let first = self.stages().into_iter().find_map(|stage| Some((stage.method(), stage.sampling()?.clone())));
+        let (method, sampling) = first.unwrap_or(("grpo", SamplingOptions::default()));
+        (format!("{method}.sampling.max_new_tokens"), sampling)
     }
 
     /// Tokens of the longest answer that a stage samples.

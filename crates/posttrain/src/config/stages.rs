@@ -1,5 +1,6 @@
 //! The stages of a recipe: what the sections of the families have in common.
 
+use data::render::Use;
 use model::config::{HeadTask, ScoreHead};
 use model::decoder::WeightFormat;
 use train::methods::distillation::{DistillationOptions, TeacherOptions};
@@ -65,6 +66,21 @@ pub enum Rows<'a> {
     Hints(&'a str),
     /// Prompts with completions to forget.
     Forgotten,
+}
+
+impl<'a> Rows<'a> {
+    /// What becomes of each of the rows to train on; nothing where it is other rows that are learnt from.
+    pub fn used(self) -> Option<Use<'a>> {
+        Some(match self {
+            Self::Examples => Use::Imitate,
+            Self::Rewarded(RewardLoss::BradleyTerry) | Self::Pairs | Self::Rankings => Use::Compare,
+            Self::Rewarded(RewardLoss::Bce | RewardLoss::Mse) => Use::Score,
+            Self::Steps(separator) => Use::Steps(separator),
+            Self::Judgements => Use::Judge,
+            Self::Prompts | Self::Hints(_) => Use::Answer,
+            Self::Forgotten => return None,
+        })
+    }
 }
 
 /// What a step of a stage computes, for the estimates of memory and time.
@@ -272,6 +288,16 @@ impl<'a> Stage<'a> {
         match self {
             Self::Distillation(options) => &options.teachers,
             _ => &[],
+        }
+    }
+
+    /// The models that it reads beside the one that is trained, by the names that the recipe gives.
+    pub fn models_beside(self) -> Vec<&'a str> {
+        match self {
+            Self::Distillation(options) => options.teachers.iter().map(|teacher| &*teacher.model).collect(),
+            Self::Policy(options) => options.value.init.iter().map(String::as_str).collect(),
+            Self::ValueModel(options) => options.reference.iter().map(String::as_str).collect(),
+            _ => Vec::new(),
         }
     }
 

@@ -80,7 +80,7 @@ impl Node {
             .or_else(|_| Self::from_text(&name, format!("{key} = {}", Value::from(value))))
             .map_err(|_| {
                 Failure::usage(format!("`{name}`: `{key}` is not a dotted key"))
-                    .hint("write for example `--set grpo.learning_rate=1e-6`")
+                    .hint("write for example `--set grpo.training.learning_rate=1e-6`")
             })
     }
 

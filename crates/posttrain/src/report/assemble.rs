@@ -5,7 +5,7 @@ use std::path::Path;
 use base::files;
 use serde_json::{Map, Value};
 use train::directory::Directory;
-use train::evaluation::Evaluation;
+use train::evaluation::{Evaluation, Measure};
 use train::metrics::Metrics;
 use train::summary::Summary;
 use train::timing::Phase;
@@ -13,6 +13,7 @@ use train::timing::Phase;
 use super::chart::{Curve, Estimate};
 use super::{Report, Sample, Stage, bytes, caption, duration};
 use crate::failure::Failure;
+use crate::measure::is_share;
 
 /// Answers shown side by side.
 const SAMPLES: usize = 8;
@@ -42,15 +43,17 @@ const CURVES: [&str; 17] = [
 pub const FILES: [&str; 2] = ["report.html", "result.svg"];
 
 /// Writes [`FILES`] into the directory of a finished run.
-pub fn write(directory: &Directory, summary: &Summary) -> Result<(), Failure> {
-    let report = read(directory, summary)?;
+///
+/// `steps` are those of each stage.
+pub fn write(directory: &Directory, summary: &Summary, steps: &[u64]) -> Result<(), Failure> {
+    let report = read(directory, summary, steps)?;
     let [page, picture] = FILES.map(|name| directory.root().join(name));
     files::write(&page, report.html().as_bytes())?;
     files::write(&picture, report.picture().as_bytes())?;
     Ok(())
 }
 
-fn read(directory: &Directory, summary: &Summary) -> Result<Report, Failure> {
+fn read(directory: &Directory, summary: &Summary, steps: &[u64]) -> Result<Report, Failure> {
     let lines = json_lines::<Metrics>(&directory.metrics())?;
     let methods = summary.stages.join(", then ");
     let before =
@@ -69,7 +72,7 @@ fn read(directory: &Directory, summary: &Summary) -> Result<Report, Failure> {
         difference: summary.change.as_ref().map(difference),
         facts: facts(summary),
         alarms: summary.alarms.iter().map(ToString::to_string).collect(),
-        stages: stages(&lines, &summary.stages),
+        stages: stages(&lines, &summary.stages, steps),
         samples: samples(directory, summary)?,
         phases: phases(summary),
         config: files::read_to_string(&directory.config())?,
@@ -90,7 +93,8 @@ fn training_data(summary: &Summary) -> String {
 
 fn estimate(label: &str, evaluation: &Evaluation) -> Option<Estimate> {
     let measure = evaluation.measures.first()?;
-    Some(Estimate { label: label.to_owned(), value: measure.value, low: measure.low, high: measure.high })
+    let Measure { value, low, high, .. } = *measure;
+    Some(Estimate { label: label.to_owned(), value, low, high, share: is_share(&measure.name) })
 }
 
 /// The paired difference in words.
@@ -148,23 +152,21 @@ fn grouped(count: u64) -> String {
     text
 }
 
-/// The curves of every stage. A line belongs to the stage whose steps it falls into; lines of steps carry a learning rate, lines of
-/// evaluations do not.
-fn stages(lines: &[Metrics], names: &[String]) -> Vec<Stage> {
-    // A stage starts where the count of epochs starts again.
-    let mut parts: Vec<Vec<&Metrics>> = vec![Vec::new()];
-    let mut epoch = 0.0;
-    for line in lines {
-        if let Some(now) = line.get("epoch") {
-            if now < epoch {
-                parts.push(Vec::new());
-            }
-            epoch = now;
-        }
-        if let Some(part) = parts.last_mut() {
-            part.push(line);
-        }
-    }
+/// The curves of every stage. A line belongs to the stage whose steps it falls into, and one before the first step to the first stage.
+fn stages(lines: &[Metrics], names: &[String], steps: &[u64]) -> Vec<Stage> {
+    let ends = steps.iter().scan(0, |end, steps| {
+        *end += steps;
+        Some(*end as f64)
+    });
+    let mut rest = lines;
+    let parts: Vec<Vec<&Metrics>> = ends
+        .map(|end| {
+            let within = |line: &Metrics| line.get("step").is_none_or(|step| step <= end);
+            let (part, later) = rest.split_at(rest.iter().take_while(|line| within(line)).count());
+            rest = later;
+            part.iter().collect()
+        })
+        .collect();
     let curve = |part: &[&Metrics], name: &str| {
         let points: Vec<(f64, f64)> =
             part.iter().filter_map(|line| Some((line.get("step")?, line.get(name)?))).collect();
@@ -205,7 +207,7 @@ fn samples(directory: &Directory, summary: &Summary) -> Result<Vec<Sample>, Fail
     let (before, after) = (read(summary.before.as_ref())?, read(summary.after.as_ref())?);
     let answer = |sample: &Map<String, Value>| {
         let text = sample.get("completion").and_then(Value::as_str).unwrap_or_default().trim().to_owned();
-        (text, sample.get("solved").and_then(Value::as_bool).unwrap_or(false))
+        (text, sample.get("solved").and_then(Value::as_bool))
     };
     let paired = before.len() == after.len();
     let all: Vec<Sample> = after
@@ -222,8 +224,9 @@ fn samples(directory: &Directory, summary: &Summary) -> Result<Vec<Sample>, Fail
         .collect();
     // Of every kind of outcome a fair share: mostly gained, but also what was lost and what stayed wrong.
     let kind = |sample: &Sample| (sample.before.as_ref().map(|before| before.1), sample.after.1);
+    let (right, wrong) = (Some(true), Some(false));
     let shares =
-        [((Some(false), true), 3), ((Some(true), true), 1), ((Some(true), false), 2), ((Some(false), false), 2)];
+        [((Some(wrong), right), 3), ((Some(right), right), 1), ((Some(right), wrong), 2), ((Some(wrong), wrong), 2)];
     let mut chosen: Vec<usize> = Vec::new();
     for (wanted, share) in shares {
         chosen.extend(all.iter().enumerate().filter(|(_, sample)| kind(sample) == wanted).map(|(i, _)| i).take(share));
@@ -245,4 +248,42 @@ fn json_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, Fai
         serde_json::from_str(line).map_err(|error| Failure::new(format!("{}, line {}: {error}", path.display(), i + 1)))
     };
     text.lines().enumerate().map(parse).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use super::*;
+
+    /// The second stage starts beyond the first epoch of the first.
+    #[test]
+    fn stages_are_told_apart_by_their_steps() {
+        let line = |step: f64, epoch: Option<f64>, name: &str| {
+            let mut line = Metrics::new();
+            line.set("step", step);
+            if let Some(epoch) = epoch {
+                line.set("epoch", epoch);
+            }
+            line.set(name, 1.0);
+            line
+        };
+        let lines = [
+            line(0.0, None, "eval_accuracy"),
+            line(1.0, Some(0.1), "loss"),
+            line(2.0, Some(0.2), "loss"),
+            line(2.0, None, "eval_accuracy"),
+            line(3.0, Some(0.5), "reward"),
+            line(4.0, Some(1.0), "reward"),
+            line(4.0, None, "eval_accuracy"),
+            line(5.0, Some(1.5), "reward"),
+            line(5.0, None, "eval_accuracy"),
+        ];
+        let names = ["sft", "grpo"].map(str::to_owned);
+        let found = stages(&lines, &names, &[2, 3]);
+        let curves = |stage: &Stage| -> Vec<(String, usize)> {
+            stage.curves.iter().map(|curve| (curve.name.clone(), curve.points.len())).collect()
+        };
+        assert_eq!(curves(&found[0]), [("eval_accuracy".to_owned(), 2), ("loss".to_owned(), 2)]);
+        assert_eq!(curves(&found[1]), [("reward".to_owned(), 3), ("eval_accuracy".to_owned(), 2)]);
+    }
 }

@@ -275,36 +275,55 @@ impl Lines {
     }
 }
 
-/// A proportion with its interval, as a row of [`intervals`].
+/// A number with its interval, as a row of [`intervals`].
 pub struct Estimate {
     /// What was measured.
     pub label: String,
-    /// The proportion, 0 to 1.
+    /// The number.
     pub value: f64,
     /// The interval's lower end.
     pub low: f64,
     /// The interval's upper end.
     pub high: f64,
+    /// Whether the number is a proportion, 0 to 1, which is shown in percent.
+    pub share: bool,
 }
 
-/// Proportions as dots with their intervals as whiskers, one above the other on a common scale of percent.
+impl Estimate {
+    /// A number of this kind.
+    pub fn shown(&self, value: f64) -> String {
+        if self.share { format!("{:.1} %", value * 100.0) } else { short(value) }
+    }
+}
+
+/// Numbers as dots with their intervals as whiskers, one above the other on a common scale; proportions in percent.
 pub fn intervals(estimates: &[Estimate]) -> String {
     let (width, row, left, right) = (720.0, 44.0, 90.0, 20.0);
-    let low = estimates.iter().map(|estimate| estimate.low).fold(1.0, f64::min);
-    let high = estimates.iter().map(|estimate| estimate.high).fold(0.0, f64::max);
-    let (low, high) =
-        ((low * 10.0).floor() / 10.0, ((high * 10.0).ceil() / 10.0).max((low * 10.0).floor() / 10.0 + 0.1));
+    let shares = estimates.iter().all(|estimate| estimate.share);
+    let low = estimates.iter().map(|estimate| estimate.low).fold(if shares { 1.0 } else { f64::INFINITY }, f64::min);
+    let high =
+        estimates.iter().map(|estimate| estimate.high).fold(if shares { 0.0 } else { f64::NEG_INFINITY }, f64::max);
+    // Ends are round numbers, and never the same.
+    let parts = match high > low {
+        _ if shares => 10.0,
+        true => 10f64.powf(-(high - low).log10().floor()),
+        false => 10.0 / low.abs().max(1.0),
+    };
+    let low = (low * parts).floor() / parts;
+    let high = ((high * parts).ceil() / parts).max(low + 1.0 / parts);
     let at = |value: f64| left + (value - low) / (high - low) * (width - left - right);
     let bottom = row * estimates.len() as f64 + 8.0;
-    let mut svg =
-        format!(r#"<svg class="intervals" viewBox="0 0 {width} {}" role="img" aria-label="accuracy">"#, bottom + 20.0);
+    let mut svg = format!(
+        r#"<svg class="intervals" viewBox="0 0 {width} {}" role="img" aria-label="before and after">"#,
+        bottom + 20.0
+    );
     for tick in ticks(low, high, 6) {
         let x = at(tick);
         let _ = write!(
             svg,
-            r#"<line class="grid" x1="{x:.1}" x2="{x:.1}" y1="4" y2="{bottom}"/><text class="tick" x="{x:.1}" y="{:.1}" text-anchor="middle">{:.0} %</text>"#,
+            r#"<line class="grid" x1="{x:.1}" x2="{x:.1}" y1="4" y2="{bottom}"/><text class="tick" x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#,
             bottom + 16.0,
-            tick * 100.0
+            if shares { format!("{:.0} %", tick * 100.0) } else { short(tick) }
         );
     }
     for (i, estimate) in estimates.iter().enumerate() {
@@ -314,7 +333,7 @@ pub fn intervals(estimates: &[Estimate]) -> String {
         // The number stands above its dot, kept inside the drawing.
         let _ = write!(
             svg,
-            r#"<g class="{class}"><text class="name" x="{:.1}" y="{:.1}" text-anchor="end">{}</text><line class="whisker" x1="{from:.1}" x2="{to:.1}" y1="{y}" y2="{y}"/><line class="whisker" x1="{from:.1}" x2="{from:.1}" y1="{:.1}" y2="{:.1}"/><line class="whisker" x1="{to:.1}" x2="{to:.1}" y1="{:.1}" y2="{:.1}"/><circle cx="{x:.1}" cy="{y}" r="7"/><text class="value" x="{:.1}" y="{:.1}" text-anchor="middle">{:.1} %</text></g>"#,
+            r#"<g class="{class}"><text class="name" x="{:.1}" y="{:.1}" text-anchor="end">{}</text><line class="whisker" x1="{from:.1}" x2="{to:.1}" y1="{y}" y2="{y}"/><line class="whisker" x1="{from:.1}" x2="{from:.1}" y1="{:.1}" y2="{:.1}"/><line class="whisker" x1="{to:.1}" x2="{to:.1}" y1="{:.1}" y2="{:.1}"/><circle cx="{x:.1}" cy="{y}" r="7"/><text class="value" x="{:.1}" y="{:.1}" text-anchor="middle">{}</text></g>"#,
             left - 14.0,
             y + 4.5,
             escape(&estimate.label),
@@ -324,7 +343,7 @@ pub fn intervals(estimates: &[Estimate]) -> String {
             y + 5.0,
             x.clamp(left + 20.0, width - right - 20.0),
             y - 12.0,
-            estimate.value * 100.0
+            estimate.shown(estimate.value)
         );
     }
     svg + "</svg>"
@@ -370,7 +389,7 @@ mod tests {
             let html = lines(curves).html();
             assert!(!html.contains("NaN") && !html.contains("inf") && html.contains("a&lt;b"), "{html}");
         }
-        let all = Estimate { label: "x".into(), value: 1.0, low: 1.0, high: 1.0 };
+        let all = Estimate { label: "x".into(), value: 1.0, low: 1.0, high: 1.0, share: true };
         assert!(!intervals(&[all]).contains("NaN"));
     }
 }

@@ -16,7 +16,7 @@ pub struct Report {
     pub title: String,
     /// One sentence under it.
     pub subtitle: String,
-    /// Accuracies in order of time, the last one after training.
+    /// The first measure in order of time, the last one after training.
     pub evaluations: Vec<Estimate>,
     /// The paired difference between the first and the last evaluation, in words.
     pub difference: Option<String>,
@@ -50,10 +50,10 @@ pub struct Sample {
     pub prompt: String,
     /// The expected answer, where there is one.
     pub expected: Option<String>,
-    /// Text and verdict before.
-    pub before: Option<(String, bool)>,
+    /// Text and verdict before, where there is one.
+    pub before: Option<(String, Option<bool>)>,
     /// Text and verdict after.
-    pub after: (String, bool),
+    pub after: (String, Option<bool>),
 }
 
 const STYLE: &str = include_str!("page.css");
@@ -113,13 +113,13 @@ impl Report {
         let (Some(first), Some(last)) = (self.evaluations.first(), self.evaluations.last()) else {
             return String::new();
         };
-        let percent = |estimate: &Estimate| format!("{:.1} %", estimate.value * 100.0);
+        let shown = |estimate: &Estimate| estimate.shown(estimate.value);
         let numbers = match self.evaluations.len() {
-            1 => format!(r#"<span class="number new">{}</span>"#, percent(last)),
+            1 => format!(r#"<span class="number new">{}</span>"#, shown(last)),
             _ => format!(
                 r#"<span class="number old">{}</span><span class="arrow">→</span><span class="number new">{}</span>"#,
-                percent(first),
-                percent(last)
+                shown(first),
+                shown(last)
             ),
         };
         let difference = match &self.difference {
@@ -148,12 +148,14 @@ impl Report {
         if self.samples.is_empty() {
             return String::new();
         }
-        let verdict = |right: bool| {
-            if right { r#"<span class="right">✓ right</span>"# } else { r#"<span class="wrong">✗ wrong</span>"# }
+        let verdict = |right: Option<bool>| match right {
+            Some(true) => r#" · <span class="right">✓ right</span>"#,
+            Some(false) => r#" · <span class="wrong">✗ wrong</span>"#,
+            None => "",
         };
-        let side = |when: &str, (text, right): &(String, bool)| {
+        let side = |when: &str, (text, right): &(String, Option<bool>)| {
             format!(
-                r#"<div><div class="tag">{when} · {}</div><div class="text">{}</div></div>"#,
+                r#"<div><div class="tag">{when}{}</div><div class="text">{}</div></div>"#,
                 verdict(*right),
                 escape(text)
             )
@@ -302,8 +304,8 @@ mod tests {
             title: "SmolLM2-135M-Instruct, post-trained with GRPO".into(),
             subtitle: "60 steps on generated arithmetic and word problems".into(),
             evaluations: vec![
-                Estimate { label: "before".into(), value: 0.315, low: 0.255, high: 0.382 },
-                Estimate { label: "after".into(), value: 0.58, low: 0.511, high: 0.646 },
+                Estimate { label: "before".into(), value: 0.315, low: 0.255, high: 0.382, share: true },
+                Estimate { label: "after".into(), value: 0.58, low: 0.511, high: 0.646, share: true },
             ],
             difference: Some("+26.5 points on the same 200 problems".into()),
             alarms: vec!["step 7: <it>".into()],
@@ -321,8 +323,8 @@ mod tests {
             samples: vec![Sample {
                 prompt: "Tom has 3 boxes with <4> apples each. How many apples?".into(),
                 expected: Some("12".into()),
-                before: Some(("Tom has 7 apples.".into(), false)),
-                after: ("3 × 4 = 12\n\\boxed{12}".into(), true),
+                before: Some(("Tom has 7 apples.".into(), Some(false))),
+                after: ("3 × 4 = 12\n\\boxed{12}".into(), Some(true)),
             }],
             phases: vec![("sampling".into(), 300.0), ("training".into(), 150.0), ("evaluation".into(), 40.0)],
             config: "seed = 42\n[model]\nname = \"smollm2-135m-instruct\"\n".into(),
@@ -345,6 +347,22 @@ mod tests {
         if let Ok(folder) = std::env::var("POSTTRAIN_REPORT_PREVIEW") {
             std::fs::write(format!("{folder}/report.html"), &html).ok();
             std::fs::write(format!("{folder}/result.svg"), report().picture()).ok();
+        }
+    }
+
+    #[test]
+    fn what_is_no_share_is_no_percentage_and_what_has_no_verdict_is_not_wrong() {
+        let mut report = report();
+        for (estimate, value) in report.evaluations.iter_mut().zip([1.25, 0.4]) {
+            *estimate = Estimate { label: estimate.label.clone(), value, low: 0.3, high: 1.5, share: false };
+        }
+        for sample in &mut report.samples {
+            sample.after.1 = None;
+            sample.before = sample.before.take().map(|(text, _)| (text, None));
+        }
+        for page in [report.html(), report.picture()] {
+            assert!(page.contains("1.25") && !page.contains("125.0 %") && !page.contains("40.0 %"), "{page}");
+            assert!(!page.contains("✗ wrong") && !page.contains("✓ right") && !page.contains("NaN"), "{page}");
         }
     }
 
