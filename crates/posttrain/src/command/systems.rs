@@ -104,7 +104,12 @@ fn section(system: &System, evidence: Option<&Evidence>) -> String {
         };
         // Arms of later versions are not in a file of an earlier one.
         let missing = evidence.is_some_and(|evidence| !evidence.arms.contains_key(arm.name));
-        text += &format!("| {} | {role} | {}{} |\n", arm.name, arm.about, if missing { " (not in the evidence)" } else { "" });
+        text += &format!(
+            "| {} | {role} | {}{} |\n",
+            arm.name,
+            arm.about,
+            if missing { " (not in the evidence)" } else { "" }
+        );
     }
     match evidence {
         Some(evidence) => {

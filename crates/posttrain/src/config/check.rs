@@ -134,13 +134,18 @@ impl<'a> Schema<'a> {
     fn range(self) -> String {
         // A bound that only says "fits the machine type" tells a reader nothing.
         let bound = |name: &str| self.here[name].as_f64().filter(|bound| bound.abs() < 4e9);
-        match (bound("minimum"), bound("exclusiveMinimum"), bound("maximum")) {
+        let range = match (bound("minimum"), bound("exclusiveMinimum"), bound("maximum")) {
             (Some(low), _, Some(high)) => format!(" from {low} to {high}"),
             (Some(low), _, None) => format!(" of at least {low}"),
             (None, Some(low), Some(high)) => format!(" above {low}, up to {high}"),
             (None, Some(low), None) => format!(" above {low}"),
             (None, None, Some(high)) => format!(" of at most {high}"),
             (None, None, None) => String::new(),
+        };
+        match bound("exclusiveMaximum") {
+            Some(high) if range.is_empty() => format!(" below {high}"),
+            Some(high) => format!("{range} and below {high}"),
+            None => range,
         }
     }
 
