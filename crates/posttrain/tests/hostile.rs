@@ -120,8 +120,13 @@ fn a_configuration_or_vocabulary_that_does_not_fit_is_refused() {
     let stranger = |tokenizer: &mut Value| tokenizer["model"]["merges"] = json!([["q", "zzz"]]);
     refused(&ask(tokenizer(stranger)), &["error: model/tokenizer.json: ", "zzz"]);
     let larger = |tokenizer: &mut Value| {
+        let added = std::mem::replace(&mut tokenizer["added_tokens"], json!([]));
+        let ordinary = &mut tokenizer["model"]["vocab"];
+        for token in added.as_array().unwrap() {
+            ordinary[token["content"].as_str().unwrap()] = token["id"].clone();
+        }
         for id in 259..400 {
-            tokenizer["model"]["vocab"][format!("extra{id}")] = id.into();
+            ordinary[format!("extra{id}")] = id.into();
         }
     };
     refused(&ask(tokenizer(larger)), &["400 tokens", "the embedding has"]);
