@@ -62,7 +62,7 @@ impl Trial<'_> {
         tokenizer: &Tokenizer,
         mut after: impl FnMut(u64, &mut Decoder, &Metrics) -> Result<()>,
     ) -> Result<()> {
-        let steps = method.training().steps(method.rows(), method.rows_per_step());
+        let steps = method.steps();
         let fit = Fit { decoder, tokenizer, seed: self.seed, stage, precision: Precision::F32 };
         train::fit(method, fit, |step, decoder, metrics| {
             (self.progress)(step, steps);

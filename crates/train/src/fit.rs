@@ -13,7 +13,7 @@ use crate::method::{Method, Step};
 use crate::metrics::Metrics;
 use crate::optimizer::Optimizer;
 use crate::options::GradientCheckpointing;
-use crate::run::check_steps;
+use crate::run::check_rows;
 use crate::timing::Clock;
 
 /// What is trained, and how its draws are named.
@@ -41,11 +41,8 @@ pub fn fit<E: From<Error>>(
     fit: Fit<'_>,
     mut after: impl FnMut(u64, &mut Decoder, &Metrics) -> Result<(), E>,
 ) -> Result<(), E> {
-    if method.rows() == 0 {
-        return Err(Error::NoData { stage: fit.stage + 1, method: method.name().to_owned() }.into());
-    }
-    check_steps(method)?;
-    let steps = method.training().steps(method.rows(), method.rows_per_step());
+    check_rows(fit.stage, method)?;
+    let steps = method.steps();
     let schedule = method.training().schedule(steps);
     let reference = match method.needs_reference() && fit.decoder.adapter_config().is_none() {
         true => Some(fit.decoder.packed_copy(fit.precision).map_err(|source| Error::Model { step: 0, source })?),

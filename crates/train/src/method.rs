@@ -34,6 +34,11 @@ pub trait Method {
     /// Rows one step takes.
     fn rows_per_step(&self) -> usize;
 
+    /// Steps of the stage.
+    fn steps(&self) -> u64 {
+        self.training().steps(self.rows(), self.rows_per_step())
+    }
+
     /// Whether steps need the log-probabilities of the model the stage started from.
     fn needs_reference(&self) -> bool {
         false

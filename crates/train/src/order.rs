@@ -20,8 +20,15 @@ pub struct Order {
 impl Order {
     /// The order of `rows` rows, of which there must be at least one, in a stage of a run.
     pub fn new(rows: usize, seed: u64, stage: usize) -> Self {
+        Self::of_set(rows, seed, stage, 0)
+    }
+
+    /// That of one of a stage's data sets, counted from 0. Two sets with as many rows each have an order of their own: else a row would
+    /// always meet the same other.
+    pub fn of_set(rows: usize, seed: u64, stage: usize, set: usize) -> Self {
         assert!(rows > 0, "a data set without rows has no order");
-        Self { random: Random::new(seed, Purpose::Shuffle).prompt(stage as u32), rows, epoch: None }
+        let name = stage | set << 16;
+        Self { random: Random::new(seed, Purpose::Shuffle).prompt(name as u32), rows, epoch: None }
     }
 
     /// The row at `position`.

@@ -201,12 +201,9 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn open(run: Run<'a>, directory: Directory, restored: Option<Restored>) -> Result<Self> {
         for (stage, method) in run.stages.iter().enumerate() {
-            if method.rows() == 0 {
-                return Err(Error::NoData { stage: stage + 1, method: method.name().to_owned() });
-            }
-            check_steps(&**method)?;
+            check_rows(stage, &**method)?;
         }
-        let steps: Vec<u64> = run.stages.iter().map(|method| stage_steps(&**method)).collect();
+        let steps: Vec<u64> = run.stages.iter().map(|method| method.steps()).collect();
         let state = match &restored {
             Some(restored) => restored.state.clone(),
             None => State { max_steps: steps.iter().sum(), ..State::default() },
@@ -332,7 +329,7 @@ impl<'a> Session<'a> {
 
     /// Runs the current stage from where it stands.
     fn stage(&mut self, method: &mut dyn Method, reference: Option<Decoder>) -> Result<End> {
-        let steps = stage_steps(method);
+        let steps = method.steps();
         let schedule = method.training().schedule(steps);
         self.run.observer.observe(Event::Stage { stage: self.state.stage, method: method.name(), steps });
         if self.state.stage_step == steps {
@@ -570,14 +567,13 @@ fn every(period: u64, step: u64) -> bool {
     period > 0 && step.is_multiple_of(period)
 }
 
-/// Refuses a stage of more steps than can be numbered.
-pub(crate) fn check_steps(method: &dyn Method) -> Result<()> {
+/// Refuses a stage, counted from 0, without rows or of more steps than can be numbered.
+pub(crate) fn check_rows(stage: usize, method: &dyn Method) -> Result<()> {
+    if method.rows() == 0 {
+        return Err(Error::NoData { stage: stage + 1, method: method.name().to_owned() });
+    }
     let found = method.training().validate_steps(method.rows(), method.rows_per_step());
     Ok(found.map_err(|error| error.within("training").within(method.name()))?)
-}
-
-fn stage_steps(method: &dyn Method) -> u64 {
-    method.training().steps(method.rows(), method.rows_per_step())
 }
 
 /// The metrics of the last step of training.

@@ -202,9 +202,7 @@ pub struct Rendering {
 impl Rendering {
     /// Text that is not from a template, in which no name of a special token is the token.
     pub fn ordinary(tokenizer: &Tokenizer, text: &str) -> Self {
-        let mut ordinary: Vec<usize> = tokenizer.special_names(text).into_iter().map(|name| name.start).collect();
-        ordinary.dedup();
-        Self { text: text.to_owned(), ordinary }
+        Self { text: text.to_owned(), ordinary: starts_of(tokenizer.special_names(text)) }
     }
 
     /// Text in which every name of a special token is the token.
@@ -239,9 +237,7 @@ impl Rendering {
         if others.iter().any(is_torn) {
             return None;
         }
-        let mut ordinary: Vec<usize> = whole.into_iter().map(|name| name.start).collect();
-        ordinary.dedup();
-        Some(Self { text, ordinary })
+        Some(Self { text, ordinary: starts_of(whole) })
     }
 
     /// The text.
@@ -264,6 +260,13 @@ impl Rendering {
     pub fn encode_range(&self, tokenizer: &Tokenizer, range: Range<usize>) -> Result<Vec<u32>> {
         tokenizer.encode_range(&self.text, range, &self.ordinary)
     }
+}
+
+/// Where names begin, by ascending start; those that begin alike once.
+fn starts_of(names: Vec<Range<usize>>) -> Vec<usize> {
+    let mut starts: Vec<usize> = names.into_iter().map(|name| name.start).collect();
+    starts.dedup();
+    starts
 }
 
 /// Marks the names of special tokens in every string of a value.

@@ -262,8 +262,7 @@ fn run(mut config: Config, output: &Path, begin: Begin, opener: Opener) -> Resul
         });
     }
     corpus.sources.extend(judges::sources(&config, opener)?);
-    let steps: Vec<u64> =
-        stages.iter().map(|stage| stage.training().steps(stage.rows(), stage.rows_per_step())).collect();
+    let steps: Vec<u64> = stages.iter().map(|stage| stage.steps()).collect();
     let language = (&model.tokenizer, model.template.as_ref());
     let mut measurer = measure::evaluator(&config, (corpus.test, corpus.test_pairs, corpus.held), language, opener)?;
     let interrupt = Interrupt::listen()?;

@@ -222,6 +222,17 @@ fn default_rejected() -> String {
     "{wrong}".into()
 }
 
+/// These things without those that came before, in their order.
+fn each_once<T: PartialEq>(things: impl Iterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for thing in things {
+        if !found.contains(&thing) {
+            found.push(thing);
+        }
+    }
+    found
+}
+
 /// The schema of a recipe, with a section for every method.
 pub fn schema() -> serde_json::Value {
     let mut schema = load::schema::<Config>();
@@ -408,12 +419,7 @@ impl Config {
 
     /// What becomes of the rows to train on, in the order of the stages; what their type tells, where no stage learns from them.
     pub fn uses(&self) -> Vec<Use<'_>> {
-        let mut uses = Vec::new();
-        for used in self.stages().iter().flat_map(|stage| stage.rows()).filter_map(Rows::used) {
-            if !uses.contains(&used) {
-                uses.push(used);
-            }
-        }
+        let uses = each_once(self.stages().iter().flat_map(|stage| stage.rows()).filter_map(Rows::used));
         if uses.is_empty() { vec![Use::Learn] } else { uses }
     }
 
@@ -429,16 +435,13 @@ impl Config {
 
     /// The models behind the rewards, each once.
     pub fn reward_models(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = Vec::new();
-        for reward in &self.rewards {
-            let RewardKind::Model(options) = &reward.kind else { continue };
-            for name in &options.models {
-                if !names.contains(&&**name) {
-                    names.push(name);
-                }
+        fn models(reward: &RewardConfig) -> &[String] {
+            match &reward.kind {
+                RewardKind::Model(options) => &options.models,
+                _ => &[],
             }
         }
-        names
+        each_once(self.rewards.iter().flat_map(models).map(String::as_str))
     }
 
     /// How the first stage that samples does so, and the option of its longest answer; without one, how `[grpo]` does.

@@ -473,7 +473,7 @@ impl AlignDistil {
         measured: &mut Measurements,
     ) -> Result<()> {
         let mut decoder = start.reference.clone();
-        let steps = method.training().steps(method.rows(), method.rows_per_step());
+        let steps = method.steps();
         let utility = |question, answer: &[u32]| Utility::GOLD.of(question, answer);
         measured.point("utility", 0.0, start.test.mean(utility));
         trial.fit(3, method, &mut decoder, &start.tokenizer, |step, decoder, _| {

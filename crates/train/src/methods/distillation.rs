@@ -385,9 +385,9 @@ impl Distillation {
         match self.options.examples_per_step() {
             0 => Vec::new(),
             count => {
-                // Beside prompts they have an order of their own: the two may be the same rows.
-                let beside = usize::from(self.options.prompts_per_step() > 0) << 16;
-                let rows = Order::new(examples.len(), step.seed, step.stage | beside).batch(step.index, count);
+                // Beside prompts they are the second set: the two may be the same rows.
+                let set = usize::from(self.options.prompts_per_step() > 0);
+                let rows = Order::of_set(examples.len(), step.seed, step.stage, set).batch(step.index, count);
                 rows.into_iter().map(|row| &examples[row]).collect()
             }
         }

@@ -182,10 +182,9 @@ impl Method for Unlearning {
     }
 
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
-        let forget = self.batch(step, step.stage, &self.forget, self.options.forget_batch_size);
+        let forget = self.batch(step, 0, &self.forget, self.options.forget_batch_size);
         let retain = match self.options.retains() {
-            // In an order of their own: with as many rows of each kind, a row would otherwise always meet the same other.
-            true => Some(self.batch(step, step.stage | 1 << 16, &self.retain, self.options.retain_batch_size)),
+            true => Some(self.batch(step, 1, &self.retain, self.options.retain_batch_size)),
             false => None,
         };
         let mut metrics = Metrics::new();
@@ -210,9 +209,9 @@ impl Method for Unlearning {
 }
 
 impl Unlearning {
-    /// The rows of the step from a list of them, in the order of this name.
-    fn batch<'e>(&self, step: &Step<'_>, order: usize, examples: &'e [Example], size: usize) -> Batch<'e> {
-        let rows = Order::new(examples.len(), step.seed, order).batch(step.index, size);
+    /// The rows of the step from one of its data sets.
+    fn batch<'e>(&self, step: &Step<'_>, set: usize, examples: &'e [Example], size: usize) -> Batch<'e> {
+        let rows = Order::of_set(examples.len(), step.seed, step.stage, set).batch(step.index, size);
         Batch::new(rows.iter().map(|&row| Unit::of(&examples[row])).collect())
     }
 

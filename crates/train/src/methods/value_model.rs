@@ -396,8 +396,8 @@ impl Method for ValueModel {
     fn step(&mut self, step: &mut Step<'_>) -> Result<Report> {
         let (round, index) = self.round(step.index);
         let collected = if index == 0 { Some(self.collect(step, round)?) } else { None };
-        // Every round has an order of its own.
-        let mut order = Order::new(self.answers.len(), step.seed, step.stage | round << 16);
+        // Every round is a set of its own.
+        let mut order = Order::of_set(self.answers.len(), step.seed, step.stage, round);
         let rows: Vec<&Labelled> =
             order.batch(index, self.options.batch_size).into_iter().map(|row| &self.answers[row]).collect();
         let batch = self.options.batch(&rows);
